@@ -1,0 +1,2 @@
+//! Instruction counts of the engines, beside their peers
+#![no_std]

@@ -1,0 +1,2 @@
+//! A one-image OS.
+fn main() {}

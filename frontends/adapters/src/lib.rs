@@ -1,0 +1,2 @@
+//! A paravirtual disk as the block traits of other projects
+#![no_std]

@@ -1,0 +1,2 @@
+//! A Xen virtual block device frontend for small operating systems
+#![no_std]

@@ -1,0 +1,2 @@
+//! Bare-metal runtime for Xen guests: boot, memory, events, grants, XenStore, console, clock
+#![no_std]
