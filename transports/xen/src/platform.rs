@@ -135,10 +135,10 @@ pub trait StoreTransport {
 
     /// Sleeps until there may be room to send or bytes to receive, or any other event of the
     /// platform came, or until `deadline` (of [`Clock::now`]). It may return early for no reason.
-    fn wait(&self, deadline: Option<u64>);
+    fn wait_store(&self, deadline: Option<u64>);
 
     /// Has `waker` woken when bytes to receive may have arrived.
-    fn set_waker(&self, waker: &Waker);
+    fn set_store_waker(&self, waker: &Waker);
 }
 
 /// The connection to `xenstored` cannot be used any more.
