@@ -1,4 +1,15 @@
-//! Paravirtual block core: rings, notification hold-off, indirect descriptors, request engines
+//! Paravirtual block core: rings, notification hold-off, indirect descriptors, request engines.
 #![no_std]
 
+extern crate alloc;
+
+
+pub mod buffer;
+pub mod extent;
+pub mod frontend;
+pub mod indirect;
 pub mod memory;
+pub mod plan;
+pub mod ring;
+mod sync;
+pub mod table;

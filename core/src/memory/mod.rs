@@ -7,6 +7,12 @@
 
 use core::ptr::NonNull;
 
+mod pages;
+mod region;
+
+pub use pages::{PagesError, SharedPages};
+pub use region::{SharedRegion, Word};
+
 /// Bytes in a page, and the most that one [`Handle`] of a [`Share`] names.
 ///
 /// Xen's grant frame is 4 KiB on every architecture (`xen/include/public/grant_table.h`), even
@@ -70,6 +76,14 @@ pub trait Handle: Copy + core::fmt::Debug + PartialEq {
     fn to_bits(self) -> u64;
     /// The handle that [`to_bits`](Self::to_bits) gave.
     fn from_bits(bits: u64) -> Self;
+
+    /// Whether, in the peer's eyes, this page comes right after the page `previous`, so that one
+    /// segment can cover both. Grants never do; pages with addresses may.
+    #[inline(always)]
+    fn follows(self, previous: Self) -> bool {
+        let _ = previous;
+        false
+    }
 }
 
 /// Lends pages to one peer.
@@ -97,4 +111,29 @@ pub unsafe trait Share: PageAllocator {
     ///
     /// [`StillShared`] if the peer still uses the page. The caller must then leak the page.
     fn unshare(&self, handle: Self::Handle) -> Result<(), StillShared>;
+}
+
+// SAFETY: forwards to the allocator it points to.
+unsafe impl<T: PageAllocator + ?Sized> PageAllocator for &T {
+    fn allocate_pages(&self, count: usize) -> Option<NonNull<u8>> {
+        (**self).allocate_pages(count)
+    }
+
+    unsafe fn release_pages(&self, base: NonNull<u8>, count: usize) {
+        // SAFETY: the caller keeps the same contract.
+        unsafe { (**self).release_pages(base, count) }
+    }
+}
+
+// SAFETY: forwards to the sharing it points to.
+unsafe impl<T: Share + ?Sized> Share for &T {
+    type Handle = T::Handle;
+
+    fn share(&self, page: NonNull<u8>, access: Access) -> Result<Self::Handle, ShareError> {
+        (**self).share(page, access)
+    }
+
+    fn unshare(&self, handle: Self::Handle) -> Result<(), StillShared> {
+        (**self).unshare(handle)
+    }
 }

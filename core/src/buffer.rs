@@ -1,0 +1,394 @@
+//! Memory that a request transfers to or from.
+//!
+//! The engines see a [`Payload`]: something that can say, from any position, which shared memory
+//! comes next. [`Buffer`] is the payload of our disks. It comes in two kinds, and lists of them:
+//!
+//! * a [`PoolBuffer`] is *registered*: it comes from a [`Pool`] whose pages were shared when the
+//!   pool was made and stay so. A request with it costs no copy and no sharing operation. Bytes that
+//!   live elsewhere are copied in or out ("bounced"), and the pool is last-in, first-out, so that the
+//!   pages in use are the warm ones;
+//! * an [`OwnedPages`] is lent to the peer for the time of one request.
+//!
+//! Both are owned by the engine while the peer may use them, and come back with the completion.
+
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use crate::memory::{
+    Access, PAGE_BYTES, PagesError, Share, ShareError, SharedPages, SharedRegion, StillShared,
+};
+
+/// A position in a [`Payload`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cursor {
+    /// Which piece of a list; 0 if the payload is one piece.
+    pub piece: u32,
+    /// Bytes into that piece.
+    pub offset: u32,
+}
+
+/// Shared memory inside one page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fragment<H> {
+    /// The page.
+    pub handle: H,
+    /// Where the fragment begins, in bytes from the start of the page.
+    pub offset: u32,
+    /// How long it is, in bytes, to the end of the page or of the piece.
+    pub bytes: u32,
+}
+
+/// What a request transfers to or from.
+pub trait Payload<H> {
+    /// Whether `bytes` bytes fit, in pieces whose starts and lengths are multiples of `alignment`
+    /// (a power of two, at most a page).
+    fn holds(&self, bytes: u64, alignment: u32) -> bool;
+
+    /// Lends the memory to the peer, if it is not shared all the time.
+    ///
+    /// # Errors
+    ///
+    /// [`ShareError`]; nothing stays lent then.
+    fn lend(&mut self, access: Access) -> Result<(), ShareError>;
+
+    /// Takes the memory back after the last answer, if it is not shared all the time.
+    ///
+    /// # Errors
+    ///
+    /// [`StillShared`] if the peer holds on to it. The payload then refuses to be used again.
+    fn reclaim(&mut self) -> Result<(), StillShared>;
+
+    /// The fragment at `cursor`. Past the end there are none; the caller stays inside what
+    /// [`holds`](Self::holds) confirmed.
+    fn fragment(&self, cursor: Cursor) -> Option<Fragment<H>>;
+
+    /// The position `bytes` further on; `bytes` is at most what the fragment at `cursor` has.
+    fn advance(&self, cursor: Cursor, bytes: u32) -> Cursor;
+}
+
+/// A pool of registered buffers of one size.
+///
+/// It is lock-free, belongs to one disk, and is made when the disk is connected. Buffers return to
+/// it when they are dropped.
+pub struct Pool<S: Share> {
+    pages: SharedPages<S>,
+    next: Box<[AtomicU32]>,
+    /// The number of the first free buffer in the low half, and a count of changes in the high
+    /// half, so that a stale comparison fails.
+    head: AtomicU64,
+    pages_each: u32,
+}
+
+const NONE: u32 = u32::MAX;
+
+impl<S: Share> Pool<S> {
+    /// Allocates and shares `count` buffers of `bytes_each` bytes, rounded up to whole pages.
+    ///
+    /// # Errors
+    ///
+    /// [`PagesError`].
+    pub fn new(share: S, count: u32, bytes_each: usize) -> Result<Arc<Self>, PagesError> {
+        let pages_each = bytes_each.div_ceil(PAGE_BYTES).max(1) as u32;
+        let total = (count as usize)
+            .checked_mul(pages_each as usize)
+            .ok_or(PagesError::OutOfMemory(usize::MAX))?;
+        let pages = SharedPages::new(share, total, Access::ReadWrite)?;
+        let next = (0..count)
+            .map(|i| AtomicU32::new(if i + 1 < count { i + 1 } else { NONE }))
+            .collect();
+        let head = AtomicU64::new(if count > 0 { 0 } else { u64::from(NONE) });
+        Ok(Arc::new(Self { pages, next, head, pages_each }))
+    }
+
+    /// The size of one buffer in bytes: a multiple of the page.
+    pub fn bytes_each(&self) -> usize {
+        self.pages_each as usize * PAGE_BYTES
+    }
+
+    /// How many buffers there are, taken or not.
+    pub fn count(&self) -> usize {
+        self.next.len()
+    }
+
+    /// Takes a buffer, if one is free.
+    pub fn take(self: &Arc<Self>) -> Option<PoolBuffer<S>> {
+        let mut head = self.head.load(Ordering::Acquire);
+        loop {
+            let number = head as u32;
+            let next = self.next.get(number as usize)?.load(Ordering::Relaxed);
+            let new = (head >> 32).wrapping_add(1) << 32 | u64::from(next);
+            match self.head.compare_exchange_weak(head, new, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return Some(PoolBuffer { pool: self.clone(), number }),
+                Err(seen) => head = seen,
+            }
+        }
+    }
+
+    fn put(&self, number: u32) {
+        let mut head = self.head.load(Ordering::Acquire);
+        loop {
+            self.next[number as usize].store(head as u32, Ordering::Relaxed);
+            let new = (head >> 32).wrapping_add(1) << 32 | u64::from(number);
+            match self.head.compare_exchange_weak(head, new, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return,
+                Err(seen) => head = seen,
+            }
+        }
+    }
+
+    /// Shares all pages anew, after a migration made the old shares void.
+    ///
+    /// # Errors
+    ///
+    /// [`ShareError`].
+    pub fn share_anew(&self) -> Result<(), ShareError> {
+        self.pages.share_anew(Access::ReadWrite)
+    }
+}
+
+/// A registered buffer: pages that stay shared with the peer, from a [`Pool`].
+///
+/// The peer *can* change the bytes at any time, so that there is no safe way to borrow them; they
+/// are copied in and out, or worked on in place through [`region`](Self::region).
+pub struct PoolBuffer<S: Share> {
+    pool: Arc<Pool<S>>,
+    number: u32,
+}
+
+impl<S: Share> PoolBuffer<S> {
+    /// The size in bytes: a multiple of the page.
+    pub fn bytes(&self) -> usize {
+        self.pool.bytes_each()
+    }
+
+    /// The memory, for copies and for volatile access in place.
+    pub fn region(&self) -> SharedRegion<'_> {
+        let bytes = self.pool.bytes_each();
+        self.pool.pages.region().part(self.number as usize * bytes, bytes)
+    }
+
+    /// Copies bytes out. Panics if the range is not inside the buffer.
+    pub fn read(&self, offset: usize, into: &mut [u8]) {
+        self.region().read_bytes(offset, into);
+    }
+
+    /// Copies bytes in. Panics if the range is not inside the buffer.
+    pub fn write(&mut self, offset: usize, from: &[u8]) {
+        self.region().write_bytes(offset, from);
+    }
+}
+
+impl<S: Share> Drop for PoolBuffer<S> {
+    fn drop(&mut self) {
+        self.pool.put(self.number);
+    }
+}
+
+impl<S: Share> Payload<S::Handle> for PoolBuffer<S> {
+    #[inline(always)]
+    fn holds(&self, bytes: u64, _alignment: u32) -> bool {
+        bytes <= self.bytes() as u64
+    }
+
+    #[inline(always)]
+    fn lend(&mut self, _access: Access) -> Result<(), ShareError> {
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn reclaim(&mut self) -> Result<(), StillShared> {
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn fragment(&self, cursor: Cursor) -> Option<Fragment<S::Handle>> {
+        let page = cursor.offset / PAGE_BYTES as u32;
+        if page >= self.pool.pages_each {
+            return None;
+        }
+        let index = (self.number * self.pool.pages_each + page) as usize;
+        let offset = cursor.offset % PAGE_BYTES as u32;
+        let bytes = PAGE_BYTES as u32 - offset;
+        Some(Fragment { handle: self.pool.pages.handle(index), offset, bytes })
+    }
+
+    #[inline(always)]
+    fn advance(&self, cursor: Cursor, bytes: u32) -> Cursor {
+        Cursor { offset: cursor.offset + bytes, ..cursor }
+    }
+}
+
+/// Whole pages of ours that are lent to the peer for the time of one request.
+///
+/// The memory is never shared outside of a request, so it may be borrowed as ordinary bytes.
+pub struct OwnedPages<S: Share> {
+    pages: SharedPages<S>,
+}
+
+impl<S: Share> OwnedPages<S> {
+    /// Allocates zeroed pages for at least `bytes` bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`PagesError::OutOfMemory`].
+    pub fn new(share: S, bytes: usize) -> Result<Self, PagesError> {
+        let count = bytes.div_ceil(PAGE_BYTES).max(1);
+        Ok(Self { pages: SharedPages::private(share, count)? })
+    }
+
+    /// The bytes, unless the peer never let go of them (or still has them).
+    pub fn bytes_mut(&mut self) -> Option<&mut [u8]> {
+        self.pages.private_bytes()
+    }
+}
+
+impl<S: Share> Payload<S::Handle> for OwnedPages<S> {
+    fn holds(&self, bytes: u64, _alignment: u32) -> bool {
+        bytes <= (self.pages.count() * PAGE_BYTES) as u64 && !self.pages.is_quarantined()
+    }
+
+    fn lend(&mut self, access: Access) -> Result<(), ShareError> {
+        self.pages.lend(self.pages.count(), access)
+    }
+
+    fn reclaim(&mut self) -> Result<(), StillShared> {
+        self.pages.reclaim()
+    }
+
+    fn fragment(&self, cursor: Cursor) -> Option<Fragment<S::Handle>> {
+        let page = cursor.offset as usize / PAGE_BYTES;
+        if page >= self.pages.count() {
+            return None;
+        }
+        let offset = cursor.offset % PAGE_BYTES as u32;
+        let bytes = PAGE_BYTES as u32 - offset;
+        Some(Fragment { handle: self.pages.handle(page), offset, bytes })
+    }
+
+    fn advance(&self, cursor: Cursor, bytes: u32) -> Cursor {
+        Cursor { offset: cursor.offset + bytes, ..cursor }
+    }
+}
+
+/// A part of a buffer, as a piece of a scatter-gather list.
+pub struct Piece<S: Share> {
+    /// The buffer.
+    pub buffer: Buffer<S>,
+    /// Where the piece begins in the buffer, in bytes.
+    pub offset: u32,
+    /// How long the piece is, in bytes.
+    pub bytes: u32,
+}
+
+/// The memory of a request to one of our disks.
+#[non_exhaustive]
+pub enum Buffer<S: Share> {
+    /// From a pool of pages that stay shared.
+    Registered(PoolBuffer<S>),
+    /// Lent for the time of the request.
+    Owned(OwnedPages<S>),
+    /// Several pieces after one another.
+    List(Box<[Piece<S>]>),
+}
+
+impl<S: Share> From<PoolBuffer<S>> for Buffer<S> {
+    fn from(buffer: PoolBuffer<S>) -> Self {
+        Self::Registered(buffer)
+    }
+}
+
+impl<S: Share> From<OwnedPages<S>> for Buffer<S> {
+    fn from(pages: OwnedPages<S>) -> Self {
+        Self::Owned(pages)
+    }
+}
+
+impl<S: Share> Payload<S::Handle> for Buffer<S> {
+    #[inline]
+    fn holds(&self, bytes: u64, alignment: u32) -> bool {
+        match self {
+            Self::Registered(buffer) => buffer.holds(bytes, alignment),
+            Self::Owned(pages) => pages.holds(bytes, alignment),
+            Self::List(pieces) => {
+                let mut total = 0;
+                for piece in pieces {
+                    let end = u64::from(piece.offset) + u64::from(piece.bytes);
+                    let aligned = (piece.offset | piece.bytes) & (alignment - 1) == 0;
+                    if !aligned || piece.bytes == 0 || !piece.buffer.holds(end, alignment) {
+                        return false;
+                    }
+                    if matches!(piece.buffer, Self::List(_)) {
+                        return false;
+                    }
+                    total += u64::from(piece.bytes);
+                }
+                bytes <= total
+            }
+        }
+    }
+
+    #[inline]
+    fn lend(&mut self, access: Access) -> Result<(), ShareError> {
+        match self {
+            Self::Registered(_) => Ok(()),
+            Self::Owned(pages) => pages.lend(access),
+            Self::List(pieces) => {
+                for index in 0..pieces.len() {
+                    if let Err(error) = pieces[index].buffer.lend(access) {
+                        for piece in &mut pieces[..index] {
+                            // Noted in the piece itself: it refuses to be used again.
+                            let _ = piece.buffer.reclaim();
+                        }
+                        return Err(error);
+                    }
+                }
+                Ok(())
+            }
+        }
+    }
+
+    #[inline]
+    fn reclaim(&mut self) -> Result<(), StillShared> {
+        match self {
+            Self::Registered(_) => Ok(()),
+            Self::Owned(pages) => pages.reclaim(),
+            Self::List(pieces) => {
+                let mut outcome = Ok(());
+                for piece in pieces {
+                    outcome = outcome.and(piece.buffer.reclaim());
+                }
+                outcome
+            }
+        }
+    }
+
+    #[inline]
+    fn fragment(&self, cursor: Cursor) -> Option<Fragment<S::Handle>> {
+        match self {
+            Self::Registered(buffer) => buffer.fragment(cursor),
+            Self::Owned(pages) => pages.fragment(cursor),
+            Self::List(pieces) => {
+                let piece = pieces.get(cursor.piece as usize)?;
+                let inner = Cursor { piece: 0, offset: piece.offset + cursor.offset };
+                let fragment = piece.buffer.fragment(inner)?;
+                let bytes = fragment.bytes.min(piece.bytes - cursor.offset);
+                Some(Fragment { bytes, ..fragment })
+            }
+        }
+    }
+
+    #[inline]
+    fn advance(&self, cursor: Cursor, bytes: u32) -> Cursor {
+        let offset = cursor.offset + bytes;
+        match self {
+            Self::List(pieces) => match pieces.get(cursor.piece as usize) {
+                Some(piece) if offset >= piece.bytes => {
+                    Cursor { piece: cursor.piece + 1, offset: 0 }
+                }
+                _ => Cursor { offset, ..cursor },
+            },
+            _ => Cursor { offset, ..cursor },
+        }
+    }
+}

@@ -1,0 +1,311 @@
+//! One queue of a disk, for batches and for code that blocks.
+
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use core::task::Waker;
+
+use super::{
+    Completion, ErrorKind, Frontend, IoError, Rejected, Request, SubmitError, Violation, Wire,
+};
+use crate::buffer::{Buffer, Pool};
+use crate::extent::SECTOR_BYTES;
+use crate::memory::Share;
+use crate::table::Tag;
+
+/// The line on which the two ends notify each other: an event channel on Xen, a queue's
+/// notification and interrupt under VirtIO.
+pub trait Line {
+    /// Notifies the peer.
+    fn notify(&self);
+
+    /// Lets the next notification of the peer in. Until this is called, none is delivered after
+    /// the first, so that a peer that notifies without end is heard once a round of work.
+    fn listen(&self);
+
+    /// Sleeps until the peer has notified since the last `wait`, or returns early for no reason.
+    fn wait(&self);
+
+    /// Has `waker` woken when the peer notifies. The last one counts.
+    fn set_waker(&self, waker: &Waker);
+}
+
+/// Why an operation on a whole slice of bytes failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A request was not taken.
+    #[error(transparent)]
+    Submit(#[from] SubmitError),
+    /// A request failed.
+    #[error(transparent)]
+    Io(#[from] IoError),
+    /// The peer broke the protocol: the disk must be closed.
+    #[error(transparent)]
+    Violation(#[from] Violation),
+    /// The length of the bytes is not a multiple of a sector.
+    #[error("the length is not a whole number of sectors")]
+    Length,
+    /// The disk was connected without buffers to bounce through.
+    #[error("the disk has no bounce buffers: connect it with some, or use registered buffers")]
+    NoBuffers,
+}
+
+impl Error {
+    /// What kind of trouble this is.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Submit(error) => error.kind(),
+            Self::Io(error) => error.kind(),
+            Self::Violation(_) => ErrorKind::Closed,
+            Self::Length => ErrorKind::InvalidRequest,
+            Self::NoBuffers => ErrorKind::Unsupported,
+        }
+    }
+}
+
+/// One queue of a disk: an engine, its line, and buffers to bounce through.
+pub struct Queue<W: Wire, S: Share<Handle = W::Handle>, L> {
+    /// The engine.
+    pub frontend: Frontend<W, S, Buffer<S>>,
+    line: L,
+    bounce: Option<Arc<Pool<S>>>,
+    /// Completions of requests that someone will ask for by tag, in the slot of the tag.
+    kept: Box<[Option<Completion<Buffer<S>>>]>,
+    kept_count: usize,
+    batch: usize,
+}
+
+impl<W, S, L> Queue<W, S, L>
+where
+    W: Wire,
+    S: Share<Handle = W::Handle>,
+    L: Line,
+{
+    /// A queue on `frontend`, with a pool to bounce through if slices of bytes are to be used.
+    pub fn new(
+        frontend: Frontend<W, S, Buffer<S>>,
+        line: L,
+        bounce: Option<Arc<Pool<S>>>,
+    ) -> Self {
+        let kept = (0..frontend.capacity()).map(|_| None).collect();
+        Self { frontend, line, bounce, kept, kept_count: 0, batch: 1 }
+    }
+
+    /// Takes answers in batches: with many requests in flight, the peer's notification is asked for
+    /// only after `batch` of them (at least 1, the default). It trades latency for fewer wake-ups.
+    pub fn set_batch(&mut self, batch: usize) {
+        self.batch = batch;
+    }
+
+    /// Replaces the line, when the queue is connected to another peer.
+    pub fn set_line(&mut self, line: L) -> L {
+        core::mem::replace(&mut self.line, line)
+    }
+
+    /// The line.
+    pub fn line(&self) -> &L {
+        &self.line
+    }
+
+    /// The buffers to bounce through.
+    pub fn bounce(&self) -> Option<&Arc<Pool<S>>> {
+        self.bounce.as_ref()
+    }
+
+    /// Takes a request; see [`Frontend::submit`].
+    ///
+    /// # Errors
+    ///
+    /// [`Rejected`], with the buffer.
+    #[inline]
+    pub fn submit(&mut self, request: Request<Buffer<S>>) -> Result<Tag, Rejected<Buffer<S>>> {
+        self.frontend.submit(request)
+    }
+
+    /// Shows all submitted requests to the peer, and notifies it if it asked for that.
+    #[inline]
+    pub fn commit(&mut self) {
+        if self.frontend.commit() {
+            self.line.notify();
+        }
+    }
+
+    /// The next completion that is there already.
+    ///
+    /// # Errors
+    ///
+    /// [`Violation`]; see [`Frontend::next`].
+    #[inline]
+    pub fn poll(&mut self) -> Result<Option<Completion<Buffer<S>>>, Violation> {
+        if self.kept_count > 0 {
+            self.kept_count -= 1;
+            return Ok(self.kept.iter_mut().find_map(Option::take));
+        }
+        self.frontend.next()
+    }
+
+    /// The next completion; sleeps until there is one. `None` if nothing is in flight.
+    ///
+    /// # Errors
+    ///
+    /// [`Violation`]; see [`Frontend::next`].
+    pub fn wait(&mut self) -> Result<Option<Completion<Buffer<S>>>, Violation> {
+        loop {
+            if let Some(completion) = self.poll()? {
+                return Ok(Some(completion));
+            }
+            if self.frontend.pending() == 0 {
+                return Ok(None);
+            }
+            self.sleep()?;
+        }
+    }
+
+    /// Commits, and sleeps unless there are answers.
+    fn sleep(&mut self) -> Result<(), Violation> {
+        self.commit();
+        self.line.listen();
+        if !self.frontend.sleep(self.batch)? {
+            self.line.wait();
+        }
+        Ok(())
+    }
+
+    /// The completion of one request; sleeps until it is there. Others are kept for later.
+    fn wait_for(&mut self, tag: Tag) -> Result<Completion<Buffer<S>>, Error> {
+        loop {
+            if self.kept_count > 0
+                && let Some(slot) = self.kept.get_mut(tag.slot())
+                && slot.as_ref().is_some_and(|completion| completion.tag == tag)
+                && let Some(completion) = slot.take()
+            {
+                self.kept_count -= 1;
+                return Ok(completion);
+            }
+            match self.frontend.next()? {
+                Some(completion) if completion.tag == tag => return Ok(completion),
+                Some(completion) => self.keep(completion),
+                None if !self.frontend.is_pending(tag) => return Err(IoError::Closed.into()),
+                None => self.sleep()?,
+            }
+        }
+    }
+
+    fn keep(&mut self, completion: Completion<Buffer<S>>) {
+        let slot = completion.tag.slot();
+        // A tag's slot is free in the engine, and may have a new tenant, while its completion is
+        // still kept here: at most until the operation that submitted it asks for it.
+        if self.kept[slot].replace(completion).is_none() {
+            self.kept_count += 1;
+        }
+    }
+
+    /// Reads into `bytes` from `sector` on, and sleeps until it is done.
+    ///
+    /// The bytes are copied through registered buffers, several at a time.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`]; the contents of `bytes` are unspecified then.
+    pub fn read(&mut self, sector: u64, bytes: &mut [u8]) -> Result<(), Error> {
+        let total = bytes.len();
+        self.bounce_through(
+            total,
+            |_, _| {},
+            |at, buffer, count| buffer.region().read_bytes(0, &mut bytes[at..at + count]),
+            |at, sectors, buffer| Request::Read { sector: sector + at, sectors, buffer },
+        )
+    }
+
+    /// Writes `bytes` from `sector` on, and sleeps until it is done.
+    ///
+    /// The bytes are copied through registered buffers, several at a time.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`]; what is on the disk in that range is unspecified then.
+    pub fn write(&mut self, sector: u64, bytes: &[u8]) -> Result<(), Error> {
+        self.bounce_through(
+            bytes.len(),
+            |at, buffer| {
+                let count = buffer.bytes().min(bytes.len() - at);
+                buffer.write(0, &bytes[at..at + count]);
+            },
+            |_, _, _| {},
+            |at, sectors, buffer| Request::Write { sector: sector + at, sectors, buffer },
+        )
+    }
+
+    /// Makes every completed write durable, and sleeps until it is done.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`].
+    pub fn flush(&mut self) -> Result<(), Error> {
+        self.perform(Request::Flush)
+    }
+
+    /// Discards a range, and sleeps until it is done.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`].
+    pub fn discard(&mut self, sector: u64, sectors: u64) -> Result<(), Error> {
+        self.perform(Request::Discard { sector, sectors })
+    }
+
+    fn perform(&mut self, request: Request<Buffer<S>>) -> Result<(), Error> {
+        let tag = self.submit(request).map_err(|rejected| rejected.error)?;
+        Ok(self.wait_for(tag)?.result?)
+    }
+
+    /// Cuts a transfer of `total` bytes into windows of one bounce buffer each and keeps as many in
+    /// flight as there are buffers.
+    fn bounce_through(
+        &mut self,
+        total: usize,
+        mut fill: impl FnMut(usize, &mut crate::buffer::PoolBuffer<S>),
+        mut drain: impl FnMut(usize, &crate::buffer::PoolBuffer<S>, usize),
+        request: impl Fn(u64, u32, Buffer<S>) -> Request<Buffer<S>>,
+    ) -> Result<(), Error> {
+        const WINDOWS: usize = 16;
+        if !total.is_multiple_of(SECTOR_BYTES as usize) {
+            return Err(Error::Length);
+        }
+        let pool = self.bounce.clone().ok_or(Error::NoBuffers)?;
+        let mut windows = heapless::Deque::<(Tag, usize, usize), WINDOWS>::new();
+        let (mut at, mut outcome) = (0, Ok(()));
+        loop {
+            while outcome.is_ok() && at < total && !windows.is_full() {
+                let Some(mut buffer) = pool.take() else { break };
+                let count = buffer.bytes().min(total - at);
+                fill(at, &mut buffer);
+                let sectors = (count / SECTOR_BYTES as usize) as u32;
+                let first = (at / SECTOR_BYTES as usize) as u64;
+                match self.submit(request(first, sectors, buffer.into())) {
+                    Ok(tag) => {
+                        // There is room: the loop's condition says so.
+                        let _ = windows.push_back((tag, at, count));
+                        at += count;
+                    }
+                    Err(rejected) if rejected.error == SubmitError::Full && !windows.is_empty() => {
+                        break;
+                    }
+                    Err(rejected) => outcome = Err(rejected.error.into()),
+                }
+            }
+            let Some((tag, start, count)) = windows.pop_front() else {
+                return match outcome {
+                    Ok(()) if at < total => Err(Error::NoBuffers),
+                    outcome => outcome,
+                };
+            };
+            let completion = self.wait_for(tag)?;
+            match (completion.result, completion.buffer) {
+                (Ok(()), Some(Buffer::Registered(buffer))) => drain(start, &buffer, count),
+                (Ok(()), _) => {}
+                (Err(error), _) => outcome = outcome.and(Err(error.into())),
+            }
+        }
+    }
+}

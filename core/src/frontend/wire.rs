@@ -1,0 +1,126 @@
+//! What a frontend engine needs from a wire.
+
+use super::Violation;
+use crate::indirect::{TableEntry, TableRef};
+use crate::memory::Handle;
+use crate::plan::Segment;
+
+/// What a request does, as far as a wire is concerned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Code {
+    /// Transfer from the disk.
+    Read,
+    /// Transfer to the disk.
+    Write,
+    /// Make every completed write durable.
+    Flush,
+    /// An empty write before which all earlier requests, and after which all later ones, happen.
+    Barrier,
+    /// Give up the contents of a range.
+    Discard,
+    /// Give up the contents of a range and erase every copy.
+    SecureDiscard,
+}
+
+/// The head of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Command {
+    /// What to do.
+    pub code: Code,
+    /// The first sector (of 512 bytes); 0 for a flush or a barrier.
+    pub sector: u64,
+    /// How many sectors (of 512 bytes); 0 for a flush or a barrier.
+    pub sectors: u64,
+}
+
+/// The memory of a request.
+#[derive(Debug)]
+pub enum Memory<'a, H> {
+    /// Segments that go into the request itself; none for a command without data.
+    Direct(&'a [Segment<H>]),
+    /// Segments that were already written to tables: `segments` of them, each table full but the
+    /// last. The wire may still fill in the entries that it reserved.
+    Indirect {
+        /// How many segments there are.
+        segments: usize,
+        /// The tables, in order.
+        tables: &'a [TableRef<'a, H>],
+    },
+}
+
+/// Which room a request takes on the wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    /// A request with that many segments of its own.
+    Direct(usize),
+    /// A request that names tables.
+    Indirect,
+}
+
+/// How the peer answered a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// It was done.
+    Done,
+    /// It failed.
+    Failed,
+    /// The peer does not do such requests.
+    NotSupported,
+}
+
+/// An answer, copied out of shared memory. All of it is the peer's allegation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// Which request it is for, as the wire got it in [`Wire::stage`].
+    pub id: u64,
+    /// What kind of request the peer says it was, where the wire has that.
+    pub operation: Option<u8>,
+    /// The outcome.
+    pub status: Status,
+}
+
+/// The frontend's half of a wire: an encoding of requests and answers, and a ring of them.
+///
+/// The engine calls [`stage`](Self::stage) any number of times, [`commit`](Self::commit) once, then
+/// [`take`](Self::take) until there is nothing more, and [`sleep`](Self::sleep) before it waits.
+pub trait Wire {
+    /// The peer's name for a page.
+    type Handle: Handle;
+    /// An entry of an indirect table.
+    type Entry: TableEntry;
+
+    /// Entries at the beginning of the first table that the wire fills in by itself.
+    const RESERVED_HEAD: usize;
+    /// Entries after the last segment that the wire fills in by itself.
+    const RESERVED_TAIL: usize;
+
+    /// Encodes the entry at `position` of a table chain.
+    fn entry(segment: Segment<Self::Handle>, position: usize, code: Code) -> Self::Entry;
+
+    /// Whether [`stage`](Self::stage) would find room for one more request of this shape.
+    fn has_room(&self, shape: Shape) -> bool;
+
+    /// Writes a request where the peer does not look yet. There must be room.
+    fn stage(&mut self, id: u64, command: &Command, memory: Memory<'_, Self::Handle>);
+
+    /// Shows all staged requests to the peer. `true` if the peer asked to be notified of them.
+    fn commit(&mut self) -> bool;
+
+    /// Takes the next answer, if there is one.
+    ///
+    /// # Errors
+    ///
+    /// [`Violation`] if the ring says what it cannot say.
+    fn take(&mut self) -> Result<Option<Answer>, Violation>;
+
+    /// Whether a peer may name a request of `code` (with tables or not) by `operation`.
+    fn echoes(operation: u8, code: Code, indirect: bool) -> bool;
+
+    /// Asks to be notified after `batch` further answers, and looks once more: `true` if there are
+    /// answers now, so that there is no reason to sleep.
+    ///
+    /// # Errors
+    ///
+    /// [`Violation`], as for [`take`](Self::take).
+    fn sleep(&mut self, batch: usize) -> Result<bool, Violation>;
+}

@@ -1,0 +1,184 @@
+//! A window of shared memory that can only be copied to and from.
+
+use core::marker::PhantomData;
+use core::ptr::NonNull;
+use core::sync::atomic::{AtomicU32, Ordering};
+
+/// A window of memory that a peer may read or write at any moment.
+///
+/// There is no way to borrow from it: a value is copied out once and then looked at, or made
+/// elsewhere and then copied in (Xen advisory 155). All accesses are volatile or atomic, so that
+/// the compiler neither repeats nor invents one. Offsets are in bytes. An access outside the window
+/// panics: offsets come from our own arithmetic, never from the peer.
+#[derive(Clone, Copy, Debug)]
+pub struct SharedRegion<'a> {
+    base: NonNull<u8>,
+    bytes: usize,
+    lifetime: PhantomData<&'a ()>,
+}
+
+// SAFETY: a region is a pointer to memory that is meant for concurrent access by another party, and
+// every access is volatile or atomic; which thread makes it does not matter.
+unsafe impl Send for SharedRegion<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for SharedRegion<'_> {}
+
+/// A machine word in which shared memory is copied: `u32` or `u64`.
+pub trait Word: Copy + sealed::Sealed {}
+impl Word for u32 {}
+impl Word for u64 {}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for u32 {}
+    impl Sealed for u64 {}
+}
+
+impl SharedRegion<'_> {
+    /// Makes a window of `bytes` bytes at `base`.
+    ///
+    /// # Safety
+    ///
+    /// For the lifetime of the region the memory is valid for reads and writes, and no Rust
+    /// reference to any part of it exists. `base` is aligned to 8 bytes (or this panics).
+    pub unsafe fn new(base: NonNull<u8>, bytes: usize) -> Self {
+        assert!(base.as_ptr() as usize % 8 == 0, "a shared region starts at a multiple of 8 bytes");
+        Self { base, bytes, lifetime: PhantomData }
+    }
+
+    /// The size of the window in bytes.
+    pub fn len(&self) -> usize {
+        self.bytes
+    }
+
+    /// Whether the window has no bytes at all.
+    pub fn is_empty(&self) -> bool {
+        self.bytes == 0
+    }
+
+    /// Where the window starts in this address space.
+    pub fn base(&self) -> NonNull<u8> {
+        self.base
+    }
+
+    /// The part of the window from `offset`, `bytes` long. `offset` is a multiple of 8.
+    pub fn part(&self, offset: usize, bytes: usize) -> Self {
+        let base = self.at(offset, bytes, 8);
+        Self { base, bytes, lifetime: PhantomData }
+    }
+
+    #[inline(always)]
+    fn at(&self, offset: usize, bytes: usize, alignment: usize) -> NonNull<u8> {
+        assert!(offset <= self.bytes && bytes <= self.bytes - offset, "outside the shared region");
+        assert!(offset.is_multiple_of(alignment), "misaligned access to a shared region");
+        // SAFETY: the assertion above keeps the result inside the window (or one past its end).
+        unsafe { self.base.add(offset) }
+    }
+
+    /// Copies `N` words out. `offset` is a multiple of the word's size.
+    #[inline(always)]
+    pub fn read<T: Word, const N: usize>(&self, offset: usize) -> [T; N] {
+        let base = self.at(offset, N * size_of::<T>(), size_of::<T>()).cast::<T>();
+        // SAFETY: `at` checked the bounds and the alignment of all `N` words.
+        core::array::from_fn(|i| unsafe { base.add(i).read_volatile() })
+    }
+
+    /// Copies words in. `offset` is a multiple of the word's size.
+    #[inline(always)]
+    pub fn write<T: Word>(&self, offset: usize, words: &[T]) {
+        let base = self.at(offset, size_of_val(words), size_of::<T>()).cast::<T>();
+        for (i, word) in words.iter().enumerate() {
+            // SAFETY: `at` checked the bounds and the alignment of all the words.
+            unsafe { base.add(i).write_volatile(*word) };
+        }
+    }
+
+    /// Copies bytes out, from any offset.
+    pub fn read_bytes(&self, offset: usize, into: &mut [u8]) {
+        let base = self.at(offset, into.len(), 1).as_ptr();
+        let (mut done, words) = head_and_words(base as usize, into.len());
+        // SAFETY (all reads below): `at` checked that `into.len()` bytes from `base` are inside;
+        // word reads happen only where `head_and_words` says that the address is aligned.
+        for (i, byte) in into[..done].iter_mut().enumerate() {
+            *byte = unsafe { base.add(i).read_volatile() };
+        }
+        for chunk in into[done..done + words * 8].chunks_exact_mut(8) {
+            // SAFETY: see above.
+            let word = unsafe { base.add(done).cast::<u64>().read_volatile() };
+            chunk.copy_from_slice(&word.to_ne_bytes());
+            done += 8;
+        }
+        for (i, byte) in into.iter_mut().enumerate().skip(done) {
+            // SAFETY: see above.
+            *byte = unsafe { base.add(i).read_volatile() };
+        }
+    }
+
+    /// Copies bytes in, to any offset.
+    pub fn write_bytes(&self, offset: usize, from: &[u8]) {
+        let base = self.at(offset, from.len(), 1).as_ptr();
+        let (mut done, words) = head_and_words(base as usize, from.len());
+        for (i, byte) in from[..done].iter().enumerate() {
+            // SAFETY: `at` checked that `from.len()` bytes from `base` are inside.
+            unsafe { base.add(i).write_volatile(*byte) };
+        }
+        for chunk in from[done..done + words * 8].chunks_exact(8) {
+            let word = u64::from_ne_bytes(chunk.try_into().expect("chunks of 8 bytes"));
+            // SAFETY: as above, and `head_and_words` says that the address is aligned.
+            unsafe { base.add(done).cast::<u64>().write_volatile(word) };
+            done += 8;
+        }
+        for (i, byte) in from.iter().enumerate().skip(done) {
+            // SAFETY: as above.
+            unsafe { base.add(i).write_volatile(*byte) };
+        }
+    }
+
+    /// The bytes in place.
+    ///
+    /// # Safety
+    ///
+    /// While the slice lives, nobody else accesses the memory: not this side, through another copy
+    /// of the region, and not the peer, which must be trusted to keep its hands off outside of a
+    /// request. A peer that does not changes what Rust believes to be constant.
+    pub unsafe fn as_mut_slice<'b>(self) -> &'b mut [u8]
+    where
+        Self: 'b,
+    {
+        // SAFETY: `new` vouched for the memory, the caller vouches for everybody else.
+        unsafe { core::slice::from_raw_parts_mut(self.base.as_ptr(), self.bytes) }
+    }
+
+    /// Sets every byte of the window to zero.
+    pub fn clear(&self) {
+        const ZEROES: [u8; 256] = [0; 256];
+        let mut offset = 0;
+        while offset < self.bytes {
+            let count = ZEROES.len().min(self.bytes - offset);
+            self.write_bytes(offset, &ZEROES[..count]);
+            offset += count;
+        }
+    }
+
+    /// Loads an aligned `u32` atomically.
+    #[inline(always)]
+    pub fn load_u32(&self, offset: usize, order: Ordering) -> u32 {
+        let at = self.at(offset, 4, 4).cast::<AtomicU32>();
+        // SAFETY: in bounds, aligned, and only ever accessed through atomics and volatiles.
+        unsafe { at.as_ref() }.load(order)
+    }
+
+    /// Stores an aligned `u32` atomically.
+    #[inline(always)]
+    pub fn store_u32(&self, offset: usize, value: u32, order: Ordering) {
+        let at = self.at(offset, 4, 4).cast::<AtomicU32>();
+        // SAFETY: in bounds, aligned, and only ever accessed through atomics and volatiles.
+        unsafe { at.as_ref() }.store(value, order);
+    }
+}
+
+/// How many single bytes come before the first aligned word, and how many words follow.
+fn head_and_words(address: usize, bytes: usize) -> (usize, usize) {
+    let head = (address.wrapping_neg() % 8).min(bytes);
+    (head, (bytes - head) / 8)
+}
