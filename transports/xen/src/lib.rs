@@ -1,4 +1,11 @@
 //! The Xen blkif wire: slot codecs, rings, grants, event channels, XenStore client, XenBus states
 #![no_std]
 
+extern crate alloc;
+
+pub mod abi;
+pub mod grants;
 pub mod platform;
+pub mod store;
+pub mod wire;
+pub mod xenbus;

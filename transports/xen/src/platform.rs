@@ -156,3 +156,19 @@ pub trait Clock {
 pub trait Platform: Grants + EventChannels + StoreTransport + Clock {}
 
 impl<T: Grants + EventChannels + StoreTransport + Clock> Platform for T {}
+
+// SAFETY: forwards to the grant table it points to.
+unsafe impl<T: Grants + ?Sized> Grants for &T {
+    fn grant(
+        &self,
+        peer: DomainId,
+        page: NonNull<u8>,
+        access: Access,
+    ) -> Result<GrantRef, GrantError> {
+        (**self).grant(peer, page, access)
+    }
+
+    fn try_end(&self, reference: GrantRef) -> Result<(), StillMapped> {
+        (**self).try_end(reference)
+    }
+}

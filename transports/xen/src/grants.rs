@@ -1,0 +1,90 @@
+//! Sharing pages by grants, within a budget.
+
+use alloc::sync::Arc;
+use core::ptr::NonNull;
+use core::sync::atomic::{AtomicU32, Ordering};
+
+use pvblk::memory::{Access, Handle, PageAllocator, Share, ShareError, StillShared};
+
+use crate::platform::{DomainId, GrantError, GrantRef, Grants};
+
+impl Handle for GrantRef {
+    #[inline(always)]
+    fn to_bits(self) -> u64 {
+        u64::from(self.0)
+    }
+
+    #[inline(always)]
+    fn from_bits(bits: u64) -> Self {
+        Self(bits as u32)
+    }
+}
+
+/// Grants pages of this domain to one other domain, at most so many at a time.
+///
+/// A grant table is small (32,768 entries as shipped) and is shared by all devices of a domain. The
+/// budget belongs to one disk: clones share it.
+pub struct GrantTo<P> {
+    platform: P,
+    peer: DomainId,
+    left: Arc<AtomicU32>,
+}
+
+impl<P: Clone> Clone for GrantTo<P> {
+    fn clone(&self) -> Self {
+        Self { platform: self.platform.clone(), peer: self.peer, left: self.left.clone() }
+    }
+}
+
+impl<P: Grants> GrantTo<P> {
+    /// Grants to `peer`, at most `budget` pages at a time.
+    pub fn new(platform: P, peer: DomainId, budget: u32) -> Self {
+        Self { platform, peer, left: Arc::new(AtomicU32::new(budget)) }
+    }
+
+    /// The other domain.
+    pub fn peer(&self) -> DomainId {
+        self.peer
+    }
+
+    /// How many pages of the budget are not granted now.
+    pub fn left(&self) -> u32 {
+        self.left.load(Ordering::Relaxed)
+    }
+}
+
+// SAFETY: forwards to the platform's allocator.
+unsafe impl<P: Grants> PageAllocator for GrantTo<P> {
+    fn allocate_pages(&self, count: usize) -> Option<NonNull<u8>> {
+        self.platform.allocate_pages(count)
+    }
+
+    unsafe fn release_pages(&self, base: NonNull<u8>, count: usize) {
+        // SAFETY: the caller keeps the same contract.
+        unsafe { self.platform.release_pages(base, count) }
+    }
+}
+
+// SAFETY: `unshare` says `Ok` only if `try_end` did, which revokes in one step.
+unsafe impl<P: Grants> Share for GrantTo<P> {
+    type Handle = GrantRef;
+
+    fn share(&self, page: NonNull<u8>, access: Access) -> Result<GrantRef, ShareError> {
+        self.left
+            .try_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1))
+            .map_err(|_| ShareError::Exhausted)?;
+        self.platform.grant(self.peer, page, access).map_err(|error| {
+            self.left.fetch_add(1, Ordering::Relaxed);
+            match error {
+                GrantError::TableFull => ShareError::Exhausted,
+                GrantError::BadPage => ShareError::BadPage,
+            }
+        })
+    }
+
+    fn unshare(&self, handle: GrantRef) -> Result<(), StillShared> {
+        self.platform.try_end(handle).map_err(|_| StillShared)?;
+        self.left.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+}

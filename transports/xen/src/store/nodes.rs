@@ -1,0 +1,159 @@
+//! What can be done to nodes, in a transaction and outside.
+
+use alloc::format;
+use alloc::string::String;
+use alloc::vec::Vec;
+
+use super::error::{Error, StoreErrno, Violation};
+use super::wire::{self, Operation};
+
+/// Asks for one thing about one node. What implements this, gets [`Nodes`].
+pub trait Exchange {
+    /// Sends the path and what follows it, and gives back the reply's payload.
+    fn exchange(&self, operation: Operation, path: &str, value: &[u8]) -> Result<Vec<u8>, Error>;
+}
+
+/// Reads and writes nodes: a [`Store`](super::Store) node by node, a
+/// [`Transaction`](super::Transaction) all at once.
+///
+/// The trait cannot be implemented outside this crate.
+///
+/// # Errors
+///
+/// Every function may fail with [`Error::BadPath`], [`Error::TooLong`], [`Error::Refused`] (above
+/// all: no permission), [`Error::TimedOut`], [`Error::Busy`], or because of the connection
+/// ([`Error::Broken`], [`Error::Protocol`]). What each adds to that is said there.
+pub trait Nodes: Exchange {
+    /// Reads a node's value as it is. `None` if there is no such node.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Nodes`].
+    fn read_bytes(&self, path: &str) -> Result<Option<Vec<u8>>, Error> {
+        present(self.exchange(Operation::Read, path, &[]))
+    }
+
+    /// Reads a node's value, which must be there.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] with [`StoreErrno::NotFound`] if there is no such node,
+    /// [`Error::BadValue`] if the value is not UTF-8, and those of [`Nodes`].
+    fn read(&self, path: &str) -> Result<String, Error> {
+        self.read_optional(path)?
+            .ok_or_else(|| Error::Refused { path: path.into(), errno: StoreErrno::NotFound })
+    }
+
+    /// Reads a node's value. `None` if there is no such node.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::BadValue`] if the value is not UTF-8, and those of [`Nodes`].
+    fn read_optional(&self, path: &str) -> Result<Option<String>, Error> {
+        let Some(bytes) = self.read_bytes(path)? else { return Ok(None) };
+        let bad_value = |_| Error::BadValue { path: path.into(), expected: "UTF-8 text" };
+        String::from_utf8(bytes).map(Some).map_err(bad_value)
+    }
+
+    /// Reads a decimal number. `None` if there is no such node, so that the caller takes its
+    /// default.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::BadValue`] if the value is anything but decimal digits, or more than 32 bits hold;
+    /// those of [`Nodes`].
+    fn read_u32(&self, path: &str) -> Result<Option<u32>, Error> {
+        let Some(bytes) = self.read_bytes(path)? else { return Ok(None) };
+        let expected = "an unsigned decimal number of at most 32 bits";
+        wire::decimal_u32(&bytes)
+            .map(Some)
+            .ok_or_else(|| Error::BadValue { path: path.into(), expected })
+    }
+
+    /// Reads a decimal number. `None` if there is no such node, so that the caller takes its
+    /// default.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::BadValue`] if the value is anything but decimal digits, or more than 64 bits hold;
+    /// those of [`Nodes`].
+    fn read_u64(&self, path: &str) -> Result<Option<u64>, Error> {
+        let Some(bytes) = self.read_bytes(path)? else { return Ok(None) };
+        let expected = "an unsigned decimal number of at most 64 bits";
+        wire::decimal(&bytes)
+            .map(Some)
+            .ok_or_else(|| Error::BadValue { path: path.into(), expected })
+    }
+
+    /// Writes a node's value. Makes the node, and those above it, if they are not there.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Nodes`].
+    fn write(&self, path: &str, value: &str) -> Result<(), Error> {
+        self.exchange(Operation::Write, path, value.as_bytes()).map(drop)
+    }
+
+    /// Writes a number in decimal digits, otherwise as [`write`](Self::write).
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Nodes`].
+    fn write_number(&self, path: &str, number: u64) -> Result<(), Error> {
+        self.write(path, &format!("{number}"))
+    }
+
+    /// The names of the nodes directly below a node, in no particular order.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] with [`StoreErrno::NotFound`] if there is no such node or with
+    /// [`StoreErrno::TooBig`] if the names are longer than a message together; those of [`Nodes`].
+    fn directory(&self, path: &str) -> Result<Vec<String>, Error> {
+        let names = self.exchange(Operation::Directory, path, &[])?;
+        names
+            .split(|&byte| byte == 0)
+            .filter(|name| !name.is_empty())
+            .map(|name| String::from_utf8(name.into()))
+            .collect::<Result<_, _>>()
+            .map_err(|_| Violation::MalformedReply.into())
+    }
+
+    /// Makes a node, and those above it, with empty values. Leaves it as it is if it is there.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Nodes`].
+    fn mkdir(&self, path: &str) -> Result<(), Error> {
+        self.exchange(Operation::Mkdir, path, &[]).map(drop)
+    }
+
+    /// Removes a node and all below it. `false` if there was none, nor one above it.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Nodes`].
+    fn remove(&self, path: &str) -> Result<bool, Error> {
+        Ok(present(self.exchange(Operation::Remove, path, &[]))?.is_some())
+    }
+
+    /// Whether there is such a node.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Nodes`].
+    fn exists(&self, path: &str) -> Result<bool, Error> {
+        Ok(self.read_bytes(path)?.is_some())
+    }
+}
+
+impl<E: Exchange + ?Sized> Nodes for E {}
+
+/// A node that is not there is no error.
+fn present(reply: Result<Vec<u8>, Error>) -> Result<Option<Vec<u8>>, Error> {
+    match reply {
+        Ok(payload) => Ok(Some(payload)),
+        Err(error) if error.errno() == Some(StoreErrno::NotFound) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
