@@ -118,6 +118,11 @@ impl<T> Table<T> {
         Some(value)
     }
 
+    /// Does something to every value.
+    pub fn for_each(&mut self, work: impl FnMut(&mut T)) {
+        self.slots.iter_mut().filter_map(|slot| slot.value.as_mut()).for_each(work);
+    }
+
     /// The tags of all values, in the order of their slots.
     pub fn tags(&self) -> impl Iterator<Item = Tag> + '_ {
         self.slots.iter().enumerate().filter(|(_, slot)| slot.value.is_some()).map(|(i, slot)| {

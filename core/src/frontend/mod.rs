@@ -22,6 +22,8 @@ use crate::memory::{Access, Share};
 use crate::plan::{DIRECT_SEGMENTS_MAX, Limits, Segment, Segments, TABLES_MAX};
 use crate::table::{Table, Tag};
 
+#[cfg(feature = "async")]
+pub mod asynchronous;
 pub mod queue;
 mod request;
 mod wire;

@@ -1,7 +1,7 @@
 //! One queue of a disk, for batches and for code that blocks.
 
-use alloc::boxed::Box;
 use alloc::sync::Arc;
+use alloc::vec::Vec;
 use core::task::Waker;
 
 use super::{
@@ -69,9 +69,8 @@ pub struct Queue<W: Wire, S: Share<Handle = W::Handle>, L> {
     pub frontend: Frontend<W, S, Buffer<S>>,
     line: L,
     bounce: Option<Arc<Pool<S>>>,
-    /// Completions of requests that someone will ask for by tag, in the slot of the tag.
-    kept: Box<[Option<Completion<Buffer<S>>>]>,
-    kept_count: usize,
+    /// Completions that came while another one was waited for.
+    kept: Vec<Completion<Buffer<S>>>,
     batch: usize,
 }
 
@@ -87,8 +86,8 @@ where
         line: L,
         bounce: Option<Arc<Pool<S>>>,
     ) -> Self {
-        let kept = (0..frontend.capacity()).map(|_| None).collect();
-        Self { frontend, line, bounce, kept, kept_count: 0, batch: 1 }
+        let kept = Vec::with_capacity(frontend.capacity());
+        Self { frontend, line, bounce, kept, batch: 1 }
     }
 
     /// Takes answers in batches: with many requests in flight, the peer's notification is asked for
@@ -119,6 +118,12 @@ where
     /// [`Rejected`], with the buffer.
     #[inline]
     pub fn submit(&mut self, request: Request<Buffer<S>>) -> Result<Tag, Rejected<Buffer<S>>> {
+        // Kept completions count as in flight, so that there is always room to keep one more.
+        if !self.kept.is_empty()
+            && self.kept.len() + self.frontend.pending() >= self.frontend.capacity()
+        {
+            return Err(Rejected { error: SubmitError::Full, buffer: request.into_buffer() });
+        }
         self.frontend.submit(request)
     }
 
@@ -137,11 +142,10 @@ where
     /// [`Violation`]; see [`Frontend::next`].
     #[inline]
     pub fn poll(&mut self) -> Result<Option<Completion<Buffer<S>>>, Violation> {
-        if self.kept_count > 0 {
-            self.kept_count -= 1;
-            return Ok(self.kept.iter_mut().find_map(Option::take));
+        match self.kept.pop() {
+            None => self.frontend.next(),
+            kept => Ok(kept),
         }
-        self.frontend.next()
     }
 
     /// The next completion; sleeps until there is one. `None` if nothing is in flight.
@@ -161,11 +165,20 @@ where
         }
     }
 
+    /// [`Frontend::sleep`] with the batch that was set.
+    ///
+    /// # Errors
+    ///
+    /// [`Violation`].
+    pub fn sleep_batched(&mut self) -> Result<bool, Violation> {
+        self.frontend.sleep(self.batch)
+    }
+
     /// Commits, and sleeps unless there are answers.
     fn sleep(&mut self) -> Result<(), Violation> {
         self.commit();
         self.line.listen();
-        if !self.frontend.sleep(self.batch)? {
+        if !self.sleep_batched()? {
             self.line.wait();
         }
         Ok(())
@@ -174,29 +187,15 @@ where
     /// The completion of one request; sleeps until it is there. Others are kept for later.
     fn wait_for(&mut self, tag: Tag) -> Result<Completion<Buffer<S>>, Error> {
         loop {
-            if self.kept_count > 0
-                && let Some(slot) = self.kept.get_mut(tag.slot())
-                && slot.as_ref().is_some_and(|completion| completion.tag == tag)
-                && let Some(completion) = slot.take()
-            {
-                self.kept_count -= 1;
-                return Ok(completion);
+            if let Some(index) = self.kept.iter().position(|kept| kept.tag == tag) {
+                return Ok(self.kept.swap_remove(index));
             }
             match self.frontend.next()? {
                 Some(completion) if completion.tag == tag => return Ok(completion),
-                Some(completion) => self.keep(completion),
+                Some(completion) => self.kept.push(completion),
                 None if !self.frontend.is_pending(tag) => return Err(IoError::Closed.into()),
                 None => self.sleep()?,
             }
-        }
-    }
-
-    fn keep(&mut self, completion: Completion<Buffer<S>>) {
-        let slot = completion.tag.slot();
-        // A tag's slot is free in the engine, and may have a new tenant, while its completion is
-        // still kept here: at most until the operation that submitted it asks for it.
-        if self.kept[slot].replace(completion).is_none() {
-            self.kept_count += 1;
         }
     }
 

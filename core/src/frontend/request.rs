@@ -48,6 +48,16 @@ pub enum Request<P> {
     },
 }
 
+impl<P> Request<P> {
+    /// The request's buffer, if it has one.
+    pub fn into_buffer(self) -> Option<P> {
+        match self {
+            Self::Read { buffer, .. } | Self::Write { buffer, .. } => Some(buffer),
+            Self::Flush | Self::Discard { .. } | Self::SecureDiscard { .. } => None,
+        }
+    }
+}
+
 /// A request that was not taken, with its buffer.
 #[derive(Debug)]
 pub struct Rejected<P> {
