@@ -45,12 +45,15 @@ pub trait Payload<H> {
     /// (a power of two, at most a page).
     fn holds(&self, bytes: u64, alignment: u32) -> bool;
 
-    /// Lends the memory to the peer, if it is not shared all the time.
+    /// Lends the first `bytes` bytes to the peer, if they are not shared all the time.
+    ///
+    /// Only whole pages can be lent. If the peer is not [trusted](Share::is_trusted), everything
+    /// else in these pages is cleared first, and so is what a read will overwrite.
     ///
     /// # Errors
     ///
     /// [`ShareError`]; nothing stays lent then.
-    fn lend(&mut self, access: Access) -> Result<(), ShareError>;
+    fn lend(&mut self, bytes: u64, access: Access) -> Result<(), ShareError>;
 
     /// Takes the memory back after the last answer, if it is not shared all the time.
     ///
@@ -192,7 +195,7 @@ impl<S: Share> Payload<S::Handle> for PoolBuffer<S> {
     }
 
     #[inline(always)]
-    fn lend(&mut self, _access: Access) -> Result<(), ShareError> {
+    fn lend(&mut self, _bytes: u64, _access: Access) -> Result<(), ShareError> {
         Ok(())
     }
 
@@ -241,6 +244,21 @@ impl<S: Share> OwnedPages<S> {
     pub fn bytes_mut(&mut self) -> Option<&mut [u8]> {
         self.pages.private_bytes()
     }
+
+    /// Lends the pages up to `end`, of which the peer is meant to see the bytes from `start` on.
+    fn lend_range(&mut self, start: usize, end: usize, access: Access) -> Result<(), ShareError> {
+        let count = end.div_ceil(PAGE_BYTES);
+        if !self.pages.is_trusted()
+            && let Some(bytes) = self.pages.private_bytes()
+        {
+            bytes[..start].fill(0);
+            bytes[end..count * PAGE_BYTES].fill(0);
+            if access == Access::ReadWrite {
+                bytes[start..end].fill(0);
+            }
+        }
+        self.pages.lend(count, access)
+    }
 }
 
 impl<S: Share> Payload<S::Handle> for OwnedPages<S> {
@@ -248,8 +266,8 @@ impl<S: Share> Payload<S::Handle> for OwnedPages<S> {
         bytes <= (self.pages.count() * PAGE_BYTES) as u64 && !self.pages.is_quarantined()
     }
 
-    fn lend(&mut self, access: Access) -> Result<(), ShareError> {
-        self.pages.lend(self.pages.count(), access)
+    fn lend(&mut self, bytes: u64, access: Access) -> Result<(), ShareError> {
+        self.lend_range(0, bytes as usize, access)
     }
 
     fn reclaim(&mut self) -> Result<(), StillShared> {
@@ -329,13 +347,22 @@ impl<S: Share> Payload<S::Handle> for Buffer<S> {
     }
 
     #[inline]
-    fn lend(&mut self, access: Access) -> Result<(), ShareError> {
+    fn lend(&mut self, bytes: u64, access: Access) -> Result<(), ShareError> {
         match self {
             Self::Registered(_) => Ok(()),
-            Self::Owned(pages) => pages.lend(access),
+            Self::Owned(pages) => pages.lend(bytes, access),
             Self::List(pieces) => {
                 for index in 0..pieces.len() {
-                    if let Err(error) = pieces[index].buffer.lend(access) {
+                    let piece = &mut pieces[index];
+                    let (start, end) = (piece.offset, piece.offset + piece.bytes);
+                    let lent = match &mut piece.buffer {
+                        Self::Owned(pages) => {
+                            pages.lend_range(start as usize, end as usize, access)
+                        }
+                        // `holds` admits no lists inside of lists.
+                        Self::Registered(_) | Self::List(_) => Ok(()),
+                    };
+                    if let Err(error) = lent {
                         for piece in &mut pieces[..index] {
                             // Noted in the piece itself: it refuses to be used again.
                             let _ = piece.buffer.reclaim();

@@ -302,7 +302,7 @@ where
                 {
                     return Err(SubmitError::Buffer);
                 }
-                buffer.lend(access)?;
+                buffer.lend(job.left, access)?;
                 Ok(true)
             }
             Code::Flush | Code::Barrier => {

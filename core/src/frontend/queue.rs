@@ -23,7 +23,8 @@ pub trait Line {
     fn listen(&self);
 
     /// Sleeps until the peer has notified since the last `wait`, or returns early for no reason.
-    fn wait(&self);
+    /// `false` if the peer is known to be gone, so that waiting makes no sense.
+    fn wait(&self) -> bool;
 
     /// Has `waker` woken when the peer notifies. The last one counts.
     fn set_waker(&self, waker: &Waker);
@@ -96,9 +97,15 @@ where
         self.batch = batch;
     }
 
-    /// Replaces the line, when the queue is connected to another peer.
-    pub fn set_line(&mut self, line: L) -> L {
-        core::mem::replace(&mut self.line, line)
+    /// Replaces the line by one of another type.
+    pub fn map_line<M: Line>(self, map: impl FnOnce(L) -> M) -> Queue<W, S, M> {
+        let Self { frontend, line, bounce, kept, batch } = self;
+        Queue { frontend, line: map(line), bounce, kept, batch }
+    }
+
+    /// The line, to connect it to another peer.
+    pub fn line_mut(&mut self) -> &mut L {
+        &mut self.line
     }
 
     /// The line.
@@ -179,7 +186,7 @@ where
         self.commit();
         self.line.listen();
         if !self.sleep_batched()? {
-            self.line.wait();
+            return if self.line.wait() { Ok(()) } else { Err(Violation::HungUp) };
         }
         Ok(())
     }

@@ -175,6 +175,9 @@ pub enum Violation {
     /// The peer holds on to memory that it had to give back.
     #[error("the peer holds on to memory that it had to give back")]
     HeldMemory,
+    /// The peer went away while it was waited for. It may come back: nothing is lost yet.
+    #[error("the peer is gone")]
+    HungUp,
 }
 
 impl From<Overrun> for Violation {

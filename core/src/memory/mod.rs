@@ -111,6 +111,12 @@ pub unsafe trait Share: PageAllocator {
     ///
     /// [`StillShared`] if the peer still uses the page. The caller must then leak the page.
     fn unshare(&self, handle: Self::Handle) -> Result<(), StillShared>;
+
+    /// Whether the peer may see what happens to be in a page beside the data of a request. If not,
+    /// that is cleared before the page is shared (Xen advisory 403).
+    fn is_trusted(&self) -> bool {
+        true
+    }
 }
 
 // SAFETY: forwards to the allocator it points to.
@@ -135,5 +141,9 @@ unsafe impl<T: Share + ?Sized> Share for &T {
 
     fn unshare(&self, handle: Self::Handle) -> Result<(), StillShared> {
         (**self).unshare(handle)
+    }
+
+    fn is_trusted(&self) -> bool {
+        (**self).is_trusted()
     }
 }

@@ -123,6 +123,11 @@ impl<S: Share> SharedPages<S> {
         S::Handle::from_bits(self.handles[page].load(Ordering::Relaxed))
     }
 
+    /// Whether the peer may see everything in the pages that are shared with it.
+    pub fn is_trusted(&self) -> bool {
+        self.share.is_trusted()
+    }
+
     /// How many pages there are.
     pub fn count(&self) -> usize {
         self.handles.len()

@@ -27,19 +27,25 @@ impl Handle for GrantRef {
 pub struct GrantTo<P> {
     platform: P,
     peer: DomainId,
+    trusted: bool,
     left: Arc<AtomicU32>,
 }
 
 impl<P: Clone> Clone for GrantTo<P> {
     fn clone(&self) -> Self {
-        Self { platform: self.platform.clone(), peer: self.peer, left: self.left.clone() }
+        Self { platform: self.platform.clone(), peer: self.peer, trusted: self.trusted, left: self.left.clone() }
     }
 }
 
 impl<P: Grants> GrantTo<P> {
     /// Grants to `peer`, at most `budget` pages at a time.
     pub fn new(platform: P, peer: DomainId, budget: u32) -> Self {
-        Self { platform, peer, left: Arc::new(AtomicU32::new(budget)) }
+        Self { platform, peer, trusted: true, left: Arc::new(AtomicU32::new(budget)) }
+    }
+
+    /// The same, but `peer` must not see what is in a page beside the data of a request.
+    pub fn untrusted(self) -> Self {
+        Self { trusted: false, ..self }
     }
 
     /// The other domain.
@@ -86,5 +92,9 @@ unsafe impl<P: Grants> Share for GrantTo<P> {
         self.platform.try_end(handle).map_err(|_| StillShared)?;
         self.left.fetch_add(1, Ordering::Relaxed);
         Ok(())
+    }
+
+    fn is_trusted(&self) -> bool {
+        self.trusted
     }
 }
