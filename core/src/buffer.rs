@@ -13,6 +13,7 @@
 
 use alloc::boxed::Box;
 use alloc::sync::Arc;
+use core::fmt;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::memory::{
@@ -416,6 +417,38 @@ impl<S: Share> Payload<S::Handle> for Buffer<S> {
                 _ => Cursor { offset, ..cursor },
             },
             _ => Cursor { offset, ..cursor },
+        }
+    }
+}
+
+impl<S: Share> fmt::Debug for PoolBuffer<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PoolBuffer").field("number", &self.number).finish_non_exhaustive()
+    }
+}
+
+impl<S: Share> fmt::Debug for OwnedPages<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OwnedPages").field("pages", &self.pages.count()).finish_non_exhaustive()
+    }
+}
+
+impl<S: Share> fmt::Debug for Piece<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Piece")
+            .field("buffer", &self.buffer)
+            .field("offset", &self.offset)
+            .field("bytes", &self.bytes)
+            .finish()
+    }
+}
+
+impl<S: Share> fmt::Debug for Buffer<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Registered(buffer) => f.debug_tuple("Registered").field(buffer).finish(),
+            Self::Owned(pages) => f.debug_tuple("Owned").field(pages).finish(),
+            Self::List(pieces) => f.debug_tuple("List").field(pieces).finish(),
         }
     }
 }

@@ -113,6 +113,11 @@ where
         &self.line
     }
 
+    /// Sets the buffers to bounce through; without any, slices of bytes cannot be used.
+    pub fn set_bounce(&mut self, bounce: Option<Arc<Pool<S>>>) {
+        self.bounce = bounce;
+    }
+
     /// The buffers to bounce through.
     pub fn bounce(&self) -> Option<&Arc<Pool<S>>> {
         self.bounce.as_ref()

@@ -106,8 +106,9 @@ pub trait EventChannels {
     /// Whether an event was delivered for this port since the last `take`; clears that.
     fn take(&self, port: Port) -> bool;
 
-    /// Sleeps until an event was delivered for any port of this platform and not yet taken, or
-    /// until `deadline` (of [`Clock::now`]). It may return early for no reason.
+    /// Sleeps until an event was delivered, for any port of this platform, since the last `wait`
+    /// returned, or until `deadline` (of [`Clock::now`]). It may return early for no reason, but
+    /// not again and again because of an event that nobody takes.
     ///
     /// No wake-up is lost: an event between the caller's last look and the sleep ends the sleep.
     fn wait(&self, deadline: Option<u64>);

@@ -44,7 +44,10 @@ fn layout(count: usize) -> Layout {
 
 impl Host {
     pub fn new() -> Self {
-        Self { next: Cell::new(8), ..Self::default() }
+        let host = Self::default();
+        // The first references belong to the platform.
+        host.next.set(8);
+        host
     }
 
     /// How many grants there are.
