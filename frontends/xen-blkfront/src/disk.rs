@@ -19,6 +19,7 @@ use pvblk_xen::xenbus::{self, Device, State};
 
 use crate::config::Config;
 use crate::error::Error;
+use crate::fmt::message;
 use crate::line::{EventLine, WatchedLine};
 use crate::offer::{Limits, Properties};
 use crate::publish::publish;
@@ -188,6 +189,7 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
     }
 
     fn go_to(&mut self, state: State) -> Result<(), Error> {
+        message!(debug, "{}: {} -> {}", self.device.path, self.state, state);
         self.state = state;
         xenbus::switch_state(self.store, &self.device.path, state)?;
         Ok(())
@@ -314,12 +316,22 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
             properties,
         });
         self.go_to(State::Connected)?;
+        message!(
+            info,
+            "{}: connected, {} queues of order {}, {} segments, {} sectors",
+            self.device.path,
+            count,
+            self.ring_order,
+            segments,
+            properties.geometry.sectors,
+        );
         queues.for_each(&mut |_, queue| queue.commit());
         Ok(())
     }
 
     /// Reports why the device failed, and closes it.
     fn fail(&mut self, error: &Error) {
+        message!(error, "{}: {}", self.device.path, error);
         xenbus::report_error(self.store, &self.device.path, 22, &format!("{error}"));
         // The error matters more than what goes wrong with the closing.
         let _ = self.go_to(State::Closed);
@@ -410,6 +422,7 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
 
     /// Takes the rings away. Requests that were not answered wait in the engines.
     fn disconnect(&mut self, queues: &mut impl Queues<'t, T>) -> Result<(), Error> {
+        message!(warn, "{}: the backend is gone", self.device.path);
         queues.for_each(&mut |_, queue| {
             queue.line().replace(None);
             drop(queue.frontend().detach());

@@ -11,6 +11,9 @@
 
 extern crate alloc;
 
+// First: the macro is used by the others.
+mod fmt;
+
 mod config;
 mod disk;
 mod error;

@@ -1,2 +1,40 @@
-//! Grant table, event channels and XenStore of a Xen host, simulated in one process
-#![no_std]
+//! Grant table, event channels and XenStore of a Xen host, simulated in one process.
+//!
+//! What every host test runs on. A [`Host`] holds domains; a [`Domain`] is the platform that a
+//! driver gets (`PageAllocator`, `Grants`, `EventChannels`, `StoreTransport`, `Clock`), and has
+//! the peer's side of it besides: [`Domain::map`], [`Domain::copy_from`]. [`blkback::Backend`] is
+//! a strict, scriptable, if wanted hostile block backend that shares no code with the driver under
+//! test.
+//!
+//! # Fakes that punish mistakes
+//!
+//! * A page that is released while granted, released twice, or written after its release: panic.
+//! * A grant that is ended twice, a closed port that is signalled: panic.
+//! * A driver that forgets to notify: nobody can go on, and [`Domain`]'s `wait` panics with "every
+//!   domain sleeps: a wake-up was lost", and says who waits for what.
+//! * Data that changes while the peer uses it: [`Host::incidents`].
+//!
+//! # Two ways to run
+//!
+//! [`Host::new`] is deterministic: one thread, *actors* ([`Host::add_actor`]) that are stepped in
+//! a seeded order whenever a domain waits, and a clock that jumps. [`Host::threaded`] is for
+//! domains that live in threads of their own: waiting is a condition variable, time is real.
+#![deny(unsafe_code)]
+
+pub mod blkback;
+mod domain;
+mod events;
+mod faults;
+mod grants;
+mod host;
+mod mapping;
+#[allow(unsafe_code)]
+mod memory;
+mod store;
+mod waiting;
+
+pub use domain::Domain;
+pub use faults::{Faults, Random};
+pub use host::{ActorId, Host, Statistics};
+pub use mapping::{MapError, Mapping};
+pub use store::{StoreError, StoreWatch};

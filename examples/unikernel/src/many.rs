@@ -1,0 +1,92 @@
+//! Many requests in flight over all queues of a disk.
+
+use alloc::format;
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+
+use pvblk::frontend::queue::Line;
+use pvblk::frontend::{Completion, Request};
+use pvblk_xen::platform::EventChannels;
+use xen_blkfront::{Buffer, FrontQueue};
+use xen_guest::Guest;
+
+/// The queues of a disk, and who is in flight on them.
+pub struct Many<'q, K> {
+    guest: &'static Guest,
+    queues: &'q mut [FrontQueue<'static, Guest>],
+    /// What the caller knows of each request, by queue and slot.
+    known: Vec<Vec<Option<K>>>,
+    turn: usize,
+    in_flight: usize,
+}
+
+/// A request that is done, and what its submitter knew of it.
+pub struct Done<K> {
+    /// What was submitted with it.
+    pub known: K,
+    /// How it went.
+    pub completion: Completion<Buffer<'static, Guest>>,
+}
+
+impl<'q, K> Many<'q, K> {
+    /// Nothing is in flight at first.
+    pub fn new(guest: &'static Guest, queues: &'q mut [FrontQueue<'static, Guest>]) -> Self {
+        let slots = |queue: &FrontQueue<'static, Guest>| {
+            (0..queue.frontend.capacity()).map(|_| None).collect()
+        };
+        let known = queues.iter().map(slots).collect();
+        Self { guest, queues, known, turn: 0, in_flight: 0 }
+    }
+
+    /// How many requests are in flight.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Submits a request on the next queue.
+    pub fn submit(
+        &mut self,
+        request: Request<Buffer<'static, Guest>>,
+        known: K,
+    ) -> Result<(), String> {
+        self.turn = (self.turn + 1) % self.queues.len();
+        let tag = self.queues[self.turn]
+            .submit(request)
+            .map_err(|rejected| format!("a request was not taken: {}", rejected.error))?;
+        self.known[self.turn][tag.slot()] = Some(known);
+        self.in_flight += 1;
+        Ok(())
+    }
+
+    /// The next request that is done; sleeps until there is one.
+    pub fn wait(&mut self) -> Result<Done<K>, String> {
+        loop {
+            for number in 0..self.queues.len() {
+                if let Some(done) = self.poll(number)? {
+                    return Ok(done);
+                }
+            }
+            let mut awake = false;
+            for queue in self.queues.iter_mut() {
+                queue.commit();
+                queue.line().listen();
+                awake |= queue.sleep_batched().map_err(|error| error.to_string())?;
+            }
+            if !awake {
+                self.guest.wait(None);
+            }
+        }
+    }
+
+    fn poll(&mut self, number: usize) -> Result<Option<Done<K>>, String> {
+        let Some(completion) =
+            self.queues[number].poll().map_err(|error| error.to_string())?
+        else {
+            return Ok(None);
+        };
+        let known = self.known[number][completion.tag.slot()].take();
+        let known = known.ok_or("a request finished that nobody submitted")?;
+        self.in_flight -= 1;
+        Ok(Some(Done { known, completion }))
+    }
+}

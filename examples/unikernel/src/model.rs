@@ -1,0 +1,63 @@
+//! What the disk must hold: for every sector, which version was written last.
+
+use alloc::vec;
+use alloc::vec::Vec;
+
+use pvblk::memory::SharedRegion;
+
+const WORDS: usize = 64;
+
+/// A seeded pattern in which every sector of every version is different.
+pub struct Model {
+    seed: u64,
+    /// The version of each sector; 0 has never been written and holds zeroes.
+    versions: Vec<u32>,
+    version: u32,
+}
+
+impl Model {
+    /// A disk of zeroes.
+    pub fn new(seed: u64, sectors: usize) -> Self {
+        Self { seed, versions: vec![0; sectors], version: 0 }
+    }
+
+    /// Makes a new version of some sectors and puts it into `memory`.
+    pub fn write(&mut self, sector: u64, sectors: u64, memory: &SharedRegion<'_>) {
+        self.version += 1;
+        for i in 0..sectors {
+            self.versions[(sector + i) as usize] = self.version;
+            let words = self.words(sector + i, self.version);
+            memory.write(i as usize * 512, &words);
+        }
+    }
+
+    /// Where `memory` differs from what the sectors must hold.
+    pub fn check(&self, sector: u64, sectors: u64, memory: &SharedRegion<'_>) -> Option<u64> {
+        (0..sectors).find_map(|i| {
+            let words: [u64; WORDS] = memory.read(i as usize * 512);
+            (words != self.expected(sector + i)).then_some(sector + i)
+        })
+    }
+
+    /// What a sector must hold.
+    pub fn expected(&self, sector: u64) -> [u64; WORDS] {
+        match self.versions[sector as usize] {
+            0 => [0; WORDS],
+            version => self.words(sector, version),
+        }
+    }
+
+    fn words(&self, sector: u64, version: u32) -> [u64; WORDS] {
+        let mut state = self.seed ^ (sector << 32 | u64::from(version));
+        core::array::from_fn(|_| next(&mut state))
+    }
+}
+
+/// The next number of a sequence (splitmix64).
+pub fn next(state: &mut u64) -> u64 {
+    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mut mixed = *state;
+    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^ (mixed >> 31)
+}

@@ -1,0 +1,306 @@
+//! A domain's view of the host: the platform of a driver, and the peer's side of it.
+
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::task::Waker;
+
+use pvblk::memory::{Access, PAGE_BYTES};
+use pvblk_xen::platform::{
+    Clock, DomainId, EventChannels, EventError, GrantRef, Port, StoreBroken, StoreTransport,
+};
+
+use crate::faults::{FaultState, Faults};
+use crate::host::{DomainState, Host, Inner, Statistics};
+use crate::mapping::{MapError, Mapping};
+use crate::memory::Page;
+
+/// One domain of a [`Host`]. Clones are the same domain.
+#[derive(Clone)]
+pub struct Domain {
+    pub(crate) id: DomainId,
+    pub(crate) inner: Arc<Inner>,
+}
+
+impl std::fmt::Debug for Domain {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Domain").field(&self.id.0).finish()
+    }
+}
+
+impl Domain {
+    pub(crate) fn with<R>(&self, f: impl FnOnce(&mut DomainState) -> R) -> R {
+        self.inner.with(|state| f(state.domain(self.id)))
+    }
+
+    /// The domain's number.
+    pub fn id(&self) -> DomainId {
+        self.id
+    }
+
+    /// The host it runs on.
+    pub fn host(&self) -> Host {
+        Host { inner: self.inner.clone() }
+    }
+
+    /// What the domain did so far.
+    pub fn statistics(&self) -> Statistics {
+        self.with(|domain| domain.statistics())
+    }
+
+    /// Asserts that nothing is left: no page, no grant, no port. Also looks for late writes.
+    ///
+    /// # Panics
+    ///
+    /// If something is left.
+    pub fn assert_nothing_left(&self) {
+        self.check_released_pages();
+        let left = self.statistics();
+        assert!(
+            left.pages == 0 && left.grants == 0 && left.ports == 0,
+            "{self:?} leaks {} page(s), {} grant(s), {} port(s)",
+            left.pages,
+            left.grants,
+            left.ports
+        );
+    }
+
+    /// Asserts that no page was written after its release.
+    ///
+    /// # Panics
+    ///
+    /// If one was.
+    pub fn check_released_pages(&self) {
+        self.with(|domain| domain.pages.check_released());
+    }
+
+    /// Sets what goes wrong from now on.
+    pub fn set_faults(&self, faults: Faults) {
+        self.with(|domain| domain.faults = FaultState::new(faults));
+    }
+
+    /// How many pages may be taken at once.
+    pub fn set_page_quota(&self, pages: usize) {
+        self.with(|domain| domain.pages.quota = pages);
+    }
+
+    /// How many entries the grant table has, the 8 reserved ones included; 32768 at first.
+    pub fn set_grant_limit(&self, entries: u32) {
+        self.with(|domain| domain.grants.limit = entries);
+    }
+
+    /// How many event channels may be open at once; 4095 at first.
+    pub fn set_port_limit(&self, ports: usize) {
+        self.with(|domain| domain.events.limit = ports);
+    }
+
+    /// Maps a page of `owner`, really shared.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError`].
+    pub fn map(
+        &self,
+        owner: DomainId,
+        reference: GrantRef,
+        access: Access,
+    ) -> Result<Mapping, MapError> {
+        Mapping::new(&self.inner, self.id, owner, reference, access, false)
+    }
+
+    /// Maps a page of `owner` as a copy that is written back when the mapping is dropped. Catches
+    /// drivers that look at, or change, a page while the peer owns it.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError`].
+    pub fn map_snapshot(
+        &self,
+        owner: DomainId,
+        reference: GrantRef,
+        access: Access,
+    ) -> Result<Mapping, MapError> {
+        Mapping::new(&self.inner, self.id, owner, reference, access, true)
+    }
+
+    /// Has the hypervisor copy bytes out of a granted page.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError`].
+    pub fn copy_from(
+        &self,
+        owner: DomainId,
+        reference: GrantRef,
+        offset: usize,
+        bytes: &mut [u8],
+    ) -> Result<(), MapError> {
+        let length = bytes.len();
+        let copy = |page: Page| page.read(offset, bytes);
+        self.copy(owner, reference, Access::Read, (offset, length), copy)
+    }
+
+    /// Has the hypervisor copy bytes into a granted page.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError`].
+    pub fn copy_to(
+        &self,
+        owner: DomainId,
+        reference: GrantRef,
+        offset: usize,
+        bytes: &[u8],
+    ) -> Result<(), MapError> {
+        let copy = |page: Page| page.write(offset, bytes);
+        self.copy(owner, reference, Access::ReadWrite, (offset, bytes.len()), copy)
+    }
+
+    fn copy(
+        &self,
+        owner: DomainId,
+        reference: GrantRef,
+        access: Access,
+        (offset, length): (usize, usize),
+        copy: impl FnOnce(Page),
+    ) -> Result<(), MapError> {
+        if offset.checked_add(length).is_none_or(|end| end > PAGE_BYTES) {
+            return Err(MapError::CrossesPage);
+        }
+        // Under the lock, so that the grant cannot end half-way.
+        self.inner.with(|state| {
+            let table = &state.domains.get(&owner).ok_or(MapError::NoDomain)?.grants;
+            let page = table.look_up(self.id, reference, access)?;
+            copy(page);
+            state.domain(self.id).copies += 1;
+            Ok(())
+        })
+    }
+
+    /// Reads this domain's own memory, in tests that are not drivers.
+    ///
+    /// # Panics
+    ///
+    /// If `page` is not a page of this domain, or the bytes cross its end.
+    pub fn peek(&self, page: NonNull<u8>, offset: usize, bytes: &mut [u8]) {
+        self.own_page(page).read(offset, bytes);
+    }
+
+    /// Writes this domain's own memory, in tests that are not drivers.
+    ///
+    /// # Panics
+    ///
+    /// If `page` is not a page of this domain, or the bytes cross its end.
+    pub fn poke(&self, page: NonNull<u8>, offset: usize, bytes: &[u8]) {
+        self.own_page(page).write(offset, bytes);
+    }
+
+    /// Gives pages back that a test of raw bytes used by `peek` and `poke` only.
+    #[cfg(test)]
+    pub(crate) fn release(&self, base: NonNull<u8>, count: usize) {
+        self.with(|domain| domain.pages.release(base, count));
+    }
+
+    fn own_page(&self, page: NonNull<u8>) -> Page {
+        let page = self.with(|domain| domain.pages.find(page.as_ptr().addr()));
+        page.expect("a page of this domain")
+    }
+
+    /// Whether the owner granted this page for reading only.
+    pub fn is_read_only_grant(&self, owner: DomainId, reference: GrantRef) -> bool {
+        self.inner.with(|state| {
+            state.domains.get(&owner).is_some_and(|owner| owner.grants.is_read_only(reference))
+        })
+    }
+
+    /// Which page of `owner` a reference names, if this domain may read it.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError`].
+    pub fn frame_of(&self, owner: DomainId, reference: GrantRef) -> Result<usize, MapError> {
+        self.inner.with(|state| {
+            let table = &state.domains.get(&owner).ok_or(MapError::NoDomain)?.grants;
+            let page = table.look_up(self.id, reference, Access::Read)?;
+            Ok(page.address() / PAGE_BYTES)
+        })
+    }
+}
+
+impl EventChannels for Domain {
+    fn allocate_unbound(&self, peer: DomainId) -> Result<Port, EventError> {
+        self.inner.with(|state| state.allocate_unbound(self.id, peer))
+    }
+
+    fn bind_interdomain(&self, peer: DomainId, remote: Port) -> Result<Port, EventError> {
+        self.inner.with(|state| state.bind_interdomain(self.id, peer, remote))
+    }
+
+    fn close(&self, port: Port) {
+        self.inner.with(|state| state.close_port(self.id, port));
+    }
+
+    fn notify(&self, port: Port) {
+        self.inner.with(|state| state.notify(self.id, port));
+    }
+
+    fn unmask(&self, port: Port) {
+        self.inner.with(|state| state.unmask(self.id, port));
+    }
+
+    fn take(&self, port: Port) -> bool {
+        self.with(|domain| domain.events.take(port))
+    }
+
+    fn wait(&self, deadline: Option<u64>) {
+        self.inner.wait(self.id, deadline, false);
+    }
+
+    fn set_waker(&self, port: Port, waker: &Waker) {
+        self.with(|domain| domain.events.set_waker(port, waker));
+    }
+}
+
+impl StoreTransport for Domain {
+    fn send(&self, bytes: &[u8]) -> Result<usize, StoreBroken> {
+        self.inner.with(|state| {
+            let count = state.domain(self.id).faults.short(bytes.len());
+            let sent = state.store.send(self.id, &bytes[..count])?;
+            // A short transfer that nothing else would end: there is room already.
+            if sent < bytes.len() && count < bytes.len() {
+                state.domain(self.id).fresh = true;
+            }
+            if state.eager_store {
+                while state.serve_store() {}
+            }
+            Ok(sent)
+        })
+    }
+
+    fn receive(&self, bytes: &mut [u8]) -> Result<usize, StoreBroken> {
+        self.inner.with(|state| {
+            let count = state.domain(self.id).faults.short(bytes.len());
+            let bytes = &mut bytes[..count];
+            if state.store.is_empty(self.id) || state.eager_store {
+                // A client that polls must get its answer, too.
+                state.serve_store();
+            }
+            let received = state.store.receive(self.id, bytes)?;
+            state.deliver_store();
+            Ok(received)
+        })
+    }
+
+    fn wait_store(&self, deadline: Option<u64>) {
+        self.inner.wait(self.id, deadline, true);
+    }
+
+    fn set_store_waker(&self, waker: &Waker) {
+        self.with(|domain| domain.store_waker = Some(waker.clone()));
+    }
+}
+
+impl Clock for Domain {
+    fn now(&self) -> u64 {
+        self.inner.now()
+    }
+}

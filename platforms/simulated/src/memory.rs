@@ -1,0 +1,360 @@
+//! Real pages, and the only `unsafe` of this crate.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::collections::{BTreeMap, VecDeque};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use pvblk::memory::{Access, PAGE_BYTES, PageAllocator};
+use pvblk_xen::platform::{DomainId, GrantError, GrantRef, Grants, StillMapped};
+
+use crate::Domain;
+
+/// What a released page is filled with.
+const POISON: u8 = 0xdb;
+
+/// Released pages rest this long (counted in pages) before they are handed out again, so that a
+/// stale write finds the poison and not a new owner.
+const RESTING_PAGES: usize = 512;
+
+/// One page of a domain.
+///
+/// Only [`Pages`] makes them. The memory behind one stays allocated (released pages rest, they are
+/// not given to the system's allocator) until its `Pages` is dropped, together with the host; and
+/// whoever keeps a `Page` lives inside the host or holds an `Arc` of it. So it may be dereferenced
+/// at any time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Page(NonNull<u8>);
+
+// SAFETY: a `Page` is an address. What is done with it (volatile and atomic accesses below) may be
+// done from any thread.
+unsafe impl Send for Page {}
+// SAFETY: as above.
+unsafe impl Sync for Page {}
+
+impl Page {
+    pub(crate) fn address(self) -> usize {
+        self.0.as_ptr().addr()
+    }
+
+    /// Copies bytes out of the page, in ascending order, each word or byte exactly once.
+    pub(crate) fn read(self, offset: usize, bytes: &mut [u8]) {
+        check(offset, bytes.len());
+        let mut at = offset;
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            if at.is_multiple_of(8) && rest.len() >= 8 {
+                // SAFETY: `at + 8 <= offset + bytes.len() <= PAGE_BYTES` by `check`, the page is
+                // valid (see the type), page and `at` are multiples of 8.
+                let word = unsafe { self.0.as_ptr().add(at).cast::<u64>().read_volatile() };
+                rest[..8].copy_from_slice(&word.to_ne_bytes());
+                rest = &mut rest[8..];
+                at += 8;
+            } else {
+                // SAFETY: `at < PAGE_BYTES` by `check`, the page is valid (see the type).
+                rest[0] = unsafe { self.0.as_ptr().add(at).read_volatile() };
+                rest = &mut rest[1..];
+                at += 1;
+            }
+        }
+    }
+
+    /// Copies bytes into the page, in ascending order, each word or byte exactly once.
+    pub(crate) fn write(self, offset: usize, bytes: &[u8]) {
+        check(offset, bytes.len());
+        let mut at = offset;
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            if at.is_multiple_of(8)
+                && let Some((word, tail)) = rest.split_first_chunk::<8>()
+            {
+                let word = u64::from_ne_bytes(*word);
+                // SAFETY: `at + 8 <= offset + bytes.len() <= PAGE_BYTES` by `check`, the page is
+                // valid (see the type), page and `at` are multiples of 8.
+                unsafe { self.0.as_ptr().add(at).cast::<u64>().write_volatile(word) };
+                rest = tail;
+                at += 8;
+            } else {
+                // SAFETY: `at < PAGE_BYTES` by `check`, the page is valid (see the type).
+                unsafe { self.0.as_ptr().add(at).write_volatile(rest[0]) };
+                rest = &rest[1..];
+                at += 1;
+            }
+        }
+    }
+
+    pub(crate) fn load_u32(self, offset: usize, ordering: Ordering) -> u32 {
+        self.atomic(offset).load(ordering)
+    }
+
+    pub(crate) fn store_u32(self, offset: usize, value: u32, ordering: Ordering) {
+        self.atomic(offset).store(value, ordering);
+    }
+
+    fn atomic<'a>(self, offset: usize) -> &'a AtomicU32 {
+        check(offset, 4);
+        assert!(offset.is_multiple_of(4), "an unaligned atomic access, at byte {offset}");
+        // SAFETY: in bounds and aligned by the checks above; the page is valid (see the type), and
+        // the callers use the reference for one access only. Both ends of a wire use atomic or
+        // volatile accesses for what they share.
+        unsafe { AtomicU32::from_ptr(self.0.as_ptr().add(offset).cast()) }
+    }
+}
+
+fn check(offset: usize, length: usize) {
+    assert!(
+        offset.checked_add(length).is_some_and(|end| end <= PAGE_BYTES),
+        "bytes {offset}..+{length} cross the end of a page"
+    );
+}
+
+/// Pages that follow each other, taken by one `allocate_pages`.
+struct Allocation {
+    base: NonNull<u8>,
+    count: usize,
+    /// How many grants name each page.
+    grants: Vec<u32>,
+}
+
+// SAFETY: an owning pointer to plain memory, used under the host's lock only.
+unsafe impl Send for Allocation {}
+
+impl Allocation {
+    fn layout(count: usize) -> Layout {
+        let bytes = count.checked_mul(PAGE_BYTES).expect("an allocation larger than memory");
+        Layout::from_size_align(bytes, PAGE_BYTES).expect("an allocation larger than memory")
+    }
+
+    fn new(count: usize) -> Self {
+        let layout = Self::layout(count);
+        // SAFETY: `count` is not zero (checked by `Pages::allocate`), so the layout is not empty.
+        let base = unsafe { alloc_zeroed(layout) };
+        let Some(base) = NonNull::new(base) else { handle_alloc_error(layout) };
+        Self { base, count, grants: vec![0; count] }
+    }
+
+    fn page(&self, index: usize) -> Page {
+        assert!(index < self.count);
+        // SAFETY: `index < count`, so the result points into the allocation.
+        Page(unsafe { self.base.add(index * PAGE_BYTES) })
+    }
+
+    fn fill(&self, byte: u8) {
+        // SAFETY: the allocation is `count` pages long and owned; whoever had it gave it back (the
+        // contract of `release_pages`) or did not get it yet.
+        unsafe { self.base.as_ptr().write_bytes(byte, self.count * PAGE_BYTES) };
+    }
+
+    fn is_poisoned(&self) -> bool {
+        let mut bytes = [0; PAGE_BYTES];
+        (0..self.count).all(|index| {
+            self.page(index).read(0, &mut bytes);
+            bytes.iter().all(|byte| *byte == POISON)
+        })
+    }
+}
+
+impl Drop for Allocation {
+    fn drop(&mut self) {
+        // SAFETY: made by `alloc_zeroed` with the same layout, and freed only here.
+        unsafe { dealloc(self.base.as_ptr(), Self::layout(self.count)) };
+    }
+}
+
+/// The memory of one domain.
+pub(crate) struct Pages {
+    live: BTreeMap<usize, Allocation>,
+    resting: VecDeque<Allocation>,
+    resting_pages: usize,
+    pub(crate) used: usize,
+    pub(crate) most: usize,
+    pub(crate) quota: usize,
+}
+
+impl Pages {
+    pub(crate) fn new() -> Self {
+        Self {
+            live: BTreeMap::new(),
+            resting: VecDeque::new(),
+            resting_pages: 0,
+            used: 0,
+            most: 0,
+            quota: usize::MAX,
+        }
+    }
+
+    fn allocate(&mut self, count: usize) -> Option<NonNull<u8>> {
+        if count == 0 || count > self.quota.saturating_sub(self.used) {
+            return None;
+        }
+        let rested = (self.resting_pages > RESTING_PAGES)
+            .then(|| self.resting.iter().position(|resting| resting.count == count))
+            .flatten()
+            .and_then(|index| self.resting.remove(index));
+        let allocation = match rested {
+            Some(rested) => {
+                self.resting_pages -= count;
+                assert!(rested.is_poisoned(), "a page was written after its release");
+                rested.fill(0);
+                rested
+            }
+            None => Allocation::new(count),
+        };
+        let base = allocation.base;
+        self.live.insert(base.as_ptr().addr(), allocation);
+        self.used += count;
+        self.most = self.most.max(self.used);
+        Some(base)
+    }
+
+    /// Takes pages back. Nobody may use them any more.
+    pub(crate) fn release(&mut self, base: NonNull<u8>, count: usize) {
+        let address = base.as_ptr().addr();
+        let Some(allocation) = self.live.get(&address) else {
+            panic!(
+                "release of {count} page(s) at {address:#x}, which are not taken: released twice?"
+            )
+        };
+        assert_eq!(allocation.count, count, "a release of other pages than were taken together");
+        if let Some(index) = allocation.grants.iter().position(|grants| *grants != 0) {
+            panic!(
+                "release of a page that is still granted: page {index} of {count} at {address:#x}"
+            );
+        }
+        if let Some(allocation) = self.live.remove(&address) {
+            allocation.fill(POISON);
+            self.resting.push_back(allocation);
+            self.resting_pages += count;
+            self.used -= count;
+        }
+    }
+
+    /// Checks that no released page was written to.
+    pub(crate) fn check_released(&self) {
+        assert!(
+            self.resting.iter().all(Allocation::is_poisoned),
+            "a page was written after its release"
+        );
+    }
+
+    /// The page that starts at an address, if it is memory of this domain.
+    pub(crate) fn find(&self, address: usize) -> Option<Page> {
+        let (start, allocation) = self.live.range(..=address).next_back()?;
+        let index = (address - start) / PAGE_BYTES;
+        (index < allocation.count && (address - start).is_multiple_of(PAGE_BYTES))
+            .then(|| allocation.page(index))
+    }
+
+    /// Counts the grants of a page up or down.
+    pub(crate) fn count_grants(&mut self, page: Page, change: i32) {
+        let address = page.address();
+        let Some((start, allocation)) = self.live.range_mut(..=address).next_back() else {
+            return;
+        };
+        if let Some(count) = allocation.grants.get_mut((address - start) / PAGE_BYTES) {
+            *count = count.saturating_add_signed(change);
+        }
+    }
+
+    /// Forgets every grant: the domain got a new grant table.
+    pub(crate) fn forget_grants(&mut self) {
+        for allocation in self.live.values_mut() {
+            allocation.grants.fill(0);
+        }
+    }
+}
+
+// SAFETY: `Pages::allocate` hands out allocations that are page-aligned by their layout, zeroed,
+// and taken from the resting list or from the system's allocator, so nobody else uses them. They
+// stay valid until the host goes, and a `Domain` keeps its host alive.
+unsafe impl PageAllocator for Domain {
+    fn allocate_pages(&self, count: usize) -> Option<NonNull<u8>> {
+        self.with(|domain| {
+            let refused = domain.faults.refuse_pages();
+            if refused { None } else { domain.pages.allocate(count) }
+        })
+    }
+
+    unsafe fn release_pages(&self, base: NonNull<u8>, count: usize) {
+        self.with(|domain| domain.pages.release(base, count));
+    }
+}
+
+// SAFETY: `GrantTable::end` looks at the mappings and frees the entry under one lock, and every
+// map and copy looks its entry up under the same lock.
+unsafe impl Grants for Domain {
+    fn grant(
+        &self,
+        peer: DomainId,
+        page: NonNull<u8>,
+        access: Access,
+    ) -> Result<GrantRef, GrantError> {
+        self.with(|domain| domain.grant(peer, page.as_ptr().addr(), access))
+    }
+
+    fn try_end(&self, reference: GrantRef) -> Result<(), StillMapped> {
+        self.with(|domain| domain.end_grant(reference))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Host;
+
+    #[test]
+    fn pages_are_zeroed_aligned_and_counted() {
+        let domain = Host::new(1).domain(DomainId(1));
+        let base = domain.allocate_pages(3).unwrap();
+        assert_eq!(base.as_ptr().addr() % PAGE_BYTES, 0);
+        assert_eq!(domain.statistics().pages, 3);
+        // SAFETY: taken just above, used by nobody.
+        unsafe { domain.release_pages(base, 3) };
+        assert_eq!(domain.statistics().pages, 0);
+        assert_eq!(domain.statistics().most_pages, 3);
+    }
+
+    #[test]
+    #[should_panic(expected = "released twice")]
+    fn a_double_release_is_noticed() {
+        let domain = Host::new(1).domain(DomainId(1));
+        let base = domain.allocate_pages(1).unwrap();
+        for _ in 0..2 {
+            // SAFETY: wrong the second time, which is the point: the fake panics before any harm.
+            unsafe { domain.release_pages(base, 1) };
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "still granted")]
+    fn a_release_of_a_granted_page_is_noticed() {
+        let domain = Host::new(1).domain(DomainId(1));
+        let base = domain.allocate_pages(2).unwrap();
+        let second = Page(base).0.as_ptr().wrapping_add(PAGE_BYTES);
+        domain.grant(DomainId(0), NonNull::new(second).unwrap(), Access::Read).unwrap();
+        // SAFETY: not kept (the page is granted), which is the point: the fake panics first.
+        unsafe { domain.release_pages(base, 2) };
+    }
+
+    #[test]
+    #[should_panic(expected = "written after its release")]
+    fn a_stale_write_is_noticed() {
+        let host = Host::new(1);
+        let domain = host.domain(DomainId(1));
+        let base = domain.allocate_pages(1).unwrap();
+        // SAFETY: taken just above, used by nobody.
+        unsafe { domain.release_pages(base, 1) };
+        Page(base).write(17, &[1]);
+        domain.check_released_pages();
+    }
+
+    #[test]
+    fn a_quota_limits() {
+        let host = Host::new(1);
+        let domain = host.domain(DomainId(1));
+        domain.set_page_quota(2);
+        assert!(domain.allocate_pages(3).is_none());
+        assert!(domain.allocate_pages(2).is_some());
+        assert!(domain.allocate_pages(1).is_none());
+    }
+}
