@@ -98,9 +98,8 @@ impl<S: Share> Pool<S> {
             .checked_mul(pages_each as usize)
             .ok_or(PagesError::OutOfMemory(usize::MAX))?;
         let pages = SharedPages::new(share, total, Access::ReadWrite)?;
-        let next = (0..count)
-            .map(|i| AtomicU32::new(if i + 1 < count { i + 1 } else { NONE }))
-            .collect();
+        let next =
+            (0..count).map(|i| AtomicU32::new(if i + 1 < count { i + 1 } else { NONE })).collect();
         let head = AtomicU64::new(if count > 0 { 0 } else { u64::from(NONE) });
         Ok(Arc::new(Self { pages, next, head, pages_each }))
     }
@@ -248,6 +247,9 @@ impl<S: Share> OwnedPages<S> {
 
     /// Lends the pages up to `end`, of which the peer is meant to see the bytes from `start` on.
     fn lend_range(&mut self, start: usize, end: usize, access: Access) -> Result<(), ShareError> {
+        if !self.pages.can_lend() {
+            return Err(ShareError::KeptByPeer);
+        }
         let count = end.div_ceil(PAGE_BYTES);
         if !self.pages.is_trusted()
             && let Some(bytes) = self.pages.private_bytes()

@@ -72,16 +72,22 @@ impl<S: Share, E: TableEntry> TablePool<S, E> {
         }
     }
 
-    /// Allocates and shares `count` tables of `pages_each` pages.
+    /// Allocates and shares `count` tables of `pages_each` pages. The peer only reads them, but may
+    /// insist on `access` to write, too; nothing is ever read back from them.
     ///
     /// # Errors
     ///
     /// [`PagesError`] if there is no memory, or no budget to share it.
-    pub fn new(share: S, count: u16, pages_each: usize) -> Result<Self, PagesError> {
+    pub fn new(
+        share: S,
+        count: u16,
+        pages_each: usize,
+        access: Access,
+    ) -> Result<Self, PagesError> {
         if count == 0 {
             return Ok(Self::empty());
         }
-        let pages = SharedPages::new(share, usize::from(count) * pages_each, Access::Read)?;
+        let pages = SharedPages::new(share, usize::from(count) * pages_each, access)?;
         let next = (0..count).map(|i| if i + 1 < count { i + 1 } else { NONE }).collect();
         let available = usize::from(count);
         let free = 0;

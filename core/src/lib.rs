@@ -3,7 +3,6 @@
 
 extern crate alloc;
 
-
 pub mod buffer;
 pub mod extent;
 pub mod frontend;

@@ -89,11 +89,7 @@ impl<I: Index> Producer<I> {
     }
 
     /// Shows all staged entries to the other side, and says whether it asked to be notified.
-    pub fn publish(
-        &mut self,
-        producer: &impl SharedIndex<I>,
-        event: &impl SharedIndex<I>,
-    ) -> bool {
+    pub fn publish(&mut self, producer: &impl SharedIndex<I>, event: &impl SharedIndex<I>) -> bool {
         let (old, new) = (self.published, self.staged);
         if old == new {
             return false;

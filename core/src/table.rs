@@ -125,8 +125,10 @@ impl<T> Table<T> {
 
     /// The tags of all values, in the order of their slots.
     pub fn tags(&self) -> impl Iterator<Item = Tag> + '_ {
-        self.slots.iter().enumerate().filter(|(_, slot)| slot.value.is_some()).map(|(i, slot)| {
-            Tag { slot: i as u16, generation: slot.generation }
-        })
+        self.slots
+            .iter()
+            .enumerate()
+            .filter(|(_, slot)| slot.value.is_some())
+            .map(|(i, slot)| Tag { slot: i as u16, generation: slot.generation })
     }
 }

@@ -27,7 +27,7 @@ macro_rules! shared {
 shared!(Shared16 u16; Shared32 u32;);
 
 /// An index of a width that these tests run with.
-trait Width: Index + Send + 'static {
+trait Width: Index + Send + Sync + 'static {
     type Shared: SharedIndex<Self> + Send + Sync;
     fn shared(start: Self) -> Self::Shared;
     fn number(self) -> u32;
@@ -198,7 +198,6 @@ impl<I: Width> Driver<I> {
             // What was signalled up to here is covered by the looks below.
             ring.notified.swap(false, Ordering::AcqRel);
             loop {
-                let outstanding = I::from_number(self.total - self.taken);
                 while let Some(index) = self.consumer.take() {
                     // SAFETY: the producer wrote the slot before it published the index.
                     let value = ring.slot(index).with(|slot| unsafe { *slot });
@@ -206,11 +205,8 @@ impl<I: Width> Driver<I> {
                     self.taken += 1;
                 }
                 let left = self.total - self.taken;
-                if self.consumer.look(&ring.producer, outstanding).expect("an honest peer") {
-                    continue;
-                }
-                let batch = batch.clamp(1, left.max(1));
-                let (batch, left) = (I::from_number(batch), I::from_number(left));
+                let batch = I::from_number(batch.clamp(1, left.max(1)));
+                let left = I::from_number(left);
                 if !sides.sleep(&mut self.consumer, ring, batch, left) {
                     break;
                 }
@@ -260,7 +256,7 @@ const MIXED: &[u32] = &[1, 2];
 
 #[test]
 fn no_wake_up_is_lost_with_32_bits() {
-    for start in [0, u32::MAX, u32::MAX - 1] {
+    for start in [u32::MAX, u32::MAX - 1] {
         check(start, BURSTS, 1, AsIs);
         check(start, LONG_BURST, 1, AsIs);
     }
@@ -268,7 +264,7 @@ fn no_wake_up_is_lost_with_32_bits() {
 
 #[test]
 fn no_wake_up_is_lost_with_16_bits() {
-    for start in [0, u16::MAX, u16::MAX - 1] {
+    for start in [u16::MAX, u16::MAX - 1] {
         check(start, BURSTS, 1, AsIs);
         check(start, LONG_BURST, 1, AsIs);
     }

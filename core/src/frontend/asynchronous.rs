@@ -377,11 +377,9 @@ where
                 }
                 _ => match inner.fates.remove(future) {
                     Some(Fate::Done(completion)) => Some(completion),
-                    _ => Some(Completion {
-                        tag: future,
-                        buffer: None,
-                        result: Err(IoError::Closed),
-                    }),
+                    _ => {
+                        Some(Completion { tag: future, buffer: None, result: Err(IoError::Closed) })
+                    }
                 },
             }
         });

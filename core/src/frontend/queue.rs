@@ -82,11 +82,7 @@ where
     L: Line,
 {
     /// A queue on `frontend`, with a pool to bounce through if slices of bytes are to be used.
-    pub fn new(
-        frontend: Frontend<W, S, Buffer<S>>,
-        line: L,
-        bounce: Option<Arc<Pool<S>>>,
-    ) -> Self {
+    pub fn new(frontend: Frontend<W, S, Buffer<S>>, line: L, bounce: Option<Arc<Pool<S>>>) -> Self {
         let kept = Vec::with_capacity(frontend.capacity());
         Self { frontend, line, bounce, kept, batch: 1 }
     }

@@ -35,6 +35,9 @@ pub enum ShareError {
     /// The table of shared pages, or this device's budget in it, is full.
     #[error("no free entry to share a page with: end other shares or raise the limit")]
     Exhausted,
+    /// The peer keeps every page that it was lent: nothing can be lent for one request only.
+    #[error("the peer keeps pages mapped: use registered buffers")]
+    KeptByPeer,
     /// The platform cannot share this page at all: it is not memory that it knows.
     #[error("this page cannot be shared")]
     BadPage,
@@ -112,6 +115,12 @@ pub unsafe trait Share: PageAllocator {
     /// [`StillShared`] if the peer still uses the page. The caller must then leak the page.
     fn unshare(&self, handle: Self::Handle) -> Result<(), StillShared>;
 
+    /// Whether pages can be lent for the time of one request. A peer that keeps mapped what it was
+    /// lent (blkif's persistent grants) would never give them back.
+    fn can_lend(&self) -> bool {
+        true
+    }
+
     /// Whether the peer may see what happens to be in a page beside the data of a request. If not,
     /// that is cleared before the page is shared (Xen advisory 403).
     fn is_trusted(&self) -> bool {
@@ -141,6 +150,10 @@ unsafe impl<T: Share + ?Sized> Share for &T {
 
     fn unshare(&self, handle: Self::Handle) -> Result<(), StillShared> {
         (**self).unshare(handle)
+    }
+
+    fn can_lend(&self) -> bool {
+        (**self).can_lend()
     }
 
     fn is_trusted(&self) -> bool {

@@ -123,6 +123,11 @@ impl<S: Share> SharedPages<S> {
         S::Handle::from_bits(self.handles[page].load(Ordering::Relaxed))
     }
 
+    /// Whether the pages can be lent for the time of one request.
+    pub fn can_lend(&self) -> bool {
+        self.share.can_lend()
+    }
+
     /// Whether the peer may see everything in the pages that are shared with it.
     pub fn is_trusted(&self) -> bool {
         self.share.is_trusted()

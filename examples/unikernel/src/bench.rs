@@ -65,14 +65,13 @@ fn run_case(
     name: &str,
     case: &Case,
 ) -> Result<(), String> {
-    let pool =
-        disk.register(case.depth as u32, case.bytes).map_err(|error| error.to_string())?;
+    let pool = disk.register(case.depth as u32, case.bytes).map_err(|error| error.to_string())?;
     let sectors = (case.bytes / 512) as u32;
     let places = queue.frontend.geometry().sectors / u64::from(sectors);
     let (mut random, mut place) = (2013, 0);
     let mut request = move |buffer: Buffer<'static, Guest>| {
-        let sector = if case.is_random { next(&mut random) % places } else { place }
-            * u64::from(sectors);
+        let sector =
+            if case.is_random { next(&mut random) % places } else { place } * u64::from(sectors);
         place = (place + 1) % places;
         if case.is_write {
             Request::Write { sector, sectors, buffer }

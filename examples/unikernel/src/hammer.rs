@@ -65,7 +65,11 @@ pub fn run(
     let large = register(2, LARGE_BYTES)?;
     let unit = u64::from(properties.geometry.logical_bytes / 512);
 
-    elsewhere(disk, &mut queues[0], unit)?;
+    through_bounce_buffers(&mut queues[0], unit)?;
+    // A backend that keeps pages mapped would not give these back.
+    if !disk.negotiated().ok_or("not connected")?.persistent {
+        granted_for_one_request(disk, &mut queues[0])?;
+    }
 
     let model = Model::new(seed, AREA as usize);
     let many = Many::new(guest, queues);
@@ -95,18 +99,14 @@ pub fn run(
     Ok(())
 }
 
-/// Memory that is not registered: slices that are copied through the bounce buffers, and pages that
-/// are granted for one request. It leaves the disk as it is.
-fn elsewhere(
-    disk: &Disk<'static, 'static, Guest>,
-    queue: &mut FrontQueue<'static, Guest>,
-    unit: u64,
-) -> Result<(), String> {
+/// Slices that live elsewhere are copied through registered buffers.
+fn through_bounce_buffers(queue: &mut FrontQueue<'static, Guest>, unit: u64) -> Result<(), String> {
     let text = |error: pvblk::frontend::queue::Error| error.to_string();
     for sectors in [1, 7, 8, 9, 300, 4096, 9001_u64] {
         let bytes = (sectors.next_multiple_of(unit) * 512) as usize;
         let at = AREA / 2 + unit;
-        let data: Vec<u8> = (0..bytes).map(|i| (i as u32).wrapping_mul(0x9e37_79b9).to_le_bytes()[3]).collect();
+        let data: Vec<u8> =
+            (0..bytes).map(|i| (i as u32).wrapping_mul(0x9e37_79b9).to_le_bytes()[3]).collect();
         let mut back = vec![0; bytes];
         queue.write(at, &data).map_err(text)?;
         queue.read(at, &mut back).map_err(text)?;
@@ -114,6 +114,14 @@ fn elsewhere(
             return Err(format!("{bytes} bytes from elsewhere came back changed"));
         }
     }
+    Ok(())
+}
+
+/// Pages of ours that are granted for the time of one request.
+fn granted_for_one_request(
+    disk: &Disk<'static, 'static, Guest>,
+    queue: &mut FrontQueue<'static, Guest>,
+) -> Result<(), String> {
     let bytes = 5 * 4096;
     let mut pages = OwnedPages::new(disk.lender(), bytes).map_err(|error| error.to_string())?;
     let fill = |pages: &mut OwnedPages<Lender<'static, Guest>>, value: fn(usize) -> u8| {

@@ -79,8 +79,7 @@ impl<'q, K> Many<'q, K> {
     }
 
     fn poll(&mut self, number: usize) -> Result<Option<Done<K>>, String> {
-        let Some(completion) =
-            self.queues[number].poll().map_err(|error| error.to_string())?
+        let Some(completion) = self.queues[number].poll().map_err(|error| error.to_string())?
         else {
             return Ok(None);
         };

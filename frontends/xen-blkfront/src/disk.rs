@@ -247,14 +247,15 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
         let order = self.config.ring_order.min(limits.ring_order);
         // Old backends know devices by 16 bits of their number.
         let handle = self.device.virtual_device as u16;
-        let opened = ring::open_rings(self.platform, &self.lender, wanted, order, handle)
-            .and_then(|(rings, order)| {
+        let opened = ring::open_rings(self.platform, &self.lender, wanted, order, handle).and_then(
+            |(rings, order)| {
                 self.rings = rings;
                 self.ring_order = order;
                 let path = &self.device.path;
                 publish(self.store, path, &self.rings, order, self.config.persistent)?;
                 Ok(())
-            });
+            },
+        );
         if let Err(error) = opened {
             self.fail(&error);
             return Err(error);
@@ -287,6 +288,8 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
         queues: &mut impl Queues<'t, T>,
         properties: Properties,
     ) -> Result<(), Error> {
+        let persistent = self.config.persistent && properties.persistent;
+        self.lender.set_persistent(persistent);
         let mut rings = core::mem::take(&mut self.rings).into_iter();
         let (mut count, mut segments) = (0, u32::MAX);
         queues.for_each(&mut |_, queue| {
@@ -312,7 +315,7 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
             queues: count,
             ring_order: self.ring_order,
             indirect_segments: if count == 0 { 0 } else { segments },
-            persistent: self.config.persistent && properties.persistent,
+            persistent,
             properties,
         });
         self.go_to(State::Connected)?;

@@ -31,7 +31,9 @@ pub enum Error {
         reason: &'static str,
     },
     /// The backend did not come to the state that was waited for in time.
-    #[error("the backend stayed in state {0:?}: is the disk's image there, does the host serve it?")]
+    #[error(
+        "the backend stayed in state {0:?}: is the disk's image there, does the host serve it?"
+    )]
     TimedOut(State),
     /// The backend closed the disk, or failed, before it was connected.
     #[error("the backend went to state {0:?}: the host's log should say why")]

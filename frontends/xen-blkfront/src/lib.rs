@@ -37,8 +37,7 @@ pub type Ring<'t, T> = pvblk_xen::wire::FrontRing<Lender<'t, T>>;
 /// Memory that a request transfers to or from.
 pub type Buffer<'t, T> = pvblk::buffer::Buffer<Lender<'t, T>>;
 /// The engine of a queue.
-pub type Frontend<'t, T> =
-    pvblk::frontend::Frontend<Ring<'t, T>, Lender<'t, T>, Buffer<'t, T>>;
+pub type Frontend<'t, T> = pvblk::frontend::Frontend<Ring<'t, T>, Lender<'t, T>, Buffer<'t, T>>;
 /// A queue, for batches and for code that blocks.
 pub type FrontQueue<'t, T, L = EventLine<'t, T>> =
     pvblk::frontend::queue::Queue<Ring<'t, T>, Lender<'t, T>, L>;

@@ -36,11 +36,8 @@ pub(crate) fn publish<'t, T: Platform>(
             nodes.write_number(&format!("{path}/ring-page-order"), order.into())?;
         }
         for (number, ring) in rings.iter().enumerate() {
-            let at = if rings.len() > 1 {
-                format!("{path}/queue-{number}")
-            } else {
-                String::from(path)
-            };
+            let at =
+                if rings.len() > 1 { format!("{path}/queue-{number}") } else { String::from(path) };
             publish_ring(nodes, &at, ring, order)?;
         }
         nodes.write(&format!("{path}/protocol"), NativeAbi::PROTOCOL)?;

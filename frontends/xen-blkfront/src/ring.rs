@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 use pvblk::buffer::Pool;
 use pvblk::frontend::Link;
 use pvblk::indirect::TablePool;
-use pvblk::memory::{PagesError, ShareError};
+use pvblk::memory::{Access, PagesError, Share, ShareError};
 use pvblk_xen::abi::ENTRIES_PER_PAGE;
 use pvblk_xen::grants::GrantTo;
 use pvblk_xen::platform::{GrantRef, Platform, Port};
@@ -87,10 +87,11 @@ pub(crate) fn link<'t, T: Platform>(
     let each = limits.indirect_segments.div_ceil(ENTRIES_PER_PAGE);
     let requests = (config.indirect_requests as usize).min(ring.slots() as usize);
     let wanted = u16::try_from(each * requests).unwrap_or(u16::MAX);
-    let tables = as_many(u32::from(wanted), |count| {
-        TablePool::new(lender.clone(), count as u16, 1)
-    })
-    .unwrap_or_else(TablePool::empty);
+    // A backend that keeps pages mapped maps them all to write.
+    let access = if lender.can_lend() { Access::Read } else { Access::ReadWrite };
+    let tables =
+        as_many(u32::from(wanted), |count| TablePool::new(lender.clone(), count as u16, 1, access))
+            .unwrap_or_else(TablePool::empty);
     let limits = wire::limits(segments, tables.count());
     Link { wire: ring, limits, tables }
 }
@@ -102,8 +103,7 @@ pub(crate) fn bounce_pool<'t, T: Platform>(
 ) -> Option<alloc::sync::Arc<Pool<Lender<'t, T>>>> {
     let mut bytes = config.bounce_bytes as usize;
     loop {
-        let pool =
-            as_many(config.bounce_buffers, |count| Pool::new(lender.clone(), count, bytes));
+        let pool = as_many(config.bounce_buffers, |count| Pool::new(lender.clone(), count, bytes));
         if pool.is_some() || config.bounce_buffers == 0 || bytes <= 4096 {
             return pool;
         }

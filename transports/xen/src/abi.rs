@@ -78,12 +78,7 @@ impl SegmentEntry {
     pub fn new(segment: Segment<GrantRef>) -> [u64; 1] {
         let first_sect = (segment.offset / 512) as u8;
         let last_sect = ((segment.offset + segment.bytes) / 512) as u8 - 1;
-        transmute!(Self {
-            gref: U32::new(segment.handle.0),
-            first_sect,
-            last_sect,
-            pad: U16::ZERO
-        })
+        transmute!(Self { gref: U32::new(segment.handle.0), first_sect, last_sect, pad: U16::ZERO })
     }
 }
 
@@ -119,12 +114,7 @@ pub trait Abi: 'static {
     const STRIDE: usize;
 
     /// Writes a read, write, barrier or flush with its segments (at most [`DIRECT_SEGMENTS`]).
-    fn write_direct(
-        ring: &SharedRegion<'_>,
-        at: usize,
-        head: Head,
-        segments: &[Segment<GrantRef>],
-    );
+    fn write_direct(ring: &SharedRegion<'_>, at: usize, head: Head, segments: &[Segment<GrantRef>]);
 
     /// Writes a request whose `segments` segments are in indirect pages.
     fn write_indirect(

@@ -2,7 +2,7 @@
 
 use alloc::sync::Arc;
 use core::ptr::NonNull;
-use core::sync::atomic::{AtomicU32, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use pvblk::memory::{Access, Handle, PageAllocator, Share, ShareError, StillShared};
 
@@ -28,24 +28,38 @@ pub struct GrantTo<P> {
     platform: P,
     peer: DomainId,
     trusted: bool,
-    left: Arc<AtomicU32>,
+    shared: Arc<Shared>,
+}
+
+/// What all clones have in common.
+struct Shared {
+    left: AtomicU32,
+    persistent: AtomicBool,
 }
 
 impl<P: Clone> Clone for GrantTo<P> {
     fn clone(&self) -> Self {
-        Self { platform: self.platform.clone(), peer: self.peer, trusted: self.trusted, left: self.left.clone() }
+        let Self { peer, trusted, .. } = *self;
+        Self { platform: self.platform.clone(), peer, trusted, shared: self.shared.clone() }
     }
 }
 
 impl<P: Grants> GrantTo<P> {
     /// Grants to `peer`, at most `budget` pages at a time.
     pub fn new(platform: P, peer: DomainId, budget: u32) -> Self {
-        Self { platform, peer, trusted: true, left: Arc::new(AtomicU32::new(budget)) }
+        let shared = Shared { left: AtomicU32::new(budget), persistent: AtomicBool::new(false) };
+        Self { platform, peer, trusted: true, shared: Arc::new(shared) }
     }
 
     /// The same, but `peer` must not see what is in a page beside the data of a request.
     pub fn untrusted(self) -> Self {
         Self { trusted: false, ..self }
+    }
+
+    /// Takes note of whether the peer keeps pages mapped (`feature-persistent` of both ends). It
+    /// maps them all to write, then, whatever it does with them (Linux).
+    pub fn set_persistent(&self, persistent: bool) {
+        self.shared.persistent.store(persistent, Ordering::Relaxed);
     }
 
     /// The other domain.
@@ -55,7 +69,7 @@ impl<P: Grants> GrantTo<P> {
 
     /// How many pages of the budget are not granted now.
     pub fn left(&self) -> u32 {
-        self.left.load(Ordering::Relaxed)
+        self.shared.left.load(Ordering::Relaxed)
     }
 }
 
@@ -76,11 +90,12 @@ unsafe impl<P: Grants> Share for GrantTo<P> {
     type Handle = GrantRef;
 
     fn share(&self, page: NonNull<u8>, access: Access) -> Result<GrantRef, ShareError> {
-        self.left
+        self.shared
+            .left
             .try_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1))
             .map_err(|_| ShareError::Exhausted)?;
         self.platform.grant(self.peer, page, access).map_err(|error| {
-            self.left.fetch_add(1, Ordering::Relaxed);
+            self.shared.left.fetch_add(1, Ordering::Relaxed);
             match error {
                 GrantError::TableFull => ShareError::Exhausted,
                 GrantError::BadPage => ShareError::BadPage,
@@ -90,8 +105,12 @@ unsafe impl<P: Grants> Share for GrantTo<P> {
 
     fn unshare(&self, handle: GrantRef) -> Result<(), StillShared> {
         self.platform.try_end(handle).map_err(|_| StillShared)?;
-        self.left.fetch_add(1, Ordering::Relaxed);
+        self.shared.left.fetch_add(1, Ordering::Relaxed);
         Ok(())
+    }
+
+    fn can_lend(&self) -> bool {
+        !self.shared.persistent.load(Ordering::Relaxed)
     }
 
     fn is_trusted(&self) -> bool {

@@ -49,8 +49,12 @@ pub unsafe trait Grants: PageAllocator {
     /// # Errors
     ///
     /// [`GrantError::TableFull`] or [`GrantError::BadPage`].
-    fn grant(&self, peer: DomainId, page: NonNull<u8>, access: Access)
-    -> Result<GrantRef, GrantError>;
+    fn grant(
+        &self,
+        peer: DomainId,
+        page: NonNull<u8>,
+        access: Access,
+    ) -> Result<GrantRef, GrantError>;
 
     /// Takes the permission back and frees the reference.
     ///

@@ -45,7 +45,7 @@ fn connect<'a, A: Abi>(
     let mut peer = Peer::new(host, offsets::<A>(), ring, start, disk);
     peer.indirect = indirect;
     assert_eq!(wire.slots(), peer.slots());
-    let tables = TablePool::new(grantor(host), tables, 1).unwrap();
+    let tables = TablePool::new(grantor(host), tables, 1, pvblk::memory::Access::Read).unwrap();
     let limits = limits(indirect, tables.count());
     (Link { wire, limits, tables }, peer)
 }
@@ -57,7 +57,8 @@ fn smoke<A: Abi>() {
     engine.attach(link, geometry(64), Features::default());
     let pool = Pool::new(grantor(&host), 2, 4096).unwrap();
     let buffer = pool.take().unwrap();
-    let tag = engine.submit(Request::Read { sector: 3, sectors: 5, buffer: buffer.into() }).unwrap();
+    let tag =
+        engine.submit(Request::Read { sector: 3, sectors: 5, buffer: buffer.into() }).unwrap();
     assert!(engine.commit());
     assert_eq!(peer.serve(), 1);
     let done = engine.next().unwrap().unwrap();

@@ -85,7 +85,8 @@ impl Drop for Host {
         let mut clean = true;
         for &(base, count) in self.released.borrow().iter() {
             // SAFETY: released runs are kept allocated until here, and nobody else has them.
-            let bytes = unsafe { std::slice::from_raw_parts(base as *const u8, count * PAGE_BYTES) };
+            let bytes =
+                unsafe { std::slice::from_raw_parts(base as *const u8, count * PAGE_BYTES) };
             clean &= bytes.iter().all(|&byte| byte == POISON);
             // SAFETY: allocated by `allocate_pages` with the same layout.
             unsafe { dealloc(base as *mut u8, layout(count)) };
@@ -260,7 +261,13 @@ pub struct Peer<'a> {
 
 impl<'a> Peer<'a> {
     /// A backend of the ring in the granted pages `ring`, whose indices begin at `start`.
-    pub fn new(host: &'a Host, offsets: Offsets, ring: Vec<u32>, start: u32, disk: Vec<u8>) -> Self {
+    pub fn new(
+        host: &'a Host,
+        offsets: Offsets,
+        ring: Vec<u32>,
+        start: u32,
+        disk: Vec<u8>,
+    ) -> Self {
         let fit = (ring.len() * 4096 - 64) / offsets.stride;
         let mut slots = 1;
         while slots * 2 <= fit {
@@ -358,7 +365,8 @@ impl<'a> Peer<'a> {
                 request.handle = u16_at(slot, at.indirect_handle);
                 let count = usize::from(u16_at(slot, 2));
                 assert!(count > 0 && count.div_ceil(512) <= 8, "segments in indirect pages");
-                let references = (0..count.div_ceil(512)).map(|i| u32_at(slot, at.indirect_grefs + i * 4));
+                let references =
+                    (0..count.div_ceil(512)).map(|i| u32_at(slot, at.indirect_grefs + i * 4));
                 request.pages = references.collect();
                 for i in 0..count {
                     let page = self.host.page(request.pages[i / 512], false);

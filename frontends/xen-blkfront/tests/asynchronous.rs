@@ -1,0 +1,2 @@
+//! Futures.
+#![allow(missing_docs)]
