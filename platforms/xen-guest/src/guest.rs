@@ -1,0 +1,310 @@
+//! The guest: what the program's main function gets.
+
+use core::ops::Range;
+
+use crate::grants::GrantTable;
+use crate::store::Store;
+use crate::{PortStatistics, Statistics, clock, events, pages};
+
+/// Ranges of RAM that are taken note of. A PVH guest has one or two.
+const MAX_RAM_RANGES: usize = 8;
+
+/// The running guest.
+///
+/// There is one, made before the program's main function is called. It implements the platform
+/// traits of `pvblk-xen` and so is all that a block driver needs.
+pub struct Guest {
+    pub(crate) grants: GrantTable,
+    pub(crate) store: Store,
+    command_line: &'static str,
+    module: Option<&'static [u8]>,
+    ram: ([Range<u64>; MAX_RAM_RANGES], usize),
+}
+
+impl Guest {
+    /// The command line that the domain was started with; empty if there is none.
+    #[must_use]
+    pub fn command_line(&self) -> &'static str {
+        self.command_line
+    }
+
+    /// The value of `key=value` in the command line, whose words are separated by blanks; the last
+    /// one counts.
+    #[must_use]
+    pub fn argument(&self, key: &str) -> Option<&'static str> {
+        argument(self.command_line, key)
+    }
+
+    /// The module (`ramdisk=` in the domain's configuration), if there is one.
+    #[must_use]
+    pub fn module(&self) -> Option<&'static [u8]> {
+        self.module
+    }
+
+    /// The guest's RAM: ranges of guest-physical addresses in bytes, as the hypervisor reported it.
+    #[must_use]
+    pub fn ram(&self) -> &[Range<u64>] {
+        let (ranges, count) = &self.ram;
+        &ranges[..*count]
+    }
+
+    /// What was counted so far.
+    #[must_use]
+    pub fn statistics(&self) -> Statistics {
+        use core::sync::atomic::Ordering::Relaxed;
+
+        let (upcalls, events_received, notifications_sent) = events::totals();
+        Statistics {
+            upcalls,
+            events_received,
+            notifications_sent,
+            grants_made: self.grants.counts.granted.load(Relaxed),
+            grants_ended: self.grants.counts.ended.load(Relaxed),
+            grants_still_mapped: self.grants.counts.still_mapped.load(Relaxed),
+            free_pages: pages::free(),
+            hypercalls: xen_hypercalls::count::total(),
+        }
+    }
+
+    /// What was counted for one event channel since it was opened.
+    #[must_use]
+    pub fn port_statistics(&self, port: pvblk_xen::platform::Port) -> PortStatistics {
+        let (received, sent) = events::counts(port.0);
+        PortStatistics { received, sent }
+    }
+
+    /// Nanoseconds of Xen's system time.
+    #[must_use]
+    pub fn now(&self) -> u64 {
+        clock::now()
+    }
+}
+
+fn argument<'a>(command_line: &'a str, key: &str) -> Option<&'a str> {
+    command_line
+        .split_ascii_whitespace()
+        .rev()
+        .find_map(|word| word.strip_prefix(key)?.strip_prefix('='))
+}
+
+#[cfg(target_os = "none")]
+pub(crate) use start::start;
+
+/// The way from the entry code to the program.
+#[cfg(target_os = "none")]
+mod start {
+    use core::cell::UnsafeCell;
+    use core::mem::MaybeUninit;
+    use core::ops::Range;
+
+    use xen_hypercalls::grant_table;
+    use xen_hypercalls::hvm::{self, Parameter};
+    use xen_hypercalls::memory::{self, MapSpace};
+
+    use super::{Guest, MAX_RAM_RANGES};
+    use crate::arch::start_info::StartInfo;
+    use crate::arch::{descriptors, interrupts, paging};
+    use crate::grants::{ENTRIES_PER_FRAME, GrantTable};
+    use crate::pages::PAGE_BYTES;
+    use crate::store::Store;
+    use crate::{console, events, pages};
+
+    const MIB: u64 = 1 << 20;
+    const FOUR_GIB: u64 = 1 << 32;
+    /// Firmware tables and the unmapped page 0 are below; none of it is handed out.
+    const LOWEST_RAM: u64 = MIB;
+    /// Interrupt controllers and the pages shared with the toolstack's daemons are above.
+    const HIGHEST_GAP: u64 = 0xf000_0000;
+
+    struct GuestCell(UnsafeCell<MaybeUninit<Guest>>);
+
+    // SAFETY: written once, by `start`, before there is anybody else; shared references only, after.
+    unsafe impl Sync for GuestCell {}
+
+    static GUEST: GuestCell = GuestCell(UnsafeCell::new(MaybeUninit::uninit()));
+
+    unsafe extern "Rust" {
+        /// The program's main function: see `entry!`.
+        safe fn xen_guest_main(guest: &'static Guest) -> !;
+    }
+
+    unsafe extern "C" {
+        static xen_guest_image_end: u8;
+    }
+
+    /// # Safety
+    ///
+    /// Called once, by the entry code, on its stack, with interrupts off and the tables loaded.
+    /// `start_info` is the address that the hypervisor gave.
+    pub(crate) unsafe fn start(start_info: u32) -> ! {
+        // SAFETY: the caller's promise; what the start info occupies is reserved below.
+        let Some(info) = (unsafe { StartInfo::new(start_info) }) else {
+            panic!("the hypervisor gave no start info");
+        };
+
+        // SAFETY: nothing else uses the RAM yet, and all of it below 4 GiB is mapped.
+        let ram = unsafe { take_memory(&info) };
+        let size = grant_table::query_size().expect("the grant table has a size");
+        let table_bytes = u64::from(size.max_frames) * PAGE_BYTES as u64;
+        // The shared page, then the grant table.
+        let shared = find_place(&info, PAGE_BYTES as u64 + table_bytes);
+        TABLE_FRAME.store(shared / PAGE_BYTES as u64 + 1, core::sync::atomic::Ordering::Relaxed);
+        // SAFETY: nobody uses that place, and its addresses are mapped to themselves.
+        unsafe {
+            memory::add_to_physmap(MapSpace::SharedInfo, 0, shared / PAGE_BYTES as u64)
+                .expect("the shared page can be mapped");
+            events::start(address(shared).cast());
+        }
+        start_console();
+
+        let references = (size.max_frames * ENTRIES_PER_FRAME) as usize;
+        let stack = pages::allocate((references * size_of::<u32>()).div_ceil(PAGE_BYTES))
+            .expect("there is memory for the free list of grants");
+        // SAFETY: the pages were just allocated and are not given back; the table's address space
+        // follows the shared page.
+        let grants = unsafe {
+            let stack = core::slice::from_raw_parts_mut(stack.cast::<u32>().as_ptr(), references);
+            let table = address(shared + PAGE_BYTES as u64);
+            GrantTable::new(table, size.max_frames, map_grant_frame, stack)
+        };
+
+        let store_frame = hvm::parameter(Parameter::StoreFrame).unwrap_or(0);
+        let store_port = hvm::parameter(Parameter::StorePort).unwrap_or(0) as u32;
+        let store_page = if store_frame == 0 || store_frame >= FOUR_GIB / PAGE_BYTES as u64 {
+            // There is no XenStore (yet): an empty page of our own, to which nobody answers.
+            pages::allocate(1).expect("there is memory").as_ptr()
+        } else {
+            address(store_frame * PAGE_BYTES as u64)
+        };
+        // SAFETY: the toolstack made this page for XenStore, or it was just allocated.
+        let store = unsafe { Store::new(store_page, store_port) };
+
+        // SAFETY: the handler of the vector is in place.
+        unsafe {
+            hvm::set_parameter(
+                Parameter::CallbackIrq,
+                hvm::callback_vector(descriptors::EVENT_VECTOR),
+            )
+        }
+        .expect("events can be delivered as an interrupt vector");
+        events::start_timer().expect("the timer can be bound");
+
+        #[cfg(feature = "heap")]
+        crate::heap::start();
+        #[cfg(feature = "log")]
+        crate::logger::start(super::argument(info.command_line(), "log"));
+
+        let guest =
+            Guest { grants, store, command_line: info.command_line(), module: info.module(), ram };
+        // SAFETY: written here, once; shared from now on.
+        let guest = unsafe { (*GUEST.0.get()).write(guest) };
+        interrupts::enable();
+        xen_guest_main(guest)
+    }
+
+    /// The frame where the grant table starts in the guest's physical memory.
+    static TABLE_FRAME: core::sync::atomic::AtomicU64 = core::sync::atomic::AtomicU64::new(0);
+
+    fn map_grant_frame(index: u32) -> bool {
+        let frame = TABLE_FRAME.load(core::sync::atomic::Ordering::Relaxed) + u64::from(index);
+        // SAFETY: `start` set the frames from there on apart for the grant table.
+        unsafe { memory::add_to_physmap(MapSpace::GrantTable, index.into(), frame) }.is_ok()
+    }
+
+    /// Memory is mapped to itself.
+    fn address(physical: u64) -> *mut u8 {
+        core::ptr::with_exposed_provenance_mut(physical as usize)
+    }
+
+    /// Gives the page allocator the RAM.
+    ///
+    /// # Safety
+    ///
+    /// Called once; nobody uses the RAM but the image and the start info.
+    unsafe fn take_memory(info: &StartInfo) -> ([Range<u64>; MAX_RAM_RANGES], usize) {
+        let mut ranges = [const { 0..0 }; MAX_RAM_RANGES];
+        let mut count = 0;
+        let ram = info.memory_map().filter(|(_, _, is_ram)| *is_ram);
+        for (start, bytes, _) in ram.take(MAX_RAM_RANGES) {
+            ranges[count] = start..start.saturating_add(bytes);
+            count += 1;
+        }
+
+        let mut low = [const { 0..0 }; MAX_RAM_RANGES];
+        for (part, range) in low.iter_mut().zip(&ranges) {
+            let (start, end) = (range.start.max(LOWEST_RAM), range.end.min(FOUR_GIB));
+            *part = start..end.max(start);
+        }
+        let image_end = &raw const xen_guest_image_end as u64;
+        let occupied = info.occupied().chain(core::iter::once(0..image_end));
+        let occupied = core::array::from_fn::<_, 32, _>({
+            let mut rest = occupied;
+            move |_| rest.next().unwrap_or(0..0)
+        });
+        // SAFETY: the entry code mapped the first 4 GiB to themselves; what is in use is in the
+        // list of what is occupied.
+        unsafe {
+            pages::start(
+                &low,
+                ranges.iter().map(|r| r.end).max().unwrap_or(0),
+                occupied.iter().cloned(),
+            )
+        }
+        .expect("there is RAM");
+
+        let end = ranges.iter().map(|range| range.end).max().unwrap_or(0);
+        // SAFETY: at the start, with interrupts off; the pages are below 4 GiB so far and stay.
+        let mapped = unsafe {
+            paging::identity_map(end, || pages::allocate(1).map(|page| page.addr().get() as u64))
+        };
+        for range in &ranges[..count] {
+            let (start, end) = (range.start.max(FOUR_GIB), range.end.min(mapped));
+            if start < end {
+                // SAFETY: just mapped, and not used yet.
+                unsafe { pages::add(start..end) };
+            }
+        }
+        (ranges, count)
+    }
+
+    /// Guest-physical addresses below 4 GiB for pages of the hypervisor: the first gap in the memory
+    /// map that is large enough, or else RAM, which the hypervisor's pages then replace.
+    fn find_place(info: &StartInfo, bytes: u64) -> u64 {
+        let ends = info.memory_map().map(|(start, bytes, _)| start.saturating_add(bytes));
+        let gap = ends.map(|end| end.next_multiple_of(2 * MIB)).filter(|start| {
+            let gap = *start..start.saturating_add(bytes);
+            gap.end <= HIGHEST_GAP
+                && info.memory_map().all(|(other, bytes, _)| {
+                    other.saturating_add(bytes) <= gap.start || gap.end <= other
+                })
+        });
+        gap.min().unwrap_or_else(|| {
+            let pages = pages::allocate((bytes as usize).div_ceil(PAGE_BYTES));
+            pages.expect("there is memory below 4 GiB for the grant table").addr().get() as u64
+        })
+    }
+
+    /// Starts the console, if the toolstack made one.
+    fn start_console() {
+        let frame = hvm::parameter(Parameter::ConsoleFrame).unwrap_or(0);
+        let port = hvm::parameter(Parameter::ConsolePort).unwrap_or(0) as u32;
+        if frame != 0 && frame < FOUR_GIB / PAGE_BYTES as u64 && port != 0 {
+            // SAFETY: the toolstack made this page for the console; every port is masked.
+            unsafe { console::start(address(frame * PAGE_BYTES as u64), port) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::argument;
+
+    #[test]
+    fn arguments_are_whole_words_and_the_last_counts() {
+        let line = "mode=read disk=xvda  mode=write modest=1";
+        assert_eq!(argument(line, "mode"), Some("write"));
+        assert_eq!(argument(line, "modes"), None);
+        assert_eq!(argument(line, "disk"), Some("xvda"));
+        assert_eq!(argument("", "disk"), None);
+    }
+}
