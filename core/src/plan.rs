@@ -26,7 +26,7 @@ impl Limits {
     /// Whether the peer takes tables, and more segments with them than without.
     #[inline(always)]
     pub fn has_indirect(&self) -> bool {
-        self.indirect_segments > self.direct_segments
+        self.indirect_segments > self.direct_segments && self.tables > 0
     }
 }
 

@@ -1,2 +1,55 @@
-//! Instruction counts of the engines, beside their peers
-#![no_std]
+//! What the benches of this project run: one client loop for each driver, and a fake peer that
+//! answers it.
+//!
+//! Everything is made so that *only the driver's side* can be counted. A bench is a sequence of
+//! rounds; in a round the client takes every completion that is there, checks it, reuses its buffer
+//! for the next random place on the disk, and shows the new requests to the peer. That is one
+//! function that is never inlined, and callgrind counts inside it and nowhere else. The peer answers
+//! between two rounds.
+
+pub mod allocations;
+pub mod blkif;
+pub mod virtio;
+
+/// Requests of a bench, after the first few that fill the queue. A multiple of every depth.
+pub const REQUESTS: u64 = 9_600;
+
+/// The size of the disk in sectors of 512 bytes: 1 TiB.
+pub const DISK_SECTORS: u64 = 1 << 31;
+
+/// What a run did besides executing instructions.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Tally {
+    /// Requests that were completed.
+    pub requests: u64,
+    /// Notifications that the driver sent.
+    pub notifications: u64,
+    /// Allocations of the driver's side.
+    pub allocations: u64,
+}
+
+/// Random places on the disk: a xorshift generator, cheap enough not to be what is measured.
+#[derive(Clone, Copy, Debug)]
+pub struct Random(u64);
+
+impl Random {
+    /// Always the same sequence.
+    pub fn new() -> Self {
+        Self(0x9e37_79b9_7f4a_7c15)
+    }
+
+    /// A random first sector of a request of `sectors` (a power of two) sectors, aligned to it.
+    #[inline(always)]
+    pub fn sector(&mut self, sectors: u32) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 & (DISK_SECTORS - 1) & !(u64::from(sectors) - 1)
+    }
+}
+
+impl Default for Random {
+    fn default() -> Self {
+        Self::new()
+    }
+}

@@ -1,2 +1,56 @@
-//! The commands of this project.
-fn main() {}
+//! The commands of this project: `cargo xtask COMMAND`.
+
+mod bare;
+mod bench;
+mod check;
+mod fuzz;
+mod guests;
+mod matrix;
+mod metadata;
+mod project;
+mod report;
+mod rig;
+mod run;
+mod shell;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// Boots, tests, checks and measures this project.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+enum Command {
+    /// Boot real Xen in QEMU with a guest; show its console and a verdict
+    Run(run::Options),
+    /// Test everything: on this machine, then on real Xen
+    Test(test::Options),
+    /// Negotiate a disk in every way, on real Xen
+    Matrix(matrix::Options),
+    /// Check formatting, lints, docs, features, the oldest compiler and the packages
+    Check(check::Options),
+    /// Measure
+    Bench(bench::Options),
+    /// Fuzz a target of ci/fuzz
+    Fuzz(fuzz::Options),
+}
+
+fn main() -> ExitCode {
+    let result = match Command::parse() {
+        Command::Run(options) => run::run(&options),
+        Command::Test(options) => return test::test(&options),
+        Command::Matrix(options) => matrix::matrix(&options),
+        Command::Check(options) => check::check(&options),
+        Command::Bench(options) => bench::bench(&options),
+        Command::Fuzz(options) => fuzz::fuzz(&options),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Without the backtrace that `Debug` would add: these are not faults of this program.
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -360,7 +360,8 @@ where
                 // There is room: `direct_segments` is at most the capacity.
                 let _ = direct.push(segment);
             }
-            let indirect = segments.left() > 0 && link.limits.has_indirect();
+            let indirect =
+                segments.left() > 0 && link.limits.has_indirect() && link.tables.count() > 0;
             let shape = if indirect { Shape::Indirect } else { Shape::Direct(direct.len()) };
             // All tables taken means that answers will give some back.
             if !link.wire.has_room(shape) || (indirect && link.tables.available() == 0) {
@@ -638,22 +639,24 @@ where
     let mut numbers = heapless::Vec::new();
     let mut first = first.iter().copied();
     let (mut filled, mut position) = (0, W::RESERVED_HEAD);
-    let tables = link.limits.tables.min(TABLES_MAX);
+    let tables = link.limits.tables.min(TABLES_MAX).min(link.tables.available());
     let each = link.tables.entries_each();
+    let room = (tables * each).saturating_sub(W::RESERVED_HEAD + W::RESERVED_TAIL);
+    let most = link.limits.indirect_segments.min(room);
     while numbers.len() < tables && (first.len() > 0 || segments.left() > 0) {
         let Some(number) = link.tables.take(chain) else { break };
         let Some(table) = link.tables.table(number) else { break };
         let _ = numbers.push(number);
         let mut offset = position % each * W::Entry::BYTES;
         let end = each * W::Entry::BYTES;
-        while offset < end && filled < link.limits.indirect_segments {
+        while offset < end && filled < most {
             let Some(segment) = first.next().or_else(|| segments.next()) else { break };
             W::entry(segment, position, code).write_to(&table.region, offset);
             offset += W::Entry::BYTES;
             position += 1;
             filled += 1;
         }
-        if filled == link.limits.indirect_segments {
+        if filled == most {
             break;
         }
     }

@@ -74,6 +74,7 @@ pub struct Memory<H> {
     runs: RefCell<BTreeMap<usize, usize>>,
     frames: RefCell<BTreeMap<usize, u64>>,
     shared: RefCell<BTreeMap<H, Shared>>,
+    shared_pages: RefCell<BTreeSet<usize>>,
     released: RefCell<Vec<(usize, usize)>>,
     next_frame: Cell<u64>,
     shares: Cell<u64>,
@@ -102,6 +103,7 @@ impl<H: Naming> Memory<H> {
             runs: RefCell::default(),
             frames: RefCell::default(),
             shared: RefCell::default(),
+            shared_pages: RefCell::default(),
             released: RefCell::default(),
             next_frame: Cell::new(16),
             shares: Cell::new(0),
@@ -236,8 +238,8 @@ unsafe impl<H: Naming> PageAllocator for Shares<H> {
         let address = base.as_ptr() as usize;
         assert_eq!(self.0.runs.borrow_mut().remove(&address), Some(count), "releasing another run");
         let run = address..address + count * PAGE_BYTES;
-        let shared = self.0.shared.borrow();
-        assert!(!shared.values().any(|entry| run.contains(&entry.page)), "releasing shared pages");
+        let shared = self.0.shared_pages.borrow();
+        assert!(shared.range(run).next().is_none(), "releasing shared pages");
         // SAFETY: the caller gives the run up.
         unsafe { base.write_bytes(POISON, count * PAGE_BYTES) };
         self.0.released.borrow_mut().push((address, count));
@@ -258,8 +260,7 @@ unsafe impl<H: Naming> Share for Shares<H> {
         let count = self.0.shares.get();
         self.0.shares.set(count + 1);
         let handle = H::name(frame, count);
-        // A page has one frame, and with `Address` one name: sharing it twice shows here too.
-        assert!(!shared.values().any(|entry| entry.page == page), "sharing a page twice");
+        assert!(self.0.shared_pages.borrow_mut().insert(page), "sharing a page twice");
         let before = shared.insert(handle, Shared { page, access, held: false });
         assert!(before.is_none(), "a name for two pages");
         Ok(handle)
@@ -271,6 +272,7 @@ unsafe impl<H: Naming> Share for Shares<H> {
         if entry.held {
             return Err(StillShared);
         }
+        self.0.shared_pages.borrow_mut().remove(&entry.page);
         shared.remove(&handle);
         Ok(())
     }

@@ -40,11 +40,8 @@ static PORTS: [PortState; MAX_PORTS] = [const {
 
 static WAKERS: Locked<[Option<Waker>; MAX_PORTS]> = Locked::new([const { None }; MAX_PORTS]);
 static SHARED: AtomicPtr<SharedInfo> = AtomicPtr::new(ptr::null_mut());
-
-/// Ports that are delivered and not taken.
-static UNTAKEN: AtomicU32 = AtomicU32::new(0);
-/// An internal port was delivered since the last sleep.
-static INTERNAL: AtomicBool = AtomicBool::new(false);
+/// Whether anything was delivered since the last sleep ended.
+static DELIVERED: AtomicBool = AtomicBool::new(false);
 /// Upcalls since the start.
 static UPCALLS: AtomicU64 = AtomicU64::new(0);
 
@@ -133,11 +130,10 @@ fn deliver(shared: &SharedInfo, port: op::Port) {
     }
     let Some(state) = PORTS.get(port as usize) else { return };
     state.received.fetch_add(1, Ordering::Relaxed);
-    if state.internal.load(Ordering::Relaxed) {
-        INTERNAL.store(true, Ordering::Relaxed);
-    } else if !state.delivered.swap(true, Ordering::Relaxed) {
-        UNTAKEN.fetch_add(1, Ordering::Relaxed);
+    if !state.internal.load(Ordering::Relaxed) {
+        state.delivered.store(true, Ordering::Relaxed);
     }
+    DELIVERED.store(true, Ordering::Relaxed);
     // Taken out first: what a waker does may set the next one.
     if let Some(waker) = WAKERS.with(|wakers| wakers[port as usize].take()) {
         waker.wake();
@@ -164,14 +160,7 @@ pub(crate) fn unmask(port: op::Port) {
 pub(crate) fn take(port: op::Port) -> bool {
     let Some(state) = PORTS.get(port as usize) else { return false };
     // Looked at first: drivers ask far more often than events come.
-    if !state.delivered.load(Ordering::Relaxed) {
-        return false;
-    }
-    let taken = state.delivered.swap(false, Ordering::Relaxed);
-    if taken {
-        UNTAKEN.fetch_sub(1, Ordering::Relaxed);
-    }
-    taken
+    state.delivered.load(Ordering::Relaxed) && state.delivered.swap(false, Ordering::Relaxed)
 }
 
 /// Clears the port's pending bit without delivering it. For ports that stay masked and are polled.
@@ -231,24 +220,23 @@ pub(crate) fn set_waker(port: op::Port, waker: &Waker) {
     }
 }
 
-/// Sleeps until a port is delivered and not taken, an internal one was delivered, `more` says
-/// true, or the deadline (system time, nanoseconds) is there; or for less.
+/// Sleeps until a port was delivered since the last sleep ended, `more` says true, or the deadline
+/// (system time, nanoseconds) is there; or for less.
 ///
 /// Everything is looked at with interrupts off, and they are switched on by the instruction before
 /// the one that sleeps: no event is missed in between. Interrupts are on afterwards.
 pub(crate) fn wait(deadline: Option<u64>, more: impl Fn() -> bool) {
     interrupts::disable();
-    let awake = UNTAKEN.load(Ordering::Relaxed) != 0
-        || INTERNAL.swap(false, Ordering::Relaxed)
+    let awake = DELIVERED.load(Ordering::Relaxed)
         || more()
         || deadline.is_some_and(|deadline| !set_timer(deadline));
     if awake {
         interrupts::enable();
     } else {
         interrupts::enable_and_halt();
-        // What ended this sleep must not end the next one too, if it was internal.
-        INTERNAL.store(false, Ordering::Relaxed);
     }
+    // The caller looks at everything after this: what came until now must not end the next sleep.
+    DELIVERED.store(false, Ordering::Relaxed);
 }
 
 /// Sees that the timer comes at the deadline or earlier; `false` if the deadline is past.

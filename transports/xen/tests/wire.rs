@@ -4,6 +4,7 @@ use pvblk::buffer::{Buffer, Pool};
 use pvblk::extent::Geometry;
 use pvblk::frontend::{Features, Frontend, Link, Request};
 use pvblk::indirect::TablePool;
+use pvblk::memory::Access;
 use pvblk_xen::abi::{Abi, Abi32, Abi64};
 use pvblk_xen::wire::{FrontRing, limits};
 

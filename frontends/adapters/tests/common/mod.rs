@@ -564,18 +564,25 @@ pub mod fat {
     use super::noise;
 
     /// Makes a file system on the whole of `disk`.
-    pub fn format(disk: impl Read + Write + Seek, fat_type: FatType, sector: u16, sectors: u32) {
+    pub fn format(
+        mut disk: impl Read + Write + Seek,
+        fat_type: FatType,
+        sector: u16,
+        sectors: u32,
+    ) {
         let options = FormatVolumeOptions::new()
             .fat_type(fat_type)
             .bytes_per_sector(sector)
             .bytes_per_cluster(u32::from(sector))
             .total_sectors(sectors)
             .volume_label(*b"PVBLK      ");
+        disk.rewind().unwrap();
         format_volume(disk, options).expect("the size goes with the type");
     }
 
     /// Writes some files.
-    pub fn fill(disk: impl Read + Write + Seek) {
+    pub fn fill(mut disk: impl Read + Write + Seek) {
+        disk.rewind().unwrap();
         let volume = FileSystem::new(disk, FsOptions::new()).expect("there is a file system");
         let root = volume.root_dir();
         root.create_file("HELLO.TXT").unwrap().write_all(b"Hello, FAT!").unwrap();
@@ -605,7 +612,8 @@ pub mod fat {
     }
 
     /// Reads files, and checks that the directory has all of those with long names.
-    pub fn read(disk: impl Read + Write + Seek, paths: &[&str]) -> Vec<Vec<u8>> {
+    pub fn read(mut disk: impl Read + Write + Seek, paths: &[&str]) -> Vec<Vec<u8>> {
+        disk.rewind().unwrap();
         let volume = FileSystem::new(disk, FsOptions::new()).expect("there is a file system");
         let root = volume.root_dir();
         if let Ok(directory) = root.open_dir("NESTED/DEEPER") {

@@ -28,9 +28,14 @@ pub struct Rig {
 
 impl Rig {
     pub fn new(config: BackendConfig) -> Self {
+        Self::with_number(XVDA, config)
+    }
+
+    /// With a device of another number than `xvda`'s.
+    pub fn with_number(number: u32, config: BackendConfig) -> Self {
         let host = Host::new(config.seed);
         let front = host.domain(FRONT);
-        let backend = Backend::new(&host, BACK, FRONT, XVDA, config);
+        let backend = Backend::new(&host, BACK, FRONT, number, config);
         Self { backend, front, host }
     }
 
