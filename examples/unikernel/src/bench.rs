@@ -5,11 +5,12 @@
 
 use alloc::format;
 use alloc::string::{String, ToString};
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 
-use pvblk::buffer::Buffer as AnyBuffer;
+use pvblk::buffer::{Buffer as AnyBuffer, Pool};
 use pvblk::frontend::Request;
-use xen_blkfront::{Buffer, Disk, FrontQueue};
+use xen_blkfront::{Buffer, Disk, FrontQueue, Lender};
 use xen_guest::{Guest, println};
 
 use crate::model::next;
@@ -43,19 +44,21 @@ impl Case {
     }
 }
 
-/// Runs the cases on the disk's first queue.
+/// Runs the cases on the disk's first queue. Returns the buffers' pools, which are to be kept until
+/// the disk is closed.
 pub fn run(
     guest: &'static Guest,
     disk: &Disk<'static, 'static, Guest>,
     queues: &mut [FrontQueue<'static, Guest>],
     cases: &str,
-) -> Result<(), String> {
+) -> Result<Vec<Arc<Pool<Lender<'static, Guest>>>>, String> {
+    let mut pools = Vec::new();
     let queue = queues.first_mut().ok_or("no queue")?;
     for name in cases.split(',') {
         let case = Case::parse(name).ok_or_else(|| format!("no such benchmark: {name}"))?;
-        run_case(guest, disk, queue, name, &case)?;
+        pools.push(run_case(guest, disk, queue, name, &case)?);
     }
-    Ok(())
+    Ok(pools)
 }
 
 fn run_case(
@@ -64,7 +67,7 @@ fn run_case(
     queue: &mut FrontQueue<'static, Guest>,
     name: &str,
     case: &Case,
-) -> Result<(), String> {
+) -> Result<Arc<Pool<Lender<'static, Guest>>>, String> {
     let pool = disk.register(case.depth as u32, case.bytes).map_err(|error| error.to_string())?;
     let sectors = (case.bytes / 512) as u32;
     let places = queue.frontend.geometry().sectors / u64::from(sectors);
@@ -104,7 +107,7 @@ fn run_case(
         after.upcalls - before.upcalls,
         after.grants_made + after.grants_ended - before.grants_made - before.grants_ended,
     );
-    Ok(())
+    Ok(pool)
 }
 
 /// Keeps as many requests in flight as there are buffers, until `count` are done.

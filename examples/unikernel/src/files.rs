@@ -16,13 +16,13 @@ use xen_guest::{Guest, println};
 const SUPERBLOCK_SECTOR: u64 = 2;
 const MAGIC: [u8; 2] = 0xef53_u16.to_le_bytes();
 
-/// Reads the whole file system through the disk's first queue, and gives the queues back that are
-/// left.
+/// Reads the whole file system through the disk's first queue. Returns the mounted file system, with
+/// the queue in it, and the queues that are left.
 pub fn read_all(
     guest: &'static Guest,
     disk: &Disk<'static, 'static, Guest>,
     mut queues: Vec<FrontQueue<'static, Guest>>,
-) -> Result<Vec<FrontQueue<'static, Guest>>, String> {
+) -> Result<(Ext4, Vec<FrontQueue<'static, Guest>>), String> {
     let mut queue = queues.remove(0);
     let geometry = queue.frontend.geometry();
 
@@ -43,7 +43,7 @@ pub fn read_all(
     let mut count = 0;
     walk(&fs, Path::ROOT, &mut count).map_err(|error| format!("reading xvda: {error}"))?;
     println!("FILES {count} read from an ext4 file system");
-    Ok(queues)
+    Ok((fs, queues))
 }
 
 fn walk(fs: &Ext4, folder: Path<'_>, count: &mut usize) -> Result<(), Ext4Error> {

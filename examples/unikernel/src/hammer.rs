@@ -49,12 +49,12 @@ struct Hammer<'q> {
     written: u64,
 }
 
-/// Does all of it.
+/// Does all of it. Returns the buffers' pools, which are to be kept until the disk is closed.
 pub fn run(
     guest: &'static Guest,
     disk: &Disk<'static, 'static, Guest>,
     queues: &mut [FrontQueue<'static, Guest>],
-) -> Result<(), String> {
+) -> Result<Vec<Arc<Pool<Lender<'static, Guest>>>>, String> {
     let properties = disk.negotiated().ok_or("not connected")?.properties;
     if properties.geometry.sectors < AREA {
         return Err("the raw disk is smaller than 32 MiB".to_string());
@@ -96,7 +96,7 @@ pub fn run(
         }
     }
     println!("DISK-SHA256 {} {DIGEST_BYTES}", hex(&hash.finalize()));
-    Ok(())
+    Ok(vec![hammer.small, hammer.large])
 }
 
 /// Slices that live elsewhere are copied through registered buffers.

@@ -41,7 +41,7 @@ pub fn totals(guest: &Guest, queues: &[FrontQueue<'static, Guest>]) {
     }
     let it = guest.statistics();
     println!(
-        "GUEST {} grants made, {} ended, {} held by the backend; {} upcalls, {} events; {} pages free",
+        "GUEST {} grants made, {} ended, {} times held; {} upcalls, {} events; {} pages free",
         it.grants_made,
         it.grants_ended,
         it.grants_still_mapped,
@@ -54,4 +54,17 @@ pub fn totals(guest: &Guest, queues: &[FrontQueue<'static, Guest>]) {
             println!("HYPERCALL {hypercall:?} {count}");
         }
     }
+}
+
+/// With all disks closed, every page that was granted must have come back.
+pub fn nothing_lost(guest: &Guest) -> Result<(), alloc::string::String> {
+    let it = guest.statistics();
+    if it.grants_made != it.grants_ended {
+        return Err(alloc::format!(
+            "{} pages were granted, but only {} came back",
+            it.grants_made,
+            it.grants_ended
+        ));
+    }
+    Ok(())
 }

@@ -494,6 +494,9 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
     /// Makes a pool of registered buffers: their pages stay shared with the backend, and a request
     /// with one costs neither a copy nor a grant.
     ///
+    /// Keep the pool until the disk is closed: a backend that keeps pages mapped lets go of them
+    /// only then, and memory that it still has mapped when the pool goes is lost.
+    ///
     /// # Errors
     ///
     /// [`PagesError`] if memory or the grant budget does not suffice.

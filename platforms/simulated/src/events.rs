@@ -70,10 +70,6 @@ impl EventState {
         Ok(Port(index as u32))
     }
 
-    pub(crate) fn any_delivered(&self) -> bool {
-        self.channels.iter().flatten().any(|channel| channel.delivered)
-    }
-
     pub(crate) fn take(&mut self, port: Port) -> bool {
         self.get(port).is_some_and(|channel| std::mem::take(&mut channel.delivered))
     }

@@ -17,13 +17,12 @@ const IDLE_WAITS: u32 = 1_000_000;
 const ROUND: u64 = 1_000;
 
 impl State {
-    /// Whether a wait of this domain is over. Level-triggered for what `wait` promises, and
-    /// edge-triggered for everything else, so that a client of XenStore does not spin because
-    /// some event channel's event is not its business.
+    /// Whether a wait of this domain is over: something was delivered since the last one ended, or
+    /// there are bytes for who waits for those.
     fn is_ready(&mut self, id: DomainId, store: bool) -> bool {
         let bytes = store && !self.store.is_empty(id);
         let domain = self.domain(id);
-        domain.fresh || bytes || (!store && domain.events.any_delivered())
+        domain.fresh || (store && bytes)
     }
 }
 

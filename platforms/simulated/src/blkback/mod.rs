@@ -395,6 +395,22 @@ impl Backend {
         core.alive = false;
     }
 
+    /// Comes back after its [death](Self::die), as the backend of a driver domain that was started
+    /// again: closed at first, and ready for a frontend that begins anew. It may offer something
+    /// else now; the disk's content and size stay.
+    pub fn come_back(&self, config: BackendConfig) {
+        let mut core = self.core();
+        let sectors = core.config.sectors;
+        core.config = BackendConfig { sectors, ..config };
+        let cached = core.config.cached();
+        core.disk.set_cached(cached);
+        core.revoked.clear();
+        core.probed = true;
+        core.close_soon = false;
+        core.alive = true;
+        core.switch(xenbus::CLOSED);
+    }
+
     /// What the toolstack does after a death: removes the nodes of both ends.
     pub fn remove_nodes(&self) {
         let (host, path, frontend) = {
