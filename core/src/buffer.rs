@@ -93,15 +93,17 @@ impl<S: Share> Pool<S> {
     ///
     /// [`PagesError`].
     pub fn new(share: S, count: u32, bytes_each: usize) -> Result<Arc<Self>, PagesError> {
-        let pages_each = bytes_each.div_ceil(PAGE_BYTES).max(1) as u32;
+        let pages_each = bytes_each.div_ceil(PAGE_BYTES).max(1);
         let total = (count as usize)
-            .checked_mul(pages_each as usize)
+            .checked_mul(pages_each)
+            .filter(|total| u32::try_from(*total).is_ok())
             .ok_or(PagesError::OutOfMemory(usize::MAX))?;
         let pages = SharedPages::new(share, total, Access::ReadWrite)?;
         let next =
             (0..count).map(|i| AtomicU32::new(if i + 1 < count { i + 1 } else { NONE })).collect();
         let head = AtomicU64::new(if count > 0 { 0 } else { u64::from(NONE) });
-        Ok(Arc::new(Self { pages, next, head, pages_each }))
+        // It fits: the product of it and a count does.
+        Ok(Arc::new(Self { pages, next, head, pages_each: pages_each as u32 }))
     }
 
     /// The size of one buffer in bytes: a multiple of the page.

@@ -342,10 +342,7 @@ fn play<K: Kind>(script: &Script) -> Outcome {
         let mut end = 0;
         let mut ranges = Vec::new();
         for transfer in &script.transfers {
-            let sizes = transfer
-                .shapes
-                .each_ref()
-                .map(|shape| addresses(&mut buffers.build(shape, script.logical, 0)).len() as u64);
+            let sizes = transfer.shapes.each_ref().map(|shape| shape.sectors(script.logical));
             let units = sizes[0].min(sizes[1]) / logical * transfer.part as u64 / 100;
             let count = units.max(1) * logical;
             end += transfer.gap * logical;

@@ -150,6 +150,8 @@ pub struct Frontend<W: Wire, S: Share<Handle = W::Handle>, P> {
     closed: bool,
     violation: Option<Violation>,
     statistics: Statistics,
+    /// How many of `statistics.parts` the peer was shown.
+    shown: u64,
 }
 
 impl<W, S, P> Frontend<W, S, P>
@@ -175,6 +177,7 @@ where
             closed: false,
             violation: None,
             statistics: Statistics::default(),
+            shown: 0,
         }
     }
 
@@ -185,13 +188,31 @@ where
         self.geometry = geometry;
         self.features = features;
         self.link = Some(link);
+        self.check_waiting();
         self.stage_waiting();
+    }
+
+    /// Checks what waits once more: the disk may be another one now.
+    fn check_waiting(&mut self) {
+        for _ in 0..self.waiting.len() {
+            let Some(tag) = self.waiting.pop_front() else { return };
+            let Some(job) = self.jobs.get_mut(tag) else { continue };
+            match recheck(job, &self.geometry, &self.features) {
+                Ok(true) => self.waiting.push_back(tag),
+                outcome => {
+                    job.left = 0;
+                    job.error = outcome.err();
+                    self.finished.push_back(tag);
+                }
+            }
+        }
     }
 
     /// Disconnects from the peer. Everything that it did not answer waits for the next one; no
     /// answer of the old peer counts from now on.
     pub fn detach(&mut self) -> Option<Link<W, S>> {
         let link = self.link.take();
+        self.shown = self.statistics.parts;
         let parts: alloc::vec::Vec<Tag> = self.parts.tags().collect();
         for tag in parts {
             self.parts.remove(tag);
@@ -417,6 +438,10 @@ where
             self.stage_waiting();
         }
         let Some(link) = &mut self.link else { return false };
+        if self.shown == self.statistics.parts {
+            return false;
+        }
+        self.shown = self.statistics.parts;
         let notify = link.wire.commit();
         self.statistics.commits += 1;
         self.statistics.notifications += u64::from(notify);
@@ -549,7 +574,8 @@ where
     }
 
     /// Asks the peer for a notification after up to `batch` further answers, and looks once more.
-    /// `true` if there is something to do now; otherwise the caller may wait for a notification.
+    /// `true` if there is something to do now, be it a `commit`; otherwise the caller may wait for a
+    /// notification.
     ///
     /// A `batch` above 1 saves notifications while many requests are in flight: the peer is heard
     /// when that many answers are there, or all that are outstanding.
@@ -564,7 +590,14 @@ where
         if let Some(violation) = self.violation {
             return if self.closed { Ok(false) } else { Err(violation) };
         }
+        // Answers made room: whoever waits for it goes out first, or no further answer may come.
+        if !self.waiting.is_empty() {
+            self.stage_waiting();
+        }
         let Some(link) = &mut self.link else { return Ok(false) };
+        if self.shown != self.statistics.parts {
+            return Ok(true);
+        }
         let batch = batch.clamp(1, self.parts.len().max(1));
         let outcome = link.wire.sleep(batch);
         if let Err(violation) = outcome {
@@ -616,6 +649,43 @@ where
     /// What the engine has done so far.
     pub fn statistics(&self) -> Statistics {
         self.statistics
+    }
+}
+
+/// Checks a job that was taken for one disk against another one. `false` if there is nothing to do.
+#[cold]
+fn recheck<H, P: Payload<H>>(
+    job: &mut Job<P>,
+    geometry: &Geometry,
+    features: &Features,
+) -> Result<bool, IoError> {
+    let (sector, sectors) = (job.sector, job.sectors);
+    match job.code {
+        Code::Read | Code::Write => {
+            let extent = match job.code {
+                Code::Read => geometry.extent(sector, sectors),
+                _ => geometry.writable_extent(sector, sectors),
+            };
+            let bytes = extent.map_err(|_| IoError::Device)?.bytes();
+            let holds = |buffer: &P| buffer.holds(bytes, geometry.logical_bytes);
+            if job.buffer.as_ref().is_some_and(holds) { Ok(true) } else { Err(IoError::Device) }
+        }
+        Code::Flush | Code::Barrier => {
+            job.code = if features.flush { Code::Flush } else { Code::Barrier };
+            Ok(features.flush || features.barrier)
+        }
+        Code::Discard | Code::SecureDiscard => {
+            let secure = job.code == Code::SecureDiscard;
+            let extent =
+                geometry.writable_extent(sector, sectors).map_err(|_| IoError::Device)?;
+            let units = features.discard.ok_or(IoError::Unsupported)?;
+            let inside = units.inside(extent);
+            if secure && (!features.secure_discard || inside != Some((sector, sectors))) {
+                return Err(IoError::Unsupported);
+            }
+            (job.sector, job.sectors) = inside.unwrap_or_default();
+            Ok(inside.is_some())
+        }
     }
 }
 

@@ -72,6 +72,8 @@ pub struct Queue<W: Wire, S: Share<Handle = W::Handle>, L> {
     bounce: Option<Arc<Pool<S>>>,
     /// Completions that came while another one was waited for.
     kept: Vec<Completion<Buffer<S>>>,
+    /// Requests whose caller left with an error: their completions are dropped.
+    orphans: Vec<Tag>,
     batch: usize,
 }
 
@@ -84,7 +86,8 @@ where
     /// A queue on `frontend`, with a pool to bounce through if slices of bytes are to be used.
     pub fn new(frontend: Frontend<W, S, Buffer<S>>, line: L, bounce: Option<Arc<Pool<S>>>) -> Self {
         let kept = Vec::with_capacity(frontend.capacity());
-        Self { frontend, line, bounce, kept, batch: 1 }
+        let orphans = Vec::with_capacity(frontend.capacity());
+        Self { frontend, line, bounce, kept, orphans, batch: 1 }
     }
 
     /// Takes answers in batches: with many requests in flight, the peer's notification is asked for
@@ -95,8 +98,8 @@ where
 
     /// Replaces the line by one of another type.
     pub fn map_line<M: Line>(self, map: impl FnOnce(L) -> M) -> Queue<W, S, M> {
-        let Self { frontend, line, bounce, kept, batch } = self;
-        Queue { frontend, line: map(line), bounce, kept, batch }
+        let Self { frontend, line, bounce, kept, orphans, batch } = self;
+        Queue { frontend, line: map(line), bounce, kept, orphans, batch }
     }
 
     /// The line, to connect it to another peer.
@@ -151,8 +154,46 @@ where
     #[inline]
     pub fn poll(&mut self) -> Result<Option<Completion<Buffer<S>>>, Violation> {
         match self.kept.pop() {
-            None => self.frontend.next(),
+            None => self.next(),
             kept => Ok(kept),
+        }
+    }
+
+    /// [`Frontend::next`], without the orphans.
+    #[inline]
+    fn next(&mut self) -> Result<Option<Completion<Buffer<S>>>, Violation> {
+        loop {
+            let next = self.frontend.next()?;
+            let Some(completion) = &next else { return Ok(None) };
+            match self.orphans.iter().position(|orphan| *orphan == completion.tag) {
+                None => return Ok(next),
+                Some(index) => drop(self.orphans.swap_remove(index)),
+            }
+        }
+    }
+
+    /// Leaves a request to itself.
+    fn orphan(&mut self, tag: Tag) {
+        if let Some(index) = self.kept.iter().position(|kept| kept.tag == tag) {
+            self.kept.swap_remove(index);
+        } else if self.frontend.is_pending(tag) {
+            self.orphans.push(tag);
+        }
+    }
+
+    /// Waits until there are no orphans. Without that, a write that was given up, and is done again
+    /// when the peer comes back, could overtake a later one of the same sectors.
+    fn settle_orphans(&mut self) -> Result<(), Violation> {
+        loop {
+            self.orphans.retain(|orphan| self.frontend.is_pending(*orphan));
+            if self.orphans.is_empty() {
+                return Ok(());
+            }
+            match self.next()? {
+                Some(completion) => self.kept.push(completion),
+                None if self.orphans.is_empty() => {}
+                None => self.sleep()?,
+            }
         }
     }
 
@@ -198,7 +239,7 @@ where
             if let Some(index) = self.kept.iter().position(|kept| kept.tag == tag) {
                 return Ok(self.kept.swap_remove(index));
             }
-            match self.frontend.next()? {
+            match self.next()? {
                 Some(completion) if completion.tag == tag => return Ok(completion),
                 Some(completion) => self.kept.push(completion),
                 None if !self.frontend.is_pending(tag) => return Err(IoError::Closed.into()),
@@ -262,8 +303,10 @@ where
     }
 
     fn perform(&mut self, request: Request<Buffer<S>>) -> Result<(), Error> {
+        self.settle_orphans()?;
         let tag = self.submit(request).map_err(|rejected| rejected.error)?;
-        Ok(self.wait_for(tag)?.result?)
+        let completion = self.wait_for(tag).inspect_err(|_| self.orphan(tag))?;
+        Ok(completion.result?)
     }
 
     /// Cuts a transfer of `total` bytes into windows of one bounce buffer each and keeps as many in
@@ -280,6 +323,7 @@ where
             return Err(Error::Length);
         }
         let pool = self.bounce.clone().ok_or(Error::NoBuffers)?;
+        self.settle_orphans()?;
         let mut windows = heapless::Deque::<(Tag, usize, usize), WINDOWS>::new();
         let (mut at, mut outcome) = (0, Ok(()));
         loop {
@@ -307,7 +351,14 @@ where
                     outcome => outcome,
                 };
             };
-            let completion = self.wait_for(tag)?;
+            let completion = match self.wait_for(tag) {
+                Ok(completion) => completion,
+                Err(error) => {
+                    self.orphan(tag);
+                    windows.iter().for_each(|(tag, ..)| self.orphan(*tag));
+                    return Err(error);
+                }
+            };
             match (completion.result, completion.buffer) {
                 (Ok(()), Some(Buffer::Registered(buffer))) => drain(start, &buffer, count),
                 (Ok(()), _) => {}

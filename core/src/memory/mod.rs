@@ -58,7 +58,7 @@ pub struct StillShared;
 /// given back, aligned to [`PAGE_BYTES`], zeroed, valid for reads and writes, and contiguous in
 /// virtual (not necessarily in physical) memory.
 pub unsafe trait PageAllocator {
-    /// Takes `count` zeroed pages that follow each other, or `None` if there are not so many.
+    /// Takes `count` (at least one) zeroed pages that follow each other, or `None` if there are not so many.
     fn allocate_pages(&self, count: usize) -> Option<NonNull<u8>>;
 
     /// Gives pages back.

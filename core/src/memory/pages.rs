@@ -44,7 +44,11 @@ impl<S: Share> SharedPages<S> {
     ///
     /// [`PagesError::OutOfMemory`].
     pub fn private(share: S, count: usize) -> Result<Self, PagesError> {
-        let base = share.allocate_pages(count).ok_or(PagesError::OutOfMemory(count))?;
+        let base = match count {
+            // Nothing is allocated, and nothing is released: see `drop`.
+            0 => NonNull::<u64>::dangling().cast(),
+            _ => share.allocate_pages(count).ok_or(PagesError::OutOfMemory(count))?,
+        };
         let handles = (0..count).map(|_| AtomicU64::new(0)).collect();
         Ok(Self { share, base, handles, shared: 0, quarantined: false })
     }
@@ -165,7 +169,7 @@ impl<S: Share> SharedPages<S> {
 impl<S: Share> Drop for SharedPages<S> {
     fn drop(&mut self) {
         let _ = self.reclaim();
-        if !self.quarantined {
+        if !self.quarantined && !self.handles.is_empty() {
             // SAFETY: base and count are those of our one allocation, `reclaim` ended every share,
             // and the value is gone after this.
             unsafe { self.share.release_pages(self.base, self.handles.len()) };

@@ -75,6 +75,8 @@ pub struct Disk<'s, 't, T: Platform> {
     lender: Lender<'t, T>,
     /// The state that this end is in.
     state: State,
+    /// An earlier frontend left the device in the middle: first it is closed.
+    resetting: bool,
     limits: Limits,
     ring_order: u32,
     /// Rings that are published, until the backend has connected.
@@ -97,10 +99,12 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
     ) -> Result<(Self, Vec<FrontQueue<'t, T>>), Error> {
         let mut disk = Self::open(store, platform, number, config)?;
         let mut queues = Vec::new();
-        disk.reset()?;
-        let deadline = disk.deadline();
-        while !disk.step(&mut queues)? {
-            disk.wait(deadline)?;
+        if let Err(error) = disk.follow(|disk| disk.step(&mut queues)) {
+            if disk.give_up(&error) {
+                // A time-out here changes nothing: what is still mapped then is lost.
+                let _ = disk.follow(Self::step_down);
+            }
+            return Err(error);
         }
         Ok((disk, queues))
     }
@@ -119,18 +123,27 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
     ) -> Result<(Self, Vec<FrontQueue<'t, T>>), Error> {
         let mut disk = Self::open(store, platform, number, config)?;
         let mut queues = Vec::new();
-        disk.reset()?;
-        while !disk.step(&mut queues)? {
-            core::future::poll_fn(|context| {
-                if disk.store.take(disk.watch) {
-                    return core::task::Poll::Ready(Ok(()));
+        loop {
+            match disk.step(&mut queues) {
+                Ok(true) => return Ok((disk, queues)),
+                Ok(false) => disk.news().await?,
+                Err(error) => {
+                    if disk.give_up(&error) {
+                        while !disk.step_down()? {
+                            disk.news().await?;
+                        }
+                    }
+                    return Err(error);
                 }
-                disk.store.poll_event(context.waker())
-            })
-            .await?;
-            disk.store.take(disk.watch);
+            }
         }
-        Ok((disk, queues))
+    }
+
+    /// Waits until the backend's state may have changed.
+    #[cfg(feature = "async")]
+    async fn news(&self) -> Result<(), Error> {
+        core::future::poll_fn(|context| self.store.poll_for(self.watch, context.waker())).await?;
+        Ok(())
     }
 
     fn open(
@@ -144,13 +157,22 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
             Some(trusted) => trusted,
             None => store.read_u32(&format!("{}/trusted", device.path))?.unwrap_or(1) != 0,
         };
+        let state = xenbus::read_state(store, &device.path)?;
+        if state == State::Unknown {
+            return Err(Error::BadBackend {
+                node: "state",
+                value: String::new(),
+                reason: "the frontend's own state is missing: the device is being removed",
+            });
+        }
         let watch = store.watch(&format!("{}/state", device.backend_path))?;
         Ok(Self {
             lender: ring::lender(platform, device.backend_id, trusted, config),
             platform,
             store,
             config: config.clone(),
-            state: xenbus::read_state(store, &device.path)?,
+            state,
+            resetting: state != State::Initialising,
             device,
             watch,
             limits: Limits::default(),
@@ -172,16 +194,20 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
         Err(Error::TimedOut(self.backend_state()?))
     }
 
-    /// Sleeps until the backend is in one of these states.
-    fn wait_until(&self, wanted: impl Fn(State) -> bool) -> Result<State, Error> {
-        let deadline = self.deadline();
-        loop {
-            let state = self.backend_state()?;
-            if wanted(state) {
-                return Ok(state);
+    /// Repeats a step at every change of the backend's state until it says that all is done.
+    fn follow(
+        &mut self,
+        mut step: impl FnMut(&mut Self) -> Result<bool, Error>,
+    ) -> Result<(), Error> {
+        let (mut state, mut deadline) = (self.state, self.deadline());
+        while !step(self)? {
+            // Every step forward has a time-out of its own.
+            if state != self.state {
+                (state, deadline) = (self.state, self.deadline());
             }
             self.wait(deadline)?;
         }
+        Ok(())
     }
 
     fn backend_state(&self) -> Result<State, Error> {
@@ -195,26 +221,44 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
         Ok(())
     }
 
-    /// Brings a device back to the beginning that an earlier frontend (a boot loader) left in the
-    /// middle.
-    fn reset(&mut self) -> Result<(), Error> {
-        match self.state {
-            State::Initialising => return Ok(()),
-            State::Unknown => {
-                return Err(Error::BadBackend {
-                    node: "state",
-                    value: String::new(),
-                    reason: "the frontend's own state is missing: the device is being removed",
-                });
+    /// Goes towards Closed as far as the backend's state allows. `true` once it has let go of
+    /// everything.
+    ///
+    /// A backend that is Closed already must not see Closing: Linux's would follow, and stay there.
+    fn step_down(&mut self) -> Result<bool, Error> {
+        loop {
+            let backend = self.backend_state()?;
+            let gone = matches!(backend, State::Closed | State::Unknown);
+            match self.state {
+                State::Closed => return Ok(gone),
+                State::Closing if !gone && backend != State::Closing => return Ok(false),
+                State::Closing => self.go_to(State::Closed)?,
+                _ if gone => self.go_to(State::Closed)?,
+                _ => self.go_to(State::Closing)?,
             }
-            _ => {}
         }
-        self.shut()?;
-        self.go_to(State::Initialising)
+    }
+
+    /// Brings a device back to the beginning that an earlier frontend (a boot loader) left in the
+    /// middle. `true` once that is done.
+    fn step_back(&mut self) -> Result<bool, Error> {
+        if self.state == State::Closed && self.backend_state()? == State::InitWait {
+            // It would wait for a beginning, and we for an end.
+            self.go_to(State::Closing)?;
+        }
+        if !self.step_down()? {
+            return Ok(false);
+        }
+        self.go_to(State::Initialising)?;
+        self.resetting = false;
+        Ok(true)
     }
 
     /// Does whatever the two states allow. `true` once the disk is connected.
     fn step(&mut self, queues: &mut Vec<FrontQueue<'t, T>>) -> Result<bool, Error> {
+        if self.resetting && !self.step_back()? {
+            return Ok(false);
+        }
         let backend = self.backend_state()?;
         let outcome = match (self.state, backend) {
             (_, State::Closing | State::Closed | State::Unknown) => Err(Error::Refused(backend)),
@@ -233,10 +277,7 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
             Ok(()) => Ok(true),
             // A new backend begins in Unknown or Closed, from an earlier frontend's end.
             Err(Error::Refused(_)) if self.state == State::Initialising => Ok(false),
-            Err(error) => {
-                self.fail(&error);
-                Err(error)
-            }
+            Err(error) => Err(error),
         }
     }
 
@@ -247,19 +288,10 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
         let order = self.config.ring_order.min(limits.ring_order);
         // Old backends know devices by 16 bits of their number.
         let handle = self.device.virtual_device as u16;
-        let opened = ring::open_rings(self.platform, &self.lender, wanted, order, handle).and_then(
-            |(rings, order)| {
-                self.rings = rings;
-                self.ring_order = order;
-                let path = &self.device.path;
-                publish(self.store, path, &self.rings, order, self.config.persistent)?;
-                Ok(())
-            },
-        );
-        if let Err(error) = opened {
-            self.fail(&error);
-            return Err(error);
-        }
+        (self.rings, self.ring_order) =
+            ring::open_rings(self.platform, &self.lender, wanted, order, handle)?;
+        let path = &self.device.path;
+        publish(self.store, path, &self.rings, self.ring_order, self.config.persistent)?;
         self.limits = limits;
         self.state = State::Initialised;
         Ok(())
@@ -332,13 +364,30 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
         Ok(())
     }
 
-    /// Reports why the device failed, and closes it.
+    /// Reports why the device failed, and closes it. The rings stay until the backend has seen
+    /// that.
     fn fail(&mut self, error: &Error) {
         message!(error, "{}: {}", self.device.path, error);
         xenbus::report_error(self.store, &self.device.path, 22, &format!("{error}"));
         // The error matters more than what goes wrong with the closing.
         let _ = self.go_to(State::Closed);
-        self.drop_rings();
+    }
+
+    /// The device could not be connected. `true` if the backend has to be waited for, since it may
+    /// have our rings.
+    fn give_up(&mut self, error: &Error) -> bool {
+        match (error, self.state) {
+            // Nothing was published: the device stays as it was found.
+            (Error::TimedOut(_), State::Initialising) | (Error::Store(_), _) => false,
+            (Error::TimedOut(_), _) => {
+                self.fail(error);
+                false
+            }
+            (_, state) => {
+                self.fail(error);
+                state != State::Initialising
+            }
+        }
     }
 
     fn drop_rings(&mut self) {
@@ -372,7 +421,9 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
         let backend = self.backend_state()?;
         match (self.state, backend) {
             (State::Connected, State::Connected) => self.refresh(queues),
-            (State::Connected, State::Closing) => Ok(Change::ClosingRequested),
+            (State::Connected | State::Initialised | State::Initialising, State::Closing) => {
+                Ok(Change::ClosingRequested)
+            }
             (_, State::Unknown) if !self.store.exists(&self.device.backend_path)? => {
                 queues.for_each(&mut |_, queue| {
                     queue.line().replace(None);
@@ -384,8 +435,16 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
                 Ok(Change::Removed)
             }
             (State::Connected | State::Initialised, State::Closed) => {
-                self.disconnect(queues)?;
+                // It begins anew when we do. One that did not like our rings may come back by
+                // itself, but is not asked to again and again.
+                let again = self.state == State::Connected;
+                self.disconnect(queues);
+                self.go_to(if again { State::Initialising } else { State::Closed })?;
                 Ok(Change::Disconnected)
+            }
+            (State::Closed, State::Closed) => {
+                self.drop_rings();
+                Ok(Change::Nothing)
             }
             // A backend that came back offers itself anew.
             (State::Closed, State::InitWait) if self.negotiated.is_some() => {
@@ -406,7 +465,7 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
     fn republish(&mut self, queues: &mut impl Queues<'t, T>) -> Result<Change, Error> {
         let mut count = 0;
         queues.for_each(&mut |_, _| count += 1);
-        self.publish(count)?;
+        self.publish(count).inspect_err(|error| self.fail(error))?;
         Ok(Change::Nothing)
     }
 
@@ -424,25 +483,13 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
     }
 
     /// Takes the rings away. Requests that were not answered wait in the engines.
-    fn disconnect(&mut self, queues: &mut impl Queues<'t, T>) -> Result<(), Error> {
+    fn disconnect(&mut self, queues: &mut impl Queues<'t, T>) {
         message!(warn, "{}: the backend is gone", self.device.path);
         queues.for_each(&mut |_, queue| {
             queue.line().replace(None);
             drop(queue.frontend().detach());
         });
         self.drop_rings();
-        self.go_to(State::Closed)
-    }
-
-    /// Goes through Closing to Closed, step by step with the backend.
-    fn shut(&mut self) -> Result<(), Error> {
-        let gone = |state| matches!(state, State::Closed | State::Unknown);
-        self.go_to(State::Closing)?;
-        self.wait_until(|state| state == State::Closing || gone(state))?;
-        self.go_to(State::Closed)?;
-        // Only now has the backend unmapped everything.
-        self.wait_until(gone)?;
-        Ok(())
     }
 
     /// Closes the disk, and sleeps until the backend has let go of it. Requests that are still in
@@ -454,7 +501,9 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
     pub fn close(&mut self, queues: &mut impl Queues<'t, T>) -> Result<(), Error> {
         let mut links = Vec::new();
         queues.for_each(&mut |_, queue| links.push(queue.frontend().close()));
-        let outcome = if self.state == State::Closed { Ok(()) } else { self.shut() };
+        let idle = self.rings.is_empty() && links.iter().all(Option::is_none);
+        let outcome =
+            if idle && self.state == State::Closed { Ok(()) } else { self.follow(Self::step_down) };
         queues.for_each(&mut |_, queue| queue.line().replace(None));
         drop(links);
         self.drop_rings();
@@ -472,8 +521,7 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
     pub fn hand_over(mut self, queues: &mut impl Queues<'t, T>) -> Result<(), Error> {
         self.close(queues)?;
         self.go_to(State::Initialising)?;
-        self.wait_until(|state| state == State::InitWait)?;
-        Ok(())
+        self.follow(|disk| Ok(disk.backend_state()? == State::InitWait))
     }
 
     /// What the connection came to, once there is one.

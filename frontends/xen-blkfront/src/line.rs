@@ -93,7 +93,8 @@ impl<'s, 't, T: EventChannels + StoreTransport + Clock> WatchedLine<'s, 't, T> {
         // Whatever XenStore says wrong here, `Disk::advance` will meet again and report.
         if self.store.poll().is_ok_and(|fired| fired) && self.store.take(self.watch) {
             let state = xenbus::read_state(self.store, &self.backend).unwrap_or_default();
-            self.alive.set(!matches!(state, State::Unknown | State::Closing | State::Closed));
+            // One that is Closing still answers what it has.
+            self.alive.set(!matches!(state, State::Unknown | State::Closed));
         }
     }
 }

@@ -9,7 +9,7 @@ use pvblk_simulated::Host;
 use pvblk_simulated::blkback::{Backend, BackendConfig, CloseAt, Handshake};
 use pvblk_xen::store::{Store, StoreErrno};
 use pvblk_xen::xenbus::State;
-use xen_blkfront::{Config, Disk, Error, ErrorKind};
+use xen_blkfront::{Change, Config, Disk, Error, ErrorKind};
 
 /// Writes, flushes and reads back on every queue.
 fn exercise(rig: &Rig, queues: &mut [Queue<'_>]) {
@@ -26,12 +26,12 @@ fn exercise(rig: &Rig, queues: &mut [Queue<'_>]) {
 }
 
 /// Connects, uses and closes the disk, and looks at it in between.
-fn whole_life(backend: BackendConfig, config: &Config, look: impl FnOnce(&Rig, &Disk<'_, '_, pvblk_simulated::Domain>)) {
+fn whole_life(backend: BackendConfig, config: &Config, look: impl FnOnce(&Rig, &TheDisk<'_>)) {
     let rig = Rig::new(backend);
     whole_life_on(&rig, config, look);
 }
 
-fn whole_life_on(rig: &Rig, config: &Config, look: impl FnOnce(&Rig, &Disk<'_, '_, pvblk_simulated::Domain>)) {
+fn whole_life_on(rig: &Rig, config: &Config, look: impl FnOnce(&Rig, &TheDisk<'_>)) {
     {
         let store = rig.store();
         let (mut disk, mut queues) = rig.connect(&store, config).unwrap();
@@ -204,10 +204,10 @@ fn a_repeated_init_wait_is_ignored() {
         let references = rig.front_node("ring-ref");
         rig.set_back_node("state", "2");
         rig.host.run_until_idle(100);
-        assert_eq!(disk.advance(&mut queues), Ok(xen_blkfront::Change::Nothing));
+        assert_eq!(disk.advance(&mut queues), Ok(Change::Nothing));
         rig.set_back_node("state", "4");
         rig.host.run_until_idle(100);
-        assert_eq!(disk.advance(&mut queues), Ok(xen_blkfront::Change::Nothing));
+        assert_eq!(disk.advance(&mut queues), Ok(Change::Nothing));
         assert_eq!(rig.front_node("ring-ref"), references);
         assert_eq!(rig.backend.statistics().connects, 1);
         exercise(&rig, &mut queues);
@@ -349,7 +349,7 @@ fn a_backend_that_closes_as_soon_as_it_is_connected_is_followed() {
                 Ok((mut disk, mut queues)) => {
                     rig.host.run_until_idle(100);
                     let change = disk.advance(&mut queues);
-                    assert_eq!(change, Ok(xen_blkfront::Change::ClosingRequested));
+                    assert_eq!(change, Ok(Change::ClosingRequested));
                     exercise(&rig, &mut queues);
                     disk.close(&mut queues).unwrap();
                 }

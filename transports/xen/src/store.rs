@@ -181,6 +181,39 @@ impl<'t, T: StoreTransport + Clock> Store<'t, T> {
         Poll::Pending
     }
 
+    /// Ready once `watch` has fired, and takes it. Otherwise `waker` is woken when there may be
+    /// something to take in. As [`poll_event`](Self::poll_event), but events of other watches, which
+    /// stay flagged, are no reason to look again and again.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSuchWatch`], [`Error::Broken`], [`Error::Protocol`], [`Error::Busy`].
+    pub fn poll_for(&self, watch: WatchId, waker: &Waker) -> Poll<Result<(), Error>> {
+        {
+            let mut inner = self.inner()?;
+            // Or a flag that nobody takes would wake it in every look below.
+            inner.waker = None;
+            if !inner.watches.contains(watch) {
+                return Poll::Ready(Err(Error::NoSuchWatch));
+            }
+        }
+        self.look()?;
+        if self.take(watch) {
+            return Poll::Ready(Ok(()));
+        }
+        self.transport.set_store_waker(waker);
+        // What arrived before the waker was set woke nobody.
+        let look = self.look()?;
+        if self.take(watch) {
+            return Poll::Ready(Ok(()));
+        }
+        self.inner()?.waker = Some(waker.clone());
+        if look.more {
+            waker.wake_by_ref();
+        }
+        Poll::Pending
+    }
+
     /// Waits until any watch has fired that was not [taken](Self::take) yet.
     ///
     /// # Errors

@@ -391,6 +391,7 @@ pub fn run_tasks(peer: &Peer, background: impl Future, tasks: Vec<Task<'_>>) {
     let background_woken = Arc::new(Woken(AtomicBool::new(true)));
     let mut tasks: Vec<_> =
         tasks.into_iter().map(|task| (task, Arc::new(Woken(AtomicBool::new(true))))).collect();
+    let mut busy = 0;
     while !tasks.is_empty() {
         let mut idle = true;
         if background_woken.0.swap(false, Ordering::Relaxed) {
@@ -407,7 +408,10 @@ pub fn run_tasks(peer: &Peer, background: impl Future, tasks: Vec<Task<'_>>) {
             let waker = woken.clone().into();
             task.as_mut().poll(&mut Context::from_waker(&waker)).is_pending()
         });
+        busy += 1;
+        assert!(busy < 10_000, "{} tasks wake each other without end", tasks.len());
         if idle {
+            busy = 0;
             assert!(peer.serve(), "{} tasks sleep, and the disk has nothing to do", tasks.len());
         }
     }
@@ -447,70 +451,71 @@ pub trait Blocks {
     fn write(&mut self, block: u64, bytes: &[u8]);
 }
 
-/// A disk as a stream of bytes. It keeps nothing: a write of part of a block reads it first.
+/// A disk as a stream of bytes. Writes go through at once; of what was read, one block is kept.
 pub struct Stream<B> {
     pub blocks: B,
     position: u64,
+    kept: Option<(u64, Vec<u8>)>,
 }
 
 impl<B: Blocks> Stream<B> {
     pub fn new(blocks: B) -> Self {
-        Self { blocks, position: 0 }
+        Self { blocks, position: 0, kept: None }
     }
 
-    /// Does one step of a transfer of at most `left` bytes: whole blocks, or a part of one.
-    fn step(
-        &mut self,
-        left: usize,
-        whole: impl FnOnce(&mut B, u64, usize),
-        part: impl FnOnce(&mut B, u64, Range<usize>),
-    ) -> io::Result<usize> {
+    /// The next step of a transfer of `left` bytes: the block, and which bytes of it. Whole blocks
+    /// go together.
+    fn step(&mut self, left: usize) -> (u64, Range<usize>) {
         let size = self.blocks.block_bytes();
-        let end = self.blocks.count() * size as u64;
-        let left = left.min((end - self.position) as usize);
+        let left = left.min((self.blocks.count() * size as u64 - self.position) as usize);
         let (block, offset) = (self.position / size as u64, (self.position % size as u64) as usize);
-        let count = if offset == 0 && left >= size {
-            let count = left - left % size;
-            whole(&mut self.blocks, block, count);
-            count
-        } else {
-            let count = left.min(size - offset);
-            part(&mut self.blocks, block, offset..offset + count);
-            count
-        };
+        let whole = offset == 0 && left >= size;
+        let count = if whole { left - left % size } else { left.min(size - offset) };
         self.position += count as u64;
-        Ok(count)
+        (block, offset..offset + count)
+    }
+
+    fn is_whole(&self, range: &Range<usize>) -> bool {
+        range.len().is_multiple_of(self.blocks.block_bytes())
+    }
+
+    fn block(&mut self, block: u64) -> &mut [u8] {
+        if self.kept.as_ref().is_none_or(|(kept, _)| *kept != block) {
+            let mut bytes = vec![0; self.blocks.block_bytes()];
+            self.blocks.read(block, &mut bytes);
+            self.kept = Some((block, bytes));
+        }
+        self.kept.as_mut().map(|(_, bytes)| &mut bytes[..]).expect("it was put there")
     }
 }
 
 impl<B: Blocks> Read for Stream<B> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        let cell = std::cell::RefCell::new(into);
-        let left = cell.borrow().len();
-        self.step(
-            left,
-            |blocks, block, count| blocks.read(block, &mut cell.borrow_mut()[..count]),
-            |blocks, block, range| {
-                let mut bytes = vec![0; blocks.block_bytes()];
-                blocks.read(block, &mut bytes);
-                cell.borrow_mut()[..range.len()].copy_from_slice(&bytes[range]);
-            },
-        )
+        let (block, range) = self.step(into.len());
+        let count = range.len();
+        if self.is_whole(&range) {
+            self.blocks.read(block, &mut into[..count]);
+        } else {
+            into[..count].copy_from_slice(&self.block(block)[range]);
+        }
+        Ok(count)
     }
 }
 
 impl<B: Blocks> Write for Stream<B> {
     fn write(&mut self, from: &[u8]) -> io::Result<usize> {
-        self.step(
-            from.len(),
-            |blocks, block, count| blocks.write(block, &from[..count]),
-            |blocks, block, range| {
-                let mut bytes = vec![0; blocks.block_bytes()];
-                blocks.read(block, &mut bytes);
-                bytes[range.clone()].copy_from_slice(&from[..range.len()]);
-                blocks.write(block, &bytes);
-            },
-        )
+        let (block, range) = self.step(from.len());
+        let count = range.len();
+        if self.is_whole(&range) {
+            self.kept = None;
+            self.blocks.write(block, &from[..count]);
+        } else {
+            self.block(block)[range].copy_from_slice(&from[..count]);
+            if let Some((_, bytes)) = &self.kept {
+                self.blocks.write(block, bytes);
+            }
+        }
+        Ok(count)
     }
 
     fn flush(&mut self) -> io::Result<()> {

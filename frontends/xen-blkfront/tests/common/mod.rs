@@ -17,7 +17,8 @@ pub const XVDA: u32 = 51712;
 
 pub type Lend<'t> = Lender<'t, Domain>;
 pub type Queue<'t> = FrontQueue<'t, Domain>;
-pub type Connected<'t> = (Disk<'t, 't, Domain>, Vec<Queue<'t>>);
+pub type TheDisk<'t> = Disk<'t, 't, Domain>;
+pub type Connected<'t> = (TheDisk<'t>, Vec<Queue<'t>>);
 
 /// A host with one disk for one frontend.
 pub struct Rig {

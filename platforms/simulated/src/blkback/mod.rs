@@ -43,6 +43,8 @@ pub enum Feature {
     Barrier,
     /// `feature-discard`
     Discard,
+    /// `feature-max-indirect-segments`
+    Indirect,
 }
 
 impl Feature {
@@ -51,6 +53,7 @@ impl Feature {
             Self::Flush => "feature-flush-cache",
             Self::Barrier => "feature-barrier",
             Self::Discard => "feature-discard",
+            Self::Indirect => "feature-max-indirect-segments",
         }
     }
 }
@@ -164,6 +167,7 @@ impl Core {
             Feature::Flush => self.config.flush,
             Feature::Barrier => self.config.barrier,
             Feature::Discard => self.config.discard,
+            Feature::Indirect => self.config.max_indirect_segments.is_some(),
         }
     }
 
@@ -408,6 +412,7 @@ impl Backend {
         core.probed = true;
         core.close_soon = false;
         core.alive = true;
+        core.unpublish();
         core.switch(xenbus::CLOSED);
     }
 

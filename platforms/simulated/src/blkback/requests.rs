@@ -179,6 +179,9 @@ impl Core {
                 if self.config.echo_inner_operation {
                     pending.operation = inner;
                 }
+                if self.revoked.contains(&Feature::Indirect) {
+                    return Err(NOT_SUPPORTED);
+                }
                 match inner {
                     READ => self.statistics.reads += 1,
                     WRITE => self.statistics.writes += 1,
@@ -401,9 +404,9 @@ impl Core {
             }
         }
         if answered == 0 {
-            if let Some(next) = queue.pending.iter().map(|pending| pending.ready_at).min()
-                && next > now
-            {
+            // Some may be ready, and have to wait for one that is not.
+            let times = queue.pending.iter().map(|pending| pending.ready_at);
+            if let Some(next) = times.filter(|time| *time > now).min() {
                 self.host.set_timer(next);
             }
             return false;

@@ -178,6 +178,28 @@ impl Core {
         self.write_nodes(&written);
     }
 
+    /// Removes what an earlier backend published.
+    pub(super) fn unpublish(&self) {
+        for name in [
+            "feature-max-indirect-segments",
+            "max-ring-page-order",
+            "multi-queue-max-queues",
+            "feature-flush-cache",
+            "feature-barrier",
+            "feature-discard",
+            "discard-granularity",
+            "discard-alignment",
+            "discard-secure",
+            "feature-persistent",
+            "sectors",
+            "info",
+            "sector-size",
+            "physical-sector-size",
+        ] {
+            self.host.store_remove(&format!("{}/{name}", self.path));
+        }
+    }
+
     fn can(&self, feature: Feature) -> bool {
         self.offers(feature) && !self.revoked.contains(&feature)
     }

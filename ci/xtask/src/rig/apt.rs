@@ -1,0 +1,186 @@
+//! Debian packages, fetched by a private apt: nothing is installed, nobody needs to be root.
+//!
+//! The private apt has its own lists, its own cache and an *empty* dpkg status. So it resolves the
+//! whole closure of what is asked for, whatever is installed on this machine, and what it
+//! unpacks runs with its own libraries. Sources and keys are the system's own; on a Debian that is
+//! not the release below, the sources are read with that release's name in place of its own.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use super::stamp;
+use crate::report::say;
+use crate::shell;
+
+/// The release whose QEMU 7.2 and Xen 4.17 the rig is made for: QEMU 10 kills PVH guests.
+const RELEASE: &str = "bookworm";
+
+/// A private apt state in a folder of its own.
+pub struct Apt {
+    folder: PathBuf,
+}
+
+impl Apt {
+    /// Sets up the state in `folder` and fetches the package lists, once.
+    pub fn new(folder: PathBuf) -> Result<Self> {
+        let apt = Self { folder };
+        stamp::once(&apt.folder.join("stamp"), RELEASE, "fetching package lists", || {
+            apt.set_up()?;
+            apt.update()
+        })?;
+        Ok(apt)
+    }
+
+    /// The closure of `packages`: their names and those of all that they depend on.
+    pub fn closure(&self, packages: &[&str]) -> Result<Vec<String>> {
+        let plan = shell::output(self.get().arg("-s").arg("install").args(packages))?;
+        Ok(plan
+            .lines()
+            .filter_map(|line| line.strip_prefix("Inst "))
+            .filter_map(|line| line.split_whitespace().next())
+            .map(str::to_owned)
+            .collect())
+    }
+
+    /// The version that would be fetched of `package`.
+    pub fn candidate(&self, package: &str) -> Result<String> {
+        let policy = shell::output(self.tool("apt-cache").arg("policy").arg(package))?;
+        policy
+            .lines()
+            .find_map(|line| line.trim().strip_prefix("Candidate: "))
+            .filter(|version| *version != "(none)")
+            .map(str::to_owned)
+            .with_context(|| format!("the system's package sources do not have {package}"))
+    }
+
+    /// What `package` depends on directly, first alternatives only.
+    pub fn dependencies(&self, package: &str) -> Result<Vec<String>> {
+        let listing = shell::output(self.tool("apt-cache").arg("depends").arg(package))?;
+        Ok(listing
+            .lines()
+            .filter_map(|line| line.trim().strip_prefix("Depends: "))
+            .map(str::to_owned)
+            .collect())
+    }
+
+    /// Downloads `packages` and returns the files.
+    pub fn download(&self, packages: &[String]) -> Result<Vec<PathBuf>> {
+        let folder = self.folder.join("download");
+        stamp::fresh(&folder)?;
+        say(format!("downloading {} packages", packages.len()));
+        let fetch = || {
+            shell::output(self.get().arg("download").args(packages).current_dir(&folder)).map(drop)
+        };
+        // Lists grow old: a package may have moved on since they were fetched.
+        fetch().or_else(|_| self.update().and_then(|()| fetch())).context(
+            "downloading failed: is there a network, and does `apt-get update` work here?",
+        )?;
+        let mut files = Vec::new();
+        for entry in fs::read_dir(&folder)? {
+            files.push(entry?.path());
+        }
+        files.sort();
+        if files.len() < packages.len() {
+            bail!("asked for {} packages, got {}", packages.len(), files.len());
+        }
+        Ok(files)
+    }
+
+    /// Downloads `packages` and unpacks them into `root`, which is emptied first.
+    pub fn unpack(&self, packages: &[String], root: &Path) -> Result<()> {
+        stamp::fresh(root)?;
+        let files = self.download(packages)?;
+        say(format!("unpacking {} packages", files.len()));
+        for file in &files {
+            shell::output(Command::new("dpkg-deb").arg("-x").arg(file).arg(root))?;
+            fs::remove_file(file)?;
+        }
+        Ok(())
+    }
+
+    fn set_up(&self) -> Result<()> {
+        if Command::new("apt-get").arg("--version").output().is_err() {
+            bail!(
+                "apt-get is not here. The rig takes Xen's tools and a kernel for dom0 from Debian's \
+                 packages: use a Debian machine or container"
+            );
+        }
+        stamp::fresh(&self.folder)?;
+        let here = self.folder.display();
+        for folder in ["lists/partial", "cache/archives/partial", "sources"] {
+            fs::create_dir_all(self.folder.join(folder))?;
+        }
+        fs::write(self.folder.join("status"), "")?;
+        let mut settings = format!(
+            r#"Dir::State "{here}";
+Dir::State::lists "{here}/lists";
+Dir::State::status "{here}/status";
+Dir::Cache "{here}/cache";
+Dir::Etc::preferences "/dev/null";
+Dir::Etc::preferencesparts "/dev/null";
+APT::Sandbox::User "";
+APT::Architecture "amd64";
+APT::Architectures {{ "amd64"; }};
+APT::Install-Recommends "false";
+APT::Default-Release "";
+Acquire::Languages "none";
+Acquire::IndexTargets::deb::DEP-11::DefaultEnabled "false";
+Acquire::Retries "3";
+Debug::NoLocking "true";
+#clear APT::Update;
+#clear DPkg::Post-Invoke;
+#clear DPkg::Pre-Install-Pkgs;
+"#
+        );
+        if let Some(own) = system_release().filter(|own| own != RELEASE) {
+            say(format!("this is {own}: reading its package sources as {RELEASE}"));
+            translate_sources(&self.folder.join("sources"), &own)?;
+            settings.push_str(&format!(
+                "Dir::Etc::sourcelist \"/dev/null\";\nDir::Etc::sourceparts \"{here}/sources\";\n"
+            ));
+        }
+        fs::write(self.folder.join("apt.conf"), settings)?;
+        Ok(())
+    }
+
+    fn update(&self) -> Result<()> {
+        shell::output(self.get().arg("update")).map(drop)
+    }
+
+    fn get(&self) -> Command {
+        let mut command = self.tool("apt-get");
+        command.arg("-y");
+        command
+    }
+
+    fn tool(&self, name: &str) -> Command {
+        let mut command = Command::new(name);
+        // `-c` is read after the system's own settings, so that these win.
+        command.arg("-c").arg(self.folder.join("apt.conf")).env("LC_ALL", "C");
+        command
+    }
+}
+
+fn system_release() -> Option<String> {
+    let text = fs::read_to_string("/etc/os-release").ok()?;
+    let name = text.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="))?;
+    Some(name.trim_matches('"').to_owned())
+}
+
+fn translate_sources(folder: &Path, own: &str) -> Result<()> {
+    let mut files = vec![PathBuf::from("/etc/apt/sources.list")];
+    if let Ok(entries) = fs::read_dir("/etc/apt/sources.list.d") {
+        files.extend(entries.flatten().map(|entry| entry.path()));
+    }
+    for file in files {
+        let named = file.extension().is_some_and(|end| end == "list" || end == "sources");
+        if let (true, Ok(text)) = (named, fs::read_to_string(&file)) {
+            let name = file.file_name().unwrap_or_default();
+            fs::write(folder.join(name), text.replace(own, RELEASE))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,126 @@
+//! The image that Linux as dom0 starts from: busybox, Xen's tools, the modules, our scripts.
+
+use std::fs;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use super::cpio::Archive;
+use super::kernel;
+use super::packages::Packages;
+use crate::project;
+use crate::shell;
+
+/// Modules of dom0's kernel; `init.dom0` and the scenarios load them.
+const MODULES: [&str; 9] = [
+    "xen-privcmd",
+    "xenfs",
+    "xen-evtchn",
+    "xen-gntdev",
+    "xen-gntalloc",
+    "xen-blkback",
+    "loop",
+    "brd",
+    "null_blk",
+];
+
+/// Modules of a Linux guest: its disks, and the file system with what it depends on.
+const GUEST_MODULES: [&str; 7] =
+    ["xen-blkfront", "crc16", "mbcache", "jbd2", "crc32c_generic", "libcrc32c", "ext4"];
+
+/// Programs, and where they go.
+const PROGRAMS: [(&str, &str); 9] = [
+    ("usr/lib/xen-4.17/bin/xl", "sbin/xl"),
+    ("usr/lib/xen-4.17/bin/xenstored", "sbin/xenstored"),
+    ("usr/lib/xen-4.17/bin/xen-init-dom0", "sbin/xen-init-dom0"),
+    ("usr/lib/xen-4.17/bin/xenconsoled", "sbin/xenconsoled"),
+    ("usr/lib/xen-4.17/bin/xenconsole", "sbin/xenconsole"),
+    ("usr/lib/xen-4.17/bin/xenperf", "sbin/xenperf"),
+    ("usr/lib/xen-4.17/bin/lsevtchn", "sbin/lsevtchn"),
+    ("usr/bin/xenstore", "bin/xenstore"),
+    ("sbin/losetup", "sbin/losetup"),
+];
+
+/// Folders that must be there before anything is mounted or started.
+const FOLDERS: [&str; 13] = [
+    "proc",
+    "sys",
+    "dev",
+    "run",
+    "tmp",
+    "root",
+    "guests",
+    "usr/bin",
+    "usr/sbin",
+    "var/lib/xen",
+    "var/lib/xenstored",
+    "var/log/xen/console",
+    "etc/xen/scripts",
+];
+
+const LIBRARY_FOLDER: &str = "lib/x86_64-linux-gnu";
+
+/// Writes dom0's initramfs to `file`.
+pub fn write(packages: &Packages, file: &Path) -> Result<()> {
+    let mut archive = Archive::new(BufWriter::new(fs::File::create(file)?));
+    skeleton(packages, &mut archive)?;
+    let programs: Vec<PathBuf> = PROGRAMS.iter().map(|(from, _)| packages.path(from)).collect();
+    for ((_, to), from) in PROGRAMS.iter().zip(&programs) {
+        archive.copy(to, from)?;
+    }
+    for name in ["ls", "read", "write", "rm", "list", "exists", "chmod", "watch"] {
+        archive.link(&format!("bin/xenstore-{name}"), "xenstore")?;
+    }
+    let mut libraries = packages.libraries(&programs)?;
+    // Loaded by name when a thread is cancelled: without it `xl` aborts.
+    libraries.push(packages.path("lib/x86_64-linux-gnu/libgcc_s.so.1"));
+    for library in &libraries {
+        let name = library.file_name().context("a library without a name")?.to_string_lossy();
+        archive.copy(&format!("{LIBRARY_FOLDER}/{name}"), library)?;
+    }
+    archive.copy("lib64/ld-linux-x86-64.so.2", &packages.loader())?;
+    modules(packages, &mut archive, &MODULES)?;
+    archive.link("usr/lib/xen-4.17/bin", "/sbin")?;
+    archive.file("etc/xen/xl.conf", b"autoballoon=\"off\"\nlockfile=\"/run/xl\"\n")?;
+    let scripts = project::rig_scripts();
+    archive.copy("etc/xen/scripts/block", &scripts.join("block"))?;
+    archive.copy("init", &scripts.join("init.dom0"))?;
+    archive.finish()?.flush()?;
+    Ok(())
+}
+
+/// Writes the initramfs of a small Linux guest: busybox, xen-blkfront, `init.domu`.
+pub fn write_linux_guest(packages: &Packages, file: &Path) -> Result<()> {
+    let mut archive = Archive::new(BufWriter::new(fs::File::create(file)?));
+    skeleton(packages, &mut archive)?;
+    modules(packages, &mut archive, &GUEST_MODULES)?;
+    archive.copy("init", &project::rig_scripts().join("init.domu"))?;
+    archive.finish()?.flush()?;
+    Ok(())
+}
+
+fn skeleton<W: Write>(packages: &Packages, archive: &mut Archive<W>) -> Result<()> {
+    for folder in FOLDERS {
+        archive.folder(folder)?;
+    }
+    archive.device("dev/console", 5, 1)?;
+    archive.link("var/run", "/run")?;
+    archive.link("var/lock", "/run/lock")?;
+    let busybox = packages.path("bin/busybox");
+    archive.copy("bin/busybox", &busybox)?;
+    let commands = shell::output(Command::new(&busybox).arg("--list"))?;
+    for name in commands.lines().filter(|name| *name != "busybox" && *name != "losetup") {
+        archive.link(&format!("bin/{name}"), "busybox")?;
+    }
+    Ok(())
+}
+
+fn modules<W: Write>(packages: &Packages, archive: &mut Archive<W>, names: &[&str]) -> Result<()> {
+    for name in names {
+        let module = kernel::read(packages, &packages.module(name)?)?;
+        archive.file(&format!("lib/modules/{name}.ko"), &module)?;
+    }
+    Ok(())
+}

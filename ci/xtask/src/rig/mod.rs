@@ -1,0 +1,85 @@
+//! The machine on which everything on Xen is tried: QEMU, in it real Xen, on it Linux as dom0.
+//!
+//! All of it lies in `target/rig`; [`Rig::prepare`] makes what is missing.
+
+mod apt;
+mod boot;
+mod cpio;
+mod dom0;
+mod kernel;
+pub mod packages;
+pub mod stamp;
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+
+use crate::project;
+use crate::report::say;
+
+pub use apt::Apt;
+pub use boot::{Boot, Event, Outcome};
+use packages::Packages;
+
+/// The prepared machine.
+pub struct Rig {
+    packages: Packages,
+    folder: PathBuf,
+}
+
+impl Rig {
+    /// Fetches and builds what is missing; a second time that is nothing.
+    pub fn prepare() -> Result<Self> {
+        if !cfg!(all(target_os = "linux", target_arch = "x86_64")) {
+            bail!("the rig runs on x86_64 Linux: its packages are for that");
+        }
+        let folder = project::rig();
+        fs::create_dir_all(folder.join("stamps"))?;
+        let lock = fs::File::create(folder.join("lock"))?;
+        if lock.try_lock().is_err() {
+            say("another xtask is preparing the rig: waiting for it");
+            lock.lock().context("cannot lock target/rig/lock")?;
+        }
+        let rig = Self { packages: Packages::fetch()?, folder };
+        rig.images()?;
+        Ok(rig)
+    }
+
+    /// The unpacked packages.
+    pub fn packages(&self) -> &Packages {
+        &self.packages
+    }
+
+    /// A file of `target/rig`.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    /// Files that Linux guests start from: their kernel and their initramfs.
+    pub fn linux_guest(&self) -> Result<(PathBuf, PathBuf)> {
+        let initramfs = self.path("domu.cpio");
+        dom0::write_linux_guest(&self.packages, &initramfs)?;
+        Ok((self.path("vmlinux"), initramfs))
+    }
+
+    fn images(&self) -> Result<()> {
+        let (image, version) = self.packages.kernel_image()?;
+        let hypervisor = self.packages.hypervisor();
+        let key = format!("{}\n{}\n", image.display(), hypervisor.display());
+        stamp::once(&self.path("stamps/images"), &key, "unpacking Xen and the kernel", || {
+            fs::write(self.path("xen"), kernel::read(&self.packages, &hypervisor)?)?;
+            let image = fs::read(&image)?;
+            fs::write(self.path("vmlinux"), kernel::vmlinux(&self.packages, &image)?)?;
+            Ok(())
+        })?;
+        let mut key = version;
+        for script in ["init.dom0", "block"] {
+            key.push_str(&fs::read_to_string(project::rig_scripts().join(script))?);
+        }
+        key.push_str(include_str!("dom0.rs"));
+        stamp::once(&self.path("stamps/dom0"), &key, "building dom0's initramfs", || {
+            dom0::write(&self.packages, &self.path("dom0.cpio"))
+        })
+    }
+}

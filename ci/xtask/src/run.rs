@@ -1,0 +1,50 @@
+//! `cargo xtask run`: one guest on real Xen, its console, a verdict.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+
+use crate::guests::Guest;
+use crate::guests::case::Case;
+use crate::rig::Rig;
+
+/// What to run.
+#[derive(clap::Args)]
+pub struct Options {
+    /// The guest: `unikernel` (ours), or `linux` (the same checks by Linux's own driver)
+    #[arg(default_value = "unikernel")]
+    example: String,
+    /// A PVH image of one's own in the unikernel's place
+    #[arg(long)]
+    image: Option<PathBuf>,
+    /// Build with `defmt` for messages
+    #[arg(long)]
+    defmt: bool,
+    /// The machine to emulate
+    #[arg(long, default_value = "x86_64")]
+    arch: String,
+    /// Words for the guest's command line
+    #[arg(long, default_value = "")]
+    cmdline: String,
+}
+
+/// Boots Xen with the guest.
+pub fn run(options: &Options) -> Result<()> {
+    if options.arch != "x86_64" {
+        bail!("only x86_64 so far, not {}", options.arch);
+    }
+    let rig = Rig::prepare()?;
+    let guest = match (options.example.as_str(), &options.image) {
+        ("unikernel", Some(image)) => Guest::image(&rig, image.clone())?,
+        ("unikernel", None) if options.defmt => Guest::unikernel(&rig, &["defmt"])?,
+        ("unikernel", None) => Guest::unikernel(&rig, &[])?,
+        ("linux", None) => Guest::linux(&rig)?,
+        (other, _) => bail!("there is no example {other}: `unikernel` or `linux`"),
+    };
+    let case = Case { arguments: options.cmdline.clone(), ..Case::plain(&options.example) };
+    let result = guest.run_one(&case, true);
+    println!();
+    result.context("FAIL")?;
+    println!("PASS: every file and the disk are as they must be, seen from both sides");
+    Ok(())
+}

@@ -1,0 +1,177 @@
+//! `cargo xtask test`: everything that must hold, counted.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use clap::ValueEnum;
+
+use crate::guests::Guest;
+use crate::guests::case::Case;
+use crate::matrix::{self, Front};
+use crate::metadata;
+use crate::project;
+use crate::report::{Tally, heading, say};
+use crate::rig::Rig;
+use crate::shell;
+
+/// What to test.
+#[derive(clap::Args)]
+pub struct Options {
+    /// Only one part
+    #[arg(long, value_enum)]
+    only: Option<Part>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// What needs no Xen
+    Host,
+    /// What runs on real Xen in QEMU
+    Xen,
+}
+
+/// Tests, and closes with the count: that line is the last, whatever happens.
+pub fn test(options: &Options) -> ExitCode {
+    let mut tally = Tally::default();
+    if options.only != Some(Part::Xen)
+        && let Err(error) = host(&mut tally)
+    {
+        tally.note("host tests", 0.0, Some(format!("{error:#}")));
+    }
+    if options.only != Some(Part::Host)
+        && let Err(error) = xen(&mut tally)
+    {
+        tally.note("tests on Xen", 0.0, Some(format!("{error:#}")));
+    }
+    tally.close();
+    if tally.good() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn host(tally: &mut Tally) -> Result<()> {
+    heading("host tests, and the examples in the docs");
+    cargo_test(tally, "host tests", &["--no-fail-fast"], false)?;
+    heading("host tests, with the crates' features");
+    for package in metadata::published()? {
+        let features = package.additive_features().join(",");
+        if !features.is_empty() {
+            let name = format!("{} with {features}", package.name);
+            let words = ["--no-fail-fast", "--package", &package.name, "--features", &features];
+            cargo_test(tally, &name, &words, false)?;
+        }
+    }
+    if project::root().join("core/tests/loom.rs").exists() {
+        heading("loom: every interleaving of accesses to a shared ring");
+        let words = ["--release", "--package", "pvblk", "--test", "loom"];
+        cargo_test(tally, "loom", &words, true)?;
+    }
+    Ok(())
+}
+
+fn xen(tally: &mut Tally) -> Result<()> {
+    heading("real Xen");
+    let rig = Rig::prepare()?;
+    let guest = Guest::unikernel(&rig, &[])?;
+    tally.step("unikernel: a file system read, a disk written", || {
+        guest.run_one(&Case::plain("unikernel"), false)
+    });
+    matrix::run(&guest, Front::XenBlkfront, tally)
+}
+
+/// Runs `cargo test`, prints a line for each of its programs, and counts their tests.
+fn cargo_test(tally: &mut Tally, name: &str, words: &[&str], loom: bool) -> Result<()> {
+    // Cargo names a program on one stream and the program reports on the other: in one stream
+    // they come in their order.
+    let mut command = Command::new("sh");
+    command.args(["-c", "exec \"$@\" 2>&1", "sh", "cargo", "test"]).args(words);
+    command.current_dir(project::root()).env("CARGO_TERM_COLOR", "never");
+    if loom {
+        command.env("RUSTFLAGS", "--cfg loom").env("LOOM_MAX_PREEMPTIONS", "3");
+        command.env("CARGO_TARGET_DIR", project::target().join("loom"));
+    }
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start cargo")?;
+    let mut all = String::new();
+    let mut program = String::new();
+    let mut start = Instant::now();
+    let (mut passed, mut failed) = (0, 0);
+    for line in BufReader::new(child.stdout.take().context("no pipe")?).lines() {
+        let line = line?;
+        if let Some(named) = program_name(&line) {
+            program = named;
+            start = Instant::now();
+        } else if let Some(result) = line.strip_prefix("test result: ") {
+            let (good, bad) = counts(result).context("cannot read a test program's result")?;
+            if good + bad > 0 {
+                let mark = if bad == 0 { "ok  " } else { "FAIL" };
+                let seconds = start.elapsed().as_secs_f64();
+                say(format!("{mark}  {program}: {good} passed, {bad} failed ({seconds:.1} s)"));
+            }
+            passed += good;
+            failed += bad;
+        }
+        all.push_str(&line);
+        all.push('\n');
+    }
+    let status = child.wait()?;
+    tally.add(name, passed, failed);
+    if failed > 0 {
+        println!("{}", shell::last_lines(&all, 200));
+    }
+    if !status.success() && failed == 0 {
+        // It did not build, or a test program died without a result.
+        let said = shell::last_lines(&all, 60);
+        tally.note(name, start.elapsed().as_secs_f64(), Some(format!("{status}:\n{said}")));
+    }
+    Ok(())
+}
+
+/// What cargo is about to run: `core/tests/model.rs`, `docs of pvblk`.
+fn program_name(line: &str) -> Option<String> {
+    if let Some(package) = line.trim_start().strip_prefix("Doc-tests ") {
+        return Some(format!("docs of {}", package.trim()));
+    }
+    // `Running unittests src/lib.rs (target/debug/deps/pvblk-0123456789abcdef)`
+    let (source, file) = line.trim_start().strip_prefix("Running ")?.split_once(" (")?;
+    let stem = file.trim_end_matches(')').rsplit('/').next()?.rsplit_once('-')?.0;
+    Some(match source.strip_prefix("unittests ") {
+        Some(_) => format!("{stem}: unit tests"),
+        None => source.to_owned(),
+    })
+}
+
+/// Passed and failed, of `ok. 3 passed; 0 failed; ...`.
+fn counts(result: &str) -> Option<(usize, usize)> {
+    let number = |what: &str| {
+        let part = result.split([';', '.']).find(|part| part.trim_end().ends_with(what))?;
+        part.split_whitespace().next()?.parse().ok()
+    };
+    Some((number("passed")?, number("failed")?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn programs_are_named() {
+        let name = |line| program_name(line).unwrap();
+        assert_eq!(name("   Doc-tests pvblk"), "docs of pvblk");
+        let line = "     Running unittests src/lib.rs (/t/debug/deps/pvblk_xen-0123456789abcdef)";
+        assert_eq!(name(line), "pvblk_xen: unit tests");
+        let line = "     Running tests/model.rs (target/debug/deps/model-0123456789abcdef)";
+        assert_eq!(name(line), "tests/model.rs");
+        assert_eq!(program_name("test a ... ok"), None);
+    }
+
+    #[test]
+    fn counts_are_read() {
+        let text = "ok. 31 passed; 2 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0s";
+        assert_eq!(counts(text), Some((31, 2)));
+        assert_eq!(counts("nonsense"), None);
+    }
+}
