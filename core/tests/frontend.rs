@@ -1125,7 +1125,10 @@ fn pools_of_nothing_and_pools_that_do_not_fit() {
     memory.budget.set(Some(3));
     let empty = Pool::new(Shares(memory.clone()), 0, 4096).unwrap();
     assert!(empty.take().is_none());
-    assert_eq!(TablePool::<_, [u64; 1]>::new(Shares(memory.clone()), 0, 1, Access::Read).unwrap().count(), 0);
+    assert_eq!(
+        TablePool::<_, [u64; 1]>::new(Shares(memory.clone()), 0, 1, Access::Read).unwrap().count(),
+        0
+    );
     assert!(Pool::new(Shares(memory.clone()), 4, 4096).is_err());
     assert!(Pool::new(Shares(memory.clone()), u32::MAX, usize::MAX / 2).is_err());
     assert_eq!((memory.shared(), memory.allocated()), (0, 0), "nothing stays behind");
@@ -1261,8 +1264,12 @@ fn figures_say_what_was_done() {
 /// What may happen to an engine.
 #[derive(Clone, Copy, Debug)]
 enum Event {
-    Write { sectors: usize },
-    Read { sectors: usize },
+    Write {
+        sectors: usize,
+    },
+    Read {
+        sectors: usize,
+    },
     Flush,
     Commit,
     /// The peer takes what is there, and answers up to so many requests in some order.
@@ -1271,7 +1278,12 @@ enum Event {
     /// The peer forgets that it has tables, or flushes.
     Revoke,
     Detach,
-    Attach { direct: usize, indirect: usize, tables: u16, room: usize },
+    Attach {
+        direct: usize,
+        indirect: usize,
+        tables: u16,
+        room: usize,
+    },
 }
 
 fn events() -> impl Strategy<Value = Vec<Event>> {

@@ -326,7 +326,8 @@ fn play<K: Kind>(script: &Script) -> Outcome {
         // A device like VirtIO's takes one table, with as many pages as it takes.
         let (pages_each, tables_each) = if K::MERGES { (4, 1) } else { (1, script.table_limit) };
         memory.scattered.set(false);
-        let tables = TablePool::new(share.clone(), script.tables, pages_each, Access::Read).unwrap();
+        let tables =
+            TablePool::new(share.clone(), script.tables, pages_each, Access::Read).unwrap();
         memory.scattered.set(true);
         let per_table = pages_each * PAGE_BYTES / K::Entry::BYTES;
         let per_request = tables_each.min(script.tables.into()) * per_table;

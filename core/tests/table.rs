@@ -28,7 +28,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => (0..1_u64 << 34).prop_map(Step::Forged),
         1 => (0..80_u64).prop_map(Step::Forged),
     ];
-    prop::collection::vec(step, 1..400)
+    prop::collection::vec(step, 1..160)
 }
 
 proptest! {

@@ -13,6 +13,7 @@
 
 use alloc::boxed::Box;
 use alloc::sync::Arc;
+use alloc::vec::Vec;
 use core::cell::RefCell;
 use core::future::{Future, poll_fn};
 use core::pin::Pin;
@@ -20,7 +21,6 @@ use core::task::{Context, Poll, Waker};
 
 use embassy_sync::blocking_mutex::Mutex;
 use embassy_sync::blocking_mutex::raw::RawMutex;
-use embassy_sync::waitqueue::MultiWakerRegistration;
 
 use super::queue::{Error, Line, Queue};
 use super::{Completion, IoError, Rejected, Request, SubmitError, Violation, Wire};
@@ -29,7 +29,7 @@ use crate::extent::{Geometry, SECTOR_BYTES};
 use crate::memory::Share;
 use crate::table::{Table, Tag};
 
-/// Tasks that can wait for room at the same time before all of them are woken to try again.
+/// Tasks that can wait for room at the same time before more memory is needed to note them.
 const WAITERS: usize = 8;
 
 /// Windows of one transfer of a slice that are in flight at the same time.
@@ -52,8 +52,19 @@ struct Inner<W: Wire, S: Share<Handle = W::Handle>, L> {
     /// For each slot of the engine the future that stands for its request.
     futures: Box<[Option<Tag>]>,
     runner: Option<Waker>,
-    room: MultiWakerRegistration<WAITERS>,
+    /// Tasks that wait for room.
+    waiters: Vec<Waker>,
+    /// How often there was room: a task that saw another number has to try again.
+    rooms: u64,
     violation: Option<Violation>,
+}
+
+impl<W: Wire, S: Share<Handle = W::Handle>, L> Inner<W, S, L> {
+    /// A request, a future or a buffer is free again.
+    fn make_room(&mut self) {
+        self.rooms += 1;
+        self.waiters.drain(..).for_each(Waker::wake);
+    }
 }
 
 impl<W, S, L> Inner<W, S, L>
@@ -73,7 +84,11 @@ where
         loop {
             self.queue.commit();
             while let Some(completion) = self.queue.poll()? {
-                let Some(future) = self.futures[completion.tag.slot()].take() else { continue };
+                let Some(future) = self.futures[completion.tag.slot()].take() else {
+                    drop(completion);
+                    self.make_room();
+                    continue;
+                };
                 match self.fates.get_mut(future) {
                     Some(Fate::Waiting(waker)) => {
                         let waker = waker.take();
@@ -85,9 +100,12 @@ where
                         }
                     }
                     // Nobody wants it: the buffer goes back to where it came from.
-                    _ => drop(self.fates.remove(future)),
+                    _ => {
+                        drop(self.fates.remove(future));
+                        drop(completion);
+                    }
                 }
-                self.room.wake();
+                self.make_room();
             }
             self.queue.line().listen();
             if !self.queue.sleep_batched()? {
@@ -106,7 +124,7 @@ where
                 waker.wake();
             }
         });
-        self.room.wake();
+        self.make_room();
     }
 }
 
@@ -134,8 +152,9 @@ where
         // An engine's capacity fits 16 bits: it was made from them.
         let fates = Table::new(capacity as u16);
         let futures = (0..capacity).map(|_| None).collect();
-        let room = MultiWakerRegistration::new();
-        let inner = Inner { queue, fates, futures, runner: None, room, violation: None };
+        let waiters = Vec::with_capacity(WAITERS);
+        let inner =
+            Inner { queue, fates, futures, runner: None, waiters, rooms: 0, violation: None };
         Self { inner: Arc::new(Mutex::new(RefCell::new(inner))) }
     }
 
@@ -222,16 +241,36 @@ where
     }
 
     /// Waits until something finished, so that there may be room again for requests or buffers.
+    ///
+    /// What finished between a try and this call does not count; see [`rooms`](Self::rooms).
     pub async fn room(&self) {
-        let mut waited = false;
+        self.room_since(self.rooms()).await;
+    }
+
+    /// How often there was room so far. Asked before a try, and given to
+    /// [`room_since`](Self::room_since) after it failed, it makes sure that no room is missed.
+    pub fn rooms(&self) -> u64 {
+        self.with(|inner| inner.rooms)
+    }
+
+    /// Waits until there was room again since [`rooms`](Self::rooms) said `seen`.
+    pub async fn room_since(&self, seen: u64) {
         poll_fn(|context| {
-            if core::mem::replace(&mut waited, true) {
-                return Poll::Ready(());
-            }
-            self.with(|inner| inner.room.register(context.waker()));
-            Poll::Pending
+            self.with(|inner| {
+                if inner.rooms != seen {
+                    return Poll::Ready(());
+                }
+                if !inner.waiters.iter().any(|waiter| waiter.will_wake(context.waker())) {
+                    inner.waiters.push(context.waker().clone());
+                }
+                Poll::Pending
+            })
         })
         .await;
+    }
+
+    fn make_room(&self) {
+        self.with(|inner| inner.make_room());
     }
 
     /// Reads into `bytes` from `sector` on. The bytes are copied through registered buffers, several
@@ -286,9 +325,12 @@ where
 
     async fn perform(&self, request: impl Fn() -> Request<Buffer<S>>) -> Result<(), Error> {
         loop {
+            let rooms = self.rooms();
             match self.submit(request()) {
                 Ok(transfer) => return Ok(transfer.await.result?),
-                Err(rejected) if rejected.error == SubmitError::Full => self.room().await,
+                Err(rejected) if rejected.error == SubmitError::Full => {
+                    self.room_since(rooms).await;
+                }
                 Err(rejected) => return Err(rejected.error.into()),
             }
         }
@@ -309,6 +351,7 @@ where
         let mut windows = heapless::Deque::<_, WINDOWS>::new();
         let (mut at, mut outcome) = (0, Ok(()));
         loop {
+            let rooms = self.rooms();
             while outcome.is_ok() && at < total && !windows.is_full() {
                 let Some(mut buffer) = pool.take() else { break };
                 let count = buffer.bytes().min(total - at);
@@ -327,7 +370,7 @@ where
             }
             let Some((transfer, start, count)) = windows.pop_front() else {
                 match outcome {
-                    Ok(()) if at < total => self.room().await,
+                    Ok(()) if at < total => self.room_since(rooms).await,
                     outcome => return outcome,
                 }
                 continue;
@@ -340,7 +383,7 @@ where
             }
             drop(completion);
             // The buffer is back in the pool: someone else may wait for it.
-            self.with(|inner| inner.room.wake());
+            self.make_room();
         }
     }
 }
@@ -387,6 +430,7 @@ where
             None => Poll::Pending,
             Some(completion) => {
                 self.future = None;
+                self.queue.make_room();
                 Poll::Ready(completion)
             }
         }
@@ -407,6 +451,9 @@ impl<M: RawMutex, W: Wire, S: Share<Handle = W::Handle>, L> Drop for Transfer<M,
             }
         });
         // Outside of the lock: dropping a buffer may do more than free memory.
-        drop(fate);
+        if fate.is_some() {
+            drop(fate);
+            self.queue.inner.lock(|inner| inner.borrow_mut().make_room());
+        }
     }
 }

@@ -203,7 +203,6 @@ fn many_at_once_in_blocks_of_4096() {
 }
 
 #[test]
-#[ignore = "more than 8 tasks that wait for room wake each other without end"]
 fn more_at_once_than_there_are_buffers_and_requests() {
     many_at_once::<512>(32);
 }
@@ -313,7 +312,6 @@ fn futures_dropped_anywhere() {
 }
 
 #[test]
-#[ignore = "a buffer that comes back with a dropped future wakes nobody"]
 fn a_task_that_waits_for_buffers_learns_that_a_dropped_future_gave_some_back() {
     let image = noise(5, 1 << 20);
     let (peer, queue) = common::disk_with(&image, 512);

@@ -452,14 +452,20 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
                 self.republish(queues)
             }
             (State::Initialising, State::InitWait | State::Initialised) => self.republish(queues),
-            (State::Initialised, State::Connected) => {
-                let properties = Properties::read(self.store, &self.device.backend_path)
-                    .inspect_err(|error| self.fail(error))?;
-                self.finish(queues, properties)?;
-                Ok(Change::Connected)
+            (State::Initialising, State::Connected) => {
+                self.republish(queues)?;
+                self.finish_again(queues)
             }
+            (State::Initialised, State::Connected) => self.finish_again(queues),
             _ => Ok(Change::Nothing),
         }
+    }
+
+    fn finish_again(&mut self, queues: &mut impl Queues<'t, T>) -> Result<Change, Error> {
+        let properties = Properties::read(self.store, &self.device.backend_path)
+            .inspect_err(|error| self.fail(error))?;
+        self.finish(queues, properties)?;
+        Ok(Change::Connected)
     }
 
     fn republish(&mut self, queues: &mut impl Queues<'t, T>) -> Result<Change, Error> {

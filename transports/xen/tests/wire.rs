@@ -8,9 +8,7 @@ use proptest::prelude::*;
 use pvblk::buffer::{Buffer, OwnedPages, Pool};
 use pvblk::extent::{ExtentError, Geometry};
 use pvblk::frontend::queue::{Error, Line, Queue};
-use pvblk::frontend::{
-    Features, Frontend, IoError, Link, Request, SubmitError, Violation,
-};
+use pvblk::frontend::{Features, Frontend, IoError, Link, Request, SubmitError, Violation};
 use pvblk::indirect::TablePool;
 use pvblk::memory::{Access, PAGE_BYTES, Share, ShareError};
 use pvblk::table::Tag;
@@ -718,8 +716,7 @@ impl Line for &Stepped<'_, '_> {
     fn set_waker(&self, _waker: &Waker) {}
 }
 
-type BlockingQueue<'p, 'a> =
-    Queue<FrontRing<Grantor<'a>, Abi64>, Grantor<'a>, &'p Stepped<'p, 'a>>;
+type BlockingQueue<'p, 'a> = Queue<FrontRing<Grantor<'a>, Abi64>, Grantor<'a>, &'p Stepped<'p, 'a>>;
 
 /// Runs `work` with a queue whose backend takes steps while the queue sleeps.
 fn with_queue(
@@ -739,7 +736,8 @@ fn with_queue(
 
 #[test]
 fn slices_of_any_length_are_read_and_written() {
-    for (buffers, pace, capacity) in [(1, 1, 1), (3, 1, 2), (3, 2, 32), (16, 100, 32), (40, 3, 32)] {
+    for (buffers, pace, capacity) in [(1, 1, 1), (3, 1, 2), (3, 2, 32), (16, 100, 32), (40, 3, 32)]
+    {
         for batch in [1, 4] {
             let setup = Setup { capacity, start: u32::MAX - 20, ..Setup::default() };
             with_queue(setup, buffers, pace, |queue, line, _| {
