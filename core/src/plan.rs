@@ -71,6 +71,7 @@ impl<'a, P> Segments<'a, P> {
 
     /// The next segment, or `None` at the end.
     #[inline(always)]
+    #[expect(clippy::should_implement_trait, reason = "generic over the handle")]
     pub fn next<H: Handle>(&mut self) -> Option<Segment<H>>
     where
         P: Payload<H>,

@@ -128,9 +128,11 @@ where
     }
 }
 
+type Locked<M, W, S, L> = Mutex<M, RefCell<Inner<W, S, L>>>;
+
 /// A handle to a queue, for futures.
 pub struct AsyncQueue<M: RawMutex, W: Wire, S: Share<Handle = W::Handle>, L> {
-    inner: Arc<Mutex<M, RefCell<Inner<W, S, L>>>>,
+    inner: Arc<Locked<M, W, S, L>>,
 }
 
 impl<M: RawMutex, W: Wire, S: Share<Handle = W::Handle>, L> Clone for AsyncQueue<M, W, S, L> {

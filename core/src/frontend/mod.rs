@@ -457,6 +457,7 @@ where
     /// [`Violation`] if the peer broke the protocol. The disk must be closed then: every further
     /// call says the same, until [`close`](Self::close).
     #[inline]
+    #[expect(clippy::should_implement_trait, reason = "it can fail, and go on later")]
     pub fn next(&mut self) -> Result<Option<Completion<P>>, Violation> {
         if let Some(tag) = self.finished.pop_front() {
             return Ok(self.finish(tag));
@@ -676,8 +677,7 @@ fn recheck<H, P: Payload<H>>(
         }
         Code::Discard | Code::SecureDiscard => {
             let secure = job.code == Code::SecureDiscard;
-            let extent =
-                geometry.writable_extent(sector, sectors).map_err(|_| IoError::Device)?;
+            let extent = geometry.writable_extent(sector, sectors).map_err(|_| IoError::Device)?;
             let units = features.discard.ok_or(IoError::Unsupported)?;
             let inside = units.inside(extent);
             if secure && (!features.secure_discard || inside != Some((sector, sectors))) {

@@ -42,7 +42,10 @@ impl SharedRegion<'_> {
     /// For the lifetime of the region the memory is valid for reads and writes, and no Rust
     /// reference to any part of it exists. `base` is aligned to 8 bytes (or this panics).
     pub unsafe fn new(base: NonNull<u8>, bytes: usize) -> Self {
-        assert!(base.as_ptr() as usize % 8 == 0, "a shared region starts at a multiple of 8 bytes");
+        assert!(
+            (base.as_ptr() as usize).is_multiple_of(8),
+            "a shared region starts at a multiple of 8 bytes"
+        );
         Self { base, bytes, lifetime: PhantomData }
     }
 
@@ -100,6 +103,7 @@ impl SharedRegion<'_> {
         // SAFETY (all reads below): `at` checked that `into.len()` bytes from `base` are inside;
         // word reads happen only where `head_and_words` says that the address is aligned.
         for (i, byte) in into[..done].iter_mut().enumerate() {
+            // SAFETY: see above.
             *byte = unsafe { base.add(i).read_volatile() };
         }
         for chunk in into[done..done + words * 8].chunks_exact_mut(8) {

@@ -79,6 +79,8 @@ pub struct Disk<'s, 't, T: Platform> {
     resetting: bool,
     limits: Limits,
     ring_order: u32,
+    /// Whether the backend was told that it may keep our pages mapped.
+    offers_persistent: bool,
     /// Rings that are published, until the backend has connected.
     rings: Vec<Ring<'t, T>>,
     negotiated: Option<Negotiated>,
@@ -177,6 +179,7 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
             watch,
             limits: Limits::default(),
             ring_order: 0,
+            offers_persistent: false,
             rings: Vec::new(),
             negotiated: None,
         })
@@ -290,8 +293,11 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
         let handle = self.device.virtual_device as u16;
         (self.rings, self.ring_order) =
             ring::open_rings(self.platform, &self.lender, wanted, order, handle)?;
+        // What waits may have pages that were lent for one request: no later backend may keep them.
+        self.offers_persistent =
+            self.config.persistent && self.negotiated.is_none_or(|before| before.persistent);
         let path = &self.device.path;
-        publish(self.store, path, &self.rings, self.ring_order, self.config.persistent)?;
+        publish(self.store, path, &self.rings, self.ring_order, self.offers_persistent)?;
         self.limits = limits;
         self.state = State::Initialised;
         Ok(())
@@ -320,7 +326,7 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
         queues: &mut impl Queues<'t, T>,
         properties: Properties,
     ) -> Result<(), Error> {
-        let persistent = self.config.persistent && properties.persistent;
+        let persistent = self.offers_persistent && properties.persistent;
         self.lender.set_persistent(persistent);
         let mut rings = core::mem::take(&mut self.rings).into_iter();
         let (mut count, mut segments) = (0, u32::MAX);

@@ -75,10 +75,16 @@ const _: () = assert!(size_of::<SegmentEntry>() == 8);
 impl SegmentEntry {
     /// The entry for a segment that lies in one page.
     #[inline(always)]
-    pub fn new(segment: Segment<GrantRef>) -> [u64; 1] {
+    pub fn new(segment: Segment<GrantRef>) -> Self {
         let first_sect = (segment.offset / 512) as u8;
         let last_sect = ((segment.offset + segment.bytes) / 512) as u8 - 1;
-        transmute!(Self { gref: U32::new(segment.handle.0), first_sect, last_sect, pad: U16::ZERO })
+        Self { gref: U32::new(segment.handle.0), first_sect, last_sect, pad: U16::ZERO }
+    }
+
+    /// The entry as a word of memory.
+    #[inline(always)]
+    pub fn to_words(self) -> [u64; 1] {
+        transmute!(self)
     }
 }
 

@@ -144,7 +144,7 @@ impl<S: Share<Handle = GrantRef>, A: Abi> Wire for FrontRing<S, A> {
 
     #[inline(always)]
     fn entry(segment: Segment<GrantRef>, _position: usize, _code: Code) -> [u64; 1] {
-        SegmentEntry::new(segment)
+        SegmentEntry::new(segment).to_words()
     }
 
     #[inline(always)]

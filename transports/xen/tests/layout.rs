@@ -237,14 +237,15 @@ fn a_response_is_read_from_the_same_bytes_in_both_layouts() {
 fn an_indirect_entry_looks_like_one_in_a_slot() {
     assert_eq!(<[u64; 1] as TableEntry>::BYTES, 8);
     for (segment, bytes) in SEGMENTS.into_iter().zip(ENTRIES.chunks(8)) {
-        let [word] = SegmentEntry::new(segment);
+        let [word] = SegmentEntry::new(segment).to_words();
         assert_eq!(word.to_ne_bytes(), bytes);
     }
     for first in 0..8_u32 {
         for last in first..8 {
             let bytes = (last - first + 1) * 512;
             let [word] =
-                SegmentEntry::new(Segment { handle: GrantRef(0), offset: first * 512, bytes });
+                SegmentEntry::new(Segment { handle: GrantRef(0), offset: first * 512, bytes })
+                    .to_words();
             assert_eq!(word.to_ne_bytes(), [0, 0, 0, 0, first as u8, last as u8, 0, 0]);
         }
     }
