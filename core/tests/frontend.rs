@@ -686,6 +686,25 @@ fn tables_are_taken_back_in_the_middle_of_many_requests() {
 }
 
 #[test]
+fn requests_with_many_tables_give_all_of_them_back() {
+    // 1,500 pages: three tables a request. With eight tables, two whole requests at a time.
+    let setup = Setup { sectors: 16_000, indirect: 4096, tables: 8, ..Setup::default() };
+    let mut rig = Rig::new(setup);
+    for round in 0..4 {
+        let data = pattern(1500 * PAGE_BYTES, round);
+        for _ in 0..2 {
+            rig.write(8, &data);
+        }
+        assert_eq!(rig.settle().len(), 2);
+        assert!(rig.disk(8, data.len()) == data);
+    }
+    let Statistics { parts, indirect, tables, .. } = rig.engine.statistics();
+    assert_eq!((parts, indirect, tables), (8, 8, 24));
+    let link = rig.engine.detach().expect("the link");
+    assert_eq!((link.tables.available(), link.tables.count()), (8, 8));
+}
+
+#[test]
 fn an_error_counts_more_than_tables_that_are_taken_back() {
     let mut rig = Rig::new(Setup { indirect: 20, tables: 4, ..Setup::default() });
     let tag = rig.write(0, &pattern(40 * PAGE_BYTES, 2));
@@ -1052,6 +1071,20 @@ fn pages_that_the_peer_holds_on_to_are_lost_and_the_disk_is_closed() {
     assert_eq!(rig.done(), (other, Err(IoError::Closed)));
     assert_eq!(rig.memory.names().into_iter().collect::<Vec<_>>(), [held]);
     assert_eq!(rig.memory.allocated(), 1, "the run with the held page is leaked, the other is not");
+}
+
+#[test]
+fn pages_that_the_peer_holds_when_the_disk_is_closed_are_lost() {
+    let mut rig = Rig::new(Setup::default());
+    let tags = [rig.write(0, &pattern(512, 1)), rig.write(8, &pattern(512, 1))];
+    rig.engine.commit();
+    let held = rig.take()[1].segments[0].handle;
+    rig.memory.hold(held, true);
+    drop(rig.engine.close());
+    assert_eq!(rig.done(), (tags[0], Err(IoError::Closed)));
+    assert_eq!(rig.done(), (tags[1], Err(IoError::BufferLost)));
+    rig.nothing_yet();
+    assert_eq!((rig.memory.shared(), rig.memory.allocated()), (1, 1));
 }
 
 #[test]

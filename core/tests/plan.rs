@@ -63,8 +63,15 @@ impl BufferShape {
 const PIECE_PAGES: usize = 16;
 
 fn pieces() -> impl Strategy<Value = Vec<PieceShape>> {
-    let piece = (any::<bool>(), 0..64_u32, 1..64_u32)
-        .prop_map(|(owned, before, count)| PieceShape { owned, before, count });
+    // Small pieces in neighbouring buffers of a pool are where segments might wrongly become one.
+    let before = prop_oneof![3 => Just(0), 2 => 1..8_u32, 1 => 0..64_u32];
+    let count = prop_oneof![3 => 0..8_u32, 1 => Just(7), 1 => 0..64_u32];
+    let owned = prop::bool::weighted(0.3);
+    let piece = (owned, before, count).prop_map(|(owned, before, count)| PieceShape {
+        owned,
+        before,
+        count,
+    });
     prop::collection::vec(piece, 1..8)
 }
 

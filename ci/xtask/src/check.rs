@@ -33,7 +33,7 @@ pub fn check(_options: &Options) -> Result<()> {
     let mut tally = Tally::default();
     let packages = metadata::published()?;
     heading("format and lints");
-    tally.step("format", || quiet(cargo("fmt").args(["--all", "--check"])));
+    tally.step("format", || quiet(cargo("fmt").args(["--all", "--check", "--", "--color=never"])));
     tally.step("clippy: host", || {
         quiet(cargo("clippy").args(["--all-targets", "--", "-D", "warnings"]))
     });

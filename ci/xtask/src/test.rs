@@ -120,7 +120,7 @@ fn cargo_test(tally: &mut Tally, name: &str, words: &[&str], loom: bool) -> Resu
     let status = child.wait()?;
     tally.add(name, passed, failed);
     if failed > 0 {
-        println!("{}", shell::last_lines(&all, 200));
+        println!("{}", failures(&all));
     }
     if !status.success() && failed == 0 {
         // It did not build, or a test program died without a result.
@@ -128,6 +128,19 @@ fn cargo_test(tally: &mut Tally, name: &str, words: &[&str], loom: bool) -> Resu
         tally.note(name, start.elapsed().as_secs_f64(), Some(format!("{status}:\n{said}")));
     }
     Ok(())
+}
+
+/// What the failed tests said, without all that passed.
+fn failures(all: &str) -> String {
+    let mut inside = false;
+    let mut lines = Vec::new();
+    for line in all.lines() {
+        inside = (inside || line == "failures:") && !line.starts_with("test result: ");
+        if inside {
+            lines.push(line);
+        }
+    }
+    lines.join("\n")
 }
 
 /// What cargo is about to run: `core/tests/model.rs`, `docs of pvblk`.

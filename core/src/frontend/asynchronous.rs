@@ -190,7 +190,7 @@ where
                 // First the wakers, then the look: whatever comes in between wakes us.
                 inner.runner = Some(context.waker().clone());
                 inner.queue.line().set_waker(context.waker());
-                match inner.violation.map_or_else(|| inner.work(), Err) {
+                match inner.work() {
                     Ok(()) => Poll::Pending,
                     Err(violation) => {
                         inner.fail(violation);
@@ -210,7 +210,8 @@ where
     /// [`Violation`], as for `run`.
     pub fn process(&self) -> Result<(), Violation> {
         self.with(|inner| {
-            inner.violation.map_or_else(|| inner.work(), Err).inspect_err(|v| inner.fail(*v))
+            // Once the disk is closed, what was lost comes back.
+            inner.work().inspect_err(|violation| inner.fail(*violation))
         })
     }
 
@@ -228,6 +229,11 @@ where
         request: Request<Buffer<S>>,
     ) -> Result<Transfer<M, W, S, L>, Rejected<Buffer<S>>> {
         let future = self.with(|inner| {
+            if inner.violation.is_some() {
+                // Places of requests that nobody will answer stay taken: it must not look busy.
+                let (error, buffer) = (SubmitError::Closed, request.into_buffer());
+                return Err(Rejected { error, buffer });
+            }
             let Ok(future) = inner.fates.insert(Fate::Waiting(None)) else {
                 let (error, buffer) = (SubmitError::Full, request.into_buffer());
                 return Err(Rejected { error, buffer });
@@ -372,7 +378,13 @@ where
             }
             let Some((transfer, start, count)) = windows.pop_front() else {
                 match outcome {
-                    Ok(()) if at < total => self.room_since(rooms).await,
+                    Ok(()) if at < total => {
+                        // Buffers of a disk that is lost do not come back before it is closed.
+                        if let Some(violation) = self.with(|inner| inner.violation) {
+                            return Err(violation.into());
+                        }
+                        self.room_since(rooms).await;
+                    }
                     outcome => return outcome,
                 }
                 continue;

@@ -27,12 +27,13 @@ impl Random {
     }
 }
 
-/// Bytes that look random, and differ from seed to seed.
+/// Bytes that look random, and differ from seed to seed and from sector to sector.
 pub fn pattern(bytes: usize, seed: u64) -> Vec<u8> {
     let mut random = Random::new(seed + 1);
-    let mut pattern = Vec::with_capacity(bytes + 8);
-    while pattern.len() < bytes {
-        pattern.extend(random.number().to_le_bytes());
+    let sector: Vec<u8> = (0..64).flat_map(|_| random.number().to_le_bytes()).collect();
+    let mut pattern = sector.repeat(bytes.div_ceil(512));
+    for (number, sector) in pattern.chunks_mut(512).enumerate() {
+        sector[..8].copy_from_slice(&(number as u64 ^ seed << 32).to_le_bytes());
     }
     pattern.truncate(bytes);
     pattern

@@ -30,14 +30,19 @@ fn geometry(sectors: u64) -> Geometry {
     Geometry { sectors, logical_bytes: 512, physical_bytes: 512, read_only: false }
 }
 
+/// Bytes that look random, and differ from seed to seed and from sector to sector.
 fn pattern(bytes: usize, seed: u64) -> Vec<u8> {
     let mut state = (seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut pattern = Vec::with_capacity(bytes + 8);
-    while pattern.len() < bytes {
+    let mut number = || {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
-        pattern.extend(state.to_le_bytes());
+        state.to_le_bytes()
+    };
+    let sector: Vec<u8> = (0..64).flat_map(|_| number()).collect();
+    let mut pattern = sector.repeat(bytes.div_ceil(512));
+    for (number, sector) in pattern.chunks_mut(512).enumerate() {
+        sector[..8].copy_from_slice(&(number as u64 ^ seed << 32).to_le_bytes());
     }
     pattern.truncate(bytes);
     pattern

@@ -1,12 +1,14 @@
 //! `cargo xtask bench`: measurements beside our peers.
 
-use std::process::Command;
+mod fio;
+mod frontend;
+mod profile;
+mod results;
+mod text;
+mod xen;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::ValueEnum;
-
-use crate::project;
-use crate::shell;
 
 /// What to measure.
 #[derive(clap::Args)]
@@ -14,6 +16,15 @@ pub struct Options {
     /// The bench; all of them when absent
     #[arg(value_enum)]
     name: Option<Bench>,
+    /// For `xen`: show which functions our guest's instructions are in
+    #[arg(long)]
+    profile: bool,
+    /// For `xen`: only our guest, without the peer
+    #[arg(long)]
+    ours_only: bool,
+    /// For `xen`: more words for our guest's command line
+    #[arg(long, default_value = "")]
+    cmdline: String,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -29,16 +40,9 @@ pub fn bench(options: &Options) -> Result<()> {
     let all = [Bench::Frontend, Bench::Xen];
     for bench in all.into_iter().filter(|bench| options.name.is_none_or(|name| name == *bench)) {
         match bench {
-            Bench::Frontend => frontend()?,
-            Bench::Xen if options.name.is_some() => bail!("the bench `xen` is not there yet"),
-            Bench::Xen => {}
+            Bench::Frontend => frontend::run()?,
+            Bench::Xen => xen::run(options)?,
         }
     }
     Ok(())
-}
-
-fn frontend() -> Result<()> {
-    let mut cargo = Command::new("cargo");
-    cargo.current_dir(project::root()).args(["bench", "--package", "pvblk-benches"]);
-    shell::run(&mut cargo)
 }

@@ -48,7 +48,7 @@ impl Case {
                             persistent,
                             sector,
                             arguments: String::new(),
-                            seconds: 120,
+                            seconds: 180,
                         });
                     }
                 }

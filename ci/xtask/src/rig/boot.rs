@@ -1,5 +1,6 @@
 //! One boot of the machine: a script runs in dom0, its report comes back line by line.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io::{self, BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -60,6 +61,8 @@ pub struct Boot<'a> {
     pub deterministic: bool,
     /// More words for Xen's command line.
     pub xen_arguments: &'a str,
+    /// More words for QEMU.
+    pub qemu_arguments: Vec<OsString>,
     /// When to give up.
     pub timeout: Duration,
 }
@@ -76,6 +79,7 @@ impl Default for Boot<'_> {
             dom0_memory: 1536,
             deterministic: false,
             xen_arguments: "",
+            qemu_arguments: Vec::new(),
             timeout: Duration::from_secs(240),
         }
     }
@@ -193,6 +197,7 @@ impl Boot<'_> {
             rig.path("vmlinux").display(),
             initramfs.display()
         ));
+        qemu.args(&self.qemu_arguments);
         qemu
     }
 

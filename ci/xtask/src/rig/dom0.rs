@@ -93,10 +93,32 @@ pub fn write(packages: &Packages, file: &Path) -> Result<()> {
 
 /// Writes the initramfs of a small Linux guest: busybox, xen-blkfront, `init.domu`.
 pub fn write_linux_guest(packages: &Packages, file: &Path) -> Result<()> {
+    write_guest(packages, file, &GUEST_MODULES, "init.domu", &[])
+}
+
+/// Writes the initramfs of a Linux guest that measures: busybox, xen-blkfront, `programs`.
+pub fn write_bench_guest(
+    packages: &Packages,
+    file: &Path,
+    programs: &[(&str, PathBuf)],
+) -> Result<()> {
+    write_guest(packages, file, &GUEST_MODULES[..1], "scenarios/bench-guest.sh", programs)
+}
+
+fn write_guest(
+    packages: &Packages,
+    file: &Path,
+    names: &[&str],
+    init: &str,
+    programs: &[(&str, PathBuf)],
+) -> Result<()> {
     let mut archive = Archive::new(BufWriter::new(fs::File::create(file)?));
     skeleton(packages, &mut archive)?;
-    modules(packages, &mut archive, &GUEST_MODULES)?;
-    archive.copy("init", &project::rig_scripts().join("init.domu"))?;
+    modules(packages, &mut archive, names)?;
+    archive.copy("init", &project::rig_scripts().join(init))?;
+    for (to, from) in programs {
+        archive.copy(to, from)?;
+    }
     archive.finish()?.flush()?;
     Ok(())
 }

@@ -63,6 +63,13 @@ impl Rig {
         Ok((self.path("vmlinux"), initramfs))
     }
 
+    /// Files that a Linux guest that measures starts from, with `programs` in its initramfs.
+    pub fn bench_guest(&self, programs: &[(&str, PathBuf)]) -> Result<(PathBuf, PathBuf)> {
+        let initramfs = self.path("bench/guest.cpio");
+        dom0::write_bench_guest(&self.packages, &initramfs, programs)?;
+        Ok((self.path("vmlinux"), initramfs))
+    }
+
     fn images(&self) -> Result<()> {
         let (image, version) = self.packages.kernel_image()?;
         let hypervisor = self.packages.hypervisor();

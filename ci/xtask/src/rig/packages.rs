@@ -8,7 +8,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use super::apt::Apt;
-use super::stamp;
+use super::{kernel, stamp};
 use crate::project;
 use crate::shell;
 
@@ -146,6 +146,11 @@ impl Packages {
             file.contains(".ko") && stem.replace('_', "-") == wanted
         })?
         .with_context(|| format!("the kernel has no module {name}"))
+    }
+
+    /// The content of a file, unpacked if it is compressed.
+    pub fn unpacked(&self, file: &Path) -> Result<Vec<u8>> {
+        kernel::read(self, file)
     }
 
     /// The libraries that `programs` need, by what the loader says.

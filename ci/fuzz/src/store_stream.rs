@@ -1,0 +1,8 @@
+//! Any bytes as what `xenstored` says, to the XenStore client.
+#![no_main]
+
+#[path = "../../../frontends/xen-blkfront/tests/fuzz/mod.rs"]
+#[allow(dead_code)]
+mod fuzz;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| fuzz::store_stream(bytes));
