@@ -17,7 +17,8 @@ use core::fmt;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::memory::{
-    Access, PAGE_BYTES, PagesError, Share, ShareError, SharedPages, SharedRegion, StillShared,
+    Access, Handle, PAGE_BYTES, PageRun, PagesError, Share, ShareError, SharedPages, SharedRegion,
+    StillShared,
 };
 
 /// A position in a [`Payload`].
@@ -46,6 +47,14 @@ pub trait Payload<H> {
     /// (a power of two, at most a page).
     fn holds(&self, bytes: u64, alignment: u32) -> bool;
 
+    /// The fragment at the start, if it has `bytes` bytes and is shared all the time: the payload
+    /// holds them then, and [`lend`](Self::lend) and [`reclaim`](Self::reclaim) have nothing to do.
+    #[inline(always)]
+    fn registered(&self, bytes: u64) -> Option<Fragment<H>> {
+        let _ = bytes;
+        None
+    }
+
     /// Lends the first `bytes` bytes to the peer, if they are not shared all the time.
     ///
     /// Only whole pages can be lent. If the peer is not [trusted](Share::is_trusted), everything
@@ -67,8 +76,26 @@ pub trait Payload<H> {
     /// [`holds`](Self::holds) confirmed.
     fn fragment(&self, cursor: Cursor) -> Option<Fragment<H>>;
 
-    /// The position `bytes` further on; `bytes` is at most what the fragment at `cursor` has.
+    /// The whole pages that come next, for as far as they are at hand in a row; none if `cursor` is
+    /// not at the start of a page. It saves asking for the [`fragment`](Self::fragment) of each.
+    #[inline(always)]
+    fn whole_pages(&self, cursor: Cursor) -> PageRun<'_, H>
+    where
+        H: Handle,
+    {
+        let _ = cursor;
+        PageRun::EMPTY
+    }
+
+    /// The position `bytes` further on; `bytes` is at most what the fragment at `cursor` has, or
+    /// the whole pages there.
     fn advance(&self, cursor: Cursor, bytes: u32) -> Cursor;
+}
+
+/// Which page begins at `offset`, if one does.
+#[inline(always)]
+fn whole_page(offset: u32) -> Option<u32> {
+    offset.is_multiple_of(PAGE_BYTES as u32).then_some(offset / PAGE_BYTES as u32)
 }
 
 /// A pool of registered buffers of one size.
@@ -197,6 +224,16 @@ impl<S: Share> Payload<S::Handle> for PoolBuffer<S> {
     }
 
     #[inline(always)]
+    fn registered(&self, bytes: u64) -> Option<Fragment<S::Handle>> {
+        if bytes > PAGE_BYTES as u64 {
+            return None;
+        }
+        let first = (self.number * self.pool.pages_each) as usize;
+        let handle = self.pool.pages.handle(first);
+        Some(Fragment { handle, offset: 0, bytes: PAGE_BYTES as u32 })
+    }
+
+    #[inline(always)]
     fn lend(&mut self, _bytes: u64, _access: Access) -> Result<(), ShareError> {
         Ok(())
     }
@@ -219,6 +256,18 @@ impl<S: Share> Payload<S::Handle> for PoolBuffer<S> {
     }
 
     #[inline(always)]
+    fn whole_pages(&self, cursor: Cursor) -> PageRun<'_, S::Handle> {
+        let pages_each = self.pool.pages_each;
+        match whole_page(cursor.offset) {
+            Some(page) if page < pages_each => {
+                let first = self.number * pages_each + page;
+                self.pool.pages.run(first as usize, (pages_each - page) as usize)
+            }
+            _ => PageRun::EMPTY,
+        }
+    }
+
+    #[inline(always)]
     fn advance(&self, cursor: Cursor, bytes: u32) -> Cursor {
         Cursor { offset: cursor.offset + bytes, ..cursor }
     }
@@ -228,7 +277,8 @@ impl<S: Share> Payload<S::Handle> for PoolBuffer<S> {
 ///
 /// The memory is never shared outside of a request, so it may be borrowed as ordinary bytes.
 pub struct OwnedPages<S: Share> {
-    pages: SharedPages<S>,
+    /// Boxed, so that a [`Buffer`] is small to move, whichever it is.
+    pages: Box<SharedPages<S>>,
 }
 
 impl<S: Share> OwnedPages<S> {
@@ -239,7 +289,7 @@ impl<S: Share> OwnedPages<S> {
     /// [`PagesError::OutOfMemory`].
     pub fn new(share: S, bytes: usize) -> Result<Self, PagesError> {
         let count = bytes.div_ceil(PAGE_BYTES).max(1);
-        Ok(Self { pages: SharedPages::private(share, count)? })
+        Ok(Self { pages: Box::new(SharedPages::private(share, count)?) })
     }
 
     /// The bytes, unless the peer never let go of them (or still has them).
@@ -289,6 +339,11 @@ impl<S: Share> Payload<S::Handle> for OwnedPages<S> {
         Some(Fragment { handle: self.pages.handle(page), offset, bytes })
     }
 
+    fn whole_pages(&self, cursor: Cursor) -> PageRun<'_, S::Handle> {
+        whole_page(cursor.offset)
+            .map_or(PageRun::EMPTY, |page| self.pages.run(page as usize, self.pages.count()))
+    }
+
     fn advance(&self, cursor: Cursor, bytes: u32) -> Cursor {
         Cursor { offset: cursor.offset + bytes, ..cursor }
     }
@@ -327,9 +382,75 @@ impl<S: Share> From<OwnedPages<S>> for Buffer<S> {
     }
 }
 
+// The engine's way with a registered buffer is short, and the other kinds are out of that way.
 impl<S: Share> Payload<S::Handle> for Buffer<S> {
-    #[inline]
+    #[inline(always)]
     fn holds(&self, bytes: u64, alignment: u32) -> bool {
+        match self {
+            Self::Registered(buffer) => buffer.holds(bytes, alignment),
+            _ => self.other_holds(bytes, alignment),
+        }
+    }
+
+    #[inline(always)]
+    fn registered(&self, bytes: u64) -> Option<Fragment<S::Handle>> {
+        match self {
+            Self::Registered(buffer) => buffer.registered(bytes),
+            _ => None,
+        }
+    }
+
+    #[inline(always)]
+    fn lend(&mut self, bytes: u64, access: Access) -> Result<(), ShareError> {
+        match self {
+            Self::Registered(_) => Ok(()),
+            _ => self.lend_other(bytes, access),
+        }
+    }
+
+    #[inline(always)]
+    fn reclaim(&mut self) -> Result<(), StillShared> {
+        match self {
+            Self::Registered(_) => Ok(()),
+            _ => self.reclaim_other(),
+        }
+    }
+
+    #[inline(always)]
+    fn fragment(&self, cursor: Cursor) -> Option<Fragment<S::Handle>> {
+        match self {
+            Self::Registered(buffer) => buffer.fragment(cursor),
+            _ => self.other_fragment(cursor),
+        }
+    }
+
+    #[inline(always)]
+    fn whole_pages(&self, cursor: Cursor) -> PageRun<'_, S::Handle> {
+        match self {
+            Self::Registered(buffer) => buffer.whole_pages(cursor),
+            Self::Owned(pages) => pages.whole_pages(cursor),
+            Self::List(_) => PageRun::EMPTY,
+        }
+    }
+
+    #[inline(always)]
+    fn advance(&self, cursor: Cursor, bytes: u32) -> Cursor {
+        let offset = cursor.offset + bytes;
+        match self {
+            Self::List(pieces) => match pieces.get(cursor.piece as usize) {
+                Some(piece) if offset >= piece.bytes => {
+                    Cursor { piece: cursor.piece + 1, offset: 0 }
+                }
+                _ => Cursor { offset, ..cursor },
+            },
+            _ => Cursor { offset, ..cursor },
+        }
+    }
+}
+
+impl<S: Share> Buffer<S> {
+    #[inline(never)]
+    fn other_holds(&self, bytes: u64, alignment: u32) -> bool {
         match self {
             Self::Registered(buffer) => buffer.holds(bytes, alignment),
             Self::Owned(pages) => pages.holds(bytes, alignment),
@@ -338,10 +459,9 @@ impl<S: Share> Payload<S::Handle> for Buffer<S> {
                 for piece in pieces {
                     let end = u64::from(piece.offset) + u64::from(piece.bytes);
                     let aligned = (piece.offset | piece.bytes) & (alignment - 1) == 0;
-                    if !aligned || piece.bytes == 0 || !piece.buffer.holds(end, alignment) {
-                        return false;
-                    }
-                    if matches!(piece.buffer, Self::List(_)) {
+                    let flat = !matches!(piece.buffer, Self::List(_));
+                    if !aligned || piece.bytes == 0 || !flat || !piece.buffer.holds(end, alignment)
+                    {
                         return false;
                     }
                     total += u64::from(piece.bytes);
@@ -351,8 +471,8 @@ impl<S: Share> Payload<S::Handle> for Buffer<S> {
         }
     }
 
-    #[inline]
-    fn lend(&mut self, bytes: u64, access: Access) -> Result<(), ShareError> {
+    #[inline(never)]
+    fn lend_other(&mut self, bytes: u64, access: Access) -> Result<(), ShareError> {
         match self {
             Self::Registered(_) => Ok(()),
             Self::Owned(pages) => pages.lend(bytes, access),
@@ -380,8 +500,8 @@ impl<S: Share> Payload<S::Handle> for Buffer<S> {
         }
     }
 
-    #[inline]
-    fn reclaim(&mut self) -> Result<(), StillShared> {
+    #[inline(never)]
+    fn reclaim_other(&mut self) -> Result<(), StillShared> {
         match self {
             Self::Registered(_) => Ok(()),
             Self::Owned(pages) => pages.reclaim(),
@@ -395,8 +515,8 @@ impl<S: Share> Payload<S::Handle> for Buffer<S> {
         }
     }
 
-    #[inline]
-    fn fragment(&self, cursor: Cursor) -> Option<Fragment<S::Handle>> {
+    #[inline(never)]
+    fn other_fragment(&self, cursor: Cursor) -> Option<Fragment<S::Handle>> {
         match self {
             Self::Registered(buffer) => buffer.fragment(cursor),
             Self::Owned(pages) => pages.fragment(cursor),
@@ -407,20 +527,6 @@ impl<S: Share> Payload<S::Handle> for Buffer<S> {
                 let bytes = fragment.bytes.min(piece.bytes - cursor.offset);
                 Some(Fragment { bytes, ..fragment })
             }
-        }
-    }
-
-    #[inline]
-    fn advance(&self, cursor: Cursor, bytes: u32) -> Cursor {
-        let offset = cursor.offset + bytes;
-        match self {
-            Self::List(pieces) => match pieces.get(cursor.piece as usize) {
-                Some(piece) if offset >= piece.bytes => {
-                    Cursor { piece: cursor.piece + 1, offset: 0 }
-                }
-                _ => Cursor { offset, ..cursor },
-            },
-            _ => Cursor { offset, ..cursor },
         }
     }
 }

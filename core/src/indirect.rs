@@ -8,7 +8,9 @@
 use alloc::boxed::Box;
 use core::marker::PhantomData;
 
-use crate::memory::{Access, PAGE_BYTES, PagesError, Share, SharedPages, SharedRegion};
+use crate::memory::{
+    Access, Handle, PAGE_BYTES, PageRun, PagesError, Share, SharedPages, SharedRegion,
+};
 
 /// One shared table, as a wire needs it to name it to the peer and to fill it.
 #[derive(Clone, Copy, Debug)]
@@ -25,6 +27,14 @@ pub trait TableEntry: Copy {
     const BYTES: usize;
     /// Writes the entry at byte `offset` of a table.
     fn write_to(&self, table: &SharedRegion<'_>, offset: usize);
+    /// Writes the entries of a run of whole pages from byte `offset` of a table on; `entry` makes
+    /// one of the page's place in the run and its handle.
+    fn write_run<H: Handle>(
+        run: PageRun<'_, H>,
+        table: &SharedRegion<'_>,
+        offset: usize,
+        entry: impl FnMut(usize, H) -> Self,
+    );
 }
 
 impl<const N: usize> TableEntry for [u64; N] {
@@ -32,6 +42,15 @@ impl<const N: usize> TableEntry for [u64; N] {
     #[inline(always)]
     fn write_to(&self, table: &SharedRegion<'_>, offset: usize) {
         table.write(offset, self);
+    }
+    #[inline(always)]
+    fn write_run<H: Handle>(
+        run: PageRun<'_, H>,
+        table: &SharedRegion<'_>,
+        offset: usize,
+        entry: impl FnMut(usize, H) -> Self,
+    ) {
+        run.write_entries(table, offset, entry);
     }
 }
 

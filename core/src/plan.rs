@@ -1,7 +1,7 @@
 //! From a buffer to the segments of requests, within what was negotiated.
 
 use crate::buffer::{Cursor, Payload};
-use crate::memory::{Handle, PAGE_BYTES};
+use crate::memory::{Handle, PAGE_BYTES, PageRun};
 
 /// The most segments that any wire may put into a request without a table.
 pub const DIRECT_SEGMENTS_MAX: usize = 16;
@@ -50,6 +50,13 @@ pub struct Segments<'a, P> {
     segment_bytes: u32,
 }
 
+impl<P> Clone for Segments<'_, P> {
+    #[inline(always)]
+    fn clone(&self) -> Self {
+        Self { ..*self }
+    }
+}
+
 impl<'a, P> Segments<'a, P> {
     /// Starts at `cursor` with `bytes` bytes to go. The payload must hold them.
     #[inline(always)]
@@ -67,6 +74,24 @@ impl<'a, P> Segments<'a, P> {
     #[inline(always)]
     pub fn left(&self) -> u64 {
         self.left
+    }
+
+    /// The next up to `most` segments, if they are whole pages that never make a longer segment
+    /// together. An empty run says nothing about what comes: [`next`](Self::next) does.
+    #[inline(always)]
+    pub fn whole_pages<H: Handle>(&mut self, most: usize) -> PageRun<'a, H>
+    where
+        P: Payload<H>,
+    {
+        if self.segment_bytes as usize != PAGE_BYTES {
+            return PageRun::EMPTY;
+        }
+        let most = (self.left / PAGE_BYTES as u64).min(most as u64);
+        let run = self.payload.whole_pages(self.cursor).first(most as usize);
+        let bytes = (run.len() * PAGE_BYTES) as u32;
+        self.left -= u64::from(bytes);
+        self.cursor = self.payload.advance(self.cursor, bytes);
+        run
     }
 
     /// The next segment, or `None` at the end.

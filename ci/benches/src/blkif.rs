@@ -119,7 +119,9 @@ fn frontend_round(client: &mut Client) {
         match client.frontend.next() {
             Ok(Some(completion)) => {
                 client.completed += 1;
-                client.failed += u64::from(completion.result.is_err());
+                if completion.result.is_err() {
+                    client.failed += 1;
+                }
                 let Some(buffer) = completion.buffer else { return };
                 let (sector, sectors) = (client.random.sector(client.sectors), client.sectors);
                 if client.frontend.submit(Request::Read { sector, sectors, buffer }).is_err() {
@@ -154,7 +156,8 @@ impl Bench {
         let link = Link {
             wire,
             limits: limits(INDIRECT_SEGMENTS, tables),
-            tables: TablePool::new(host.clone(), tables as u16, 1, pvblk::memory::Access::Read).expect("the heap has pages"),
+            tables: TablePool::new(host.clone(), tables as u16, 1, Access::Read)
+                .expect("the heap has pages"),
         };
         let geometry = Geometry {
             sectors: DISK_SECTORS,
@@ -167,7 +170,7 @@ impl Bench {
         frontend.attach(link, geometry, features);
         let pool = Pool::new(host, u32::from(case.depth), case.bytes).expect("the heap has pages");
         let sectors = (case.bytes / SECTOR_BYTES as usize) as u32;
-        let mut random = Random::new();
+        let mut random = Random::default();
         while let Some(buffer) = pool.take() {
             let request =
                 Request::Read { sector: random.sector(sectors), sectors, buffer: buffer.into() };
@@ -175,14 +178,7 @@ impl Bench {
         }
         frontend.commit();
         Self {
-            client: Client {
-                frontend,
-                random,
-                sectors,
-                completed: 0,
-                failed: 0,
-                notifications: 0,
-            },
+            client: Client { frontend, random, sectors, completed: 0, failed: 0, notifications: 0 },
             backend: Backend { ring, slots, next: 0, awake: case.awake },
             requests: case.requests(),
         }

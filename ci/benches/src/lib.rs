@@ -28,28 +28,20 @@ pub struct Tally {
     pub allocations: u64,
 }
 
-/// Random places on the disk: a xorshift generator, cheap enough not to be what is measured.
-#[derive(Clone, Copy, Debug)]
+/// Random places on the disk: a linear congruential generator, cheap enough not to be what is
+/// measured.
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Random(u64);
 
 impl Random {
-    /// Always the same sequence.
-    pub fn new() -> Self {
-        Self(0x9e37_79b9_7f4a_7c15)
-    }
-
     /// A random first sector of a request of `sectors` (a power of two) sectors, aligned to it.
     #[inline(always)]
     pub fn sector(&mut self, sectors: u32) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 & (DISK_SECTORS - 1) & !(u64::from(sectors) - 1)
+        // Knuth's MMIX; the upper bits are the random ones.
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) & !(u64::from(sectors) - 1)
     }
 }
 
-impl Default for Random {
-    fn default() -> Self {
-        Self::new()
-    }
-}
+const _: () = assert!(DISK_SECTORS == 1 << (64 - 33));

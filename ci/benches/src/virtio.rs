@@ -261,7 +261,7 @@ impl Bench {
         let depth = case.depth;
         let mut client = Client {
             disk,
-            random: Random::new(),
+            random: Random::default(),
             sectors: (case.bytes / SECTOR_SIZE) as u32,
             buffers: (0..depth).map(|_| vec![0; case.bytes].into_boxed_slice()).collect(),
             requests: (0..depth).map(|_| BlkReq::default()).collect(),

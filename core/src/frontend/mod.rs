@@ -15,12 +15,12 @@
 
 use alloc::collections::VecDeque;
 
-use crate::buffer::{Cursor, Payload};
-use crate::extent::{Extent, Geometry, SECTOR_BYTES};
-use crate::indirect::{Chain, TablePool, TableRef};
-use crate::memory::{Access, Share};
+use crate::buffer::{Cursor, Fragment, Payload};
+use crate::extent::{Extent, ExtentError, Geometry, SECTOR_BYTES};
+use crate::indirect::{Chain, TableEntry, TablePool, TableRef};
+use crate::memory::{Access, PAGE_BYTES, Share};
 use crate::plan::{DIRECT_SEGMENTS_MAX, Limits, Segment, Segments, TABLES_MAX};
-use crate::table::{Table, Tag};
+use crate::table::{Slots, Tag};
 
 #[cfg(feature = "async")]
 pub mod asynchronous;
@@ -63,6 +63,53 @@ impl DiscardUnits {
     }
 }
 
+impl Features {
+    /// A part of `job` was not done. If the peer does not do such requests, takes the feature back;
+    /// says what that means for the job.
+    #[cold]
+    fn after<P>(
+        &mut self,
+        status: Status,
+        job: &mut Job<P>,
+        indirect: bool,
+        limits: &mut Limits,
+    ) -> Outlook {
+        if status == Status::Failed {
+            return Outlook::Failed(IoError::Device);
+        }
+        match job.work.code {
+            Code::Read | Code::Write if indirect => {
+                // Without tables, then: the job is still whole.
+                limits.indirect_segments = 0;
+                match job.outlook {
+                    Outlook::Done => Outlook::Again,
+                    outlook => outlook,
+                }
+            }
+            Code::Flush => {
+                // A disk without flush or barriers has no write cache to flush, as far as anyone
+                // can tell; so the request is done, as it is on a disk that never offered one.
+                self.flush = false;
+                job.work.code = Code::Barrier;
+                if self.barrier { Outlook::Again } else { Outlook::Done }
+            }
+            Code::Barrier => {
+                self.barrier = false;
+                Outlook::Done
+            }
+            Code::Discard => {
+                self.discard = None;
+                Outlook::Failed(IoError::Unsupported)
+            }
+            Code::SecureDiscard => {
+                self.secure_discard = false;
+                Outlook::Failed(IoError::Unsupported)
+            }
+            Code::Read | Code::Write => Outlook::Failed(IoError::Unsupported),
+        }
+    }
+}
+
 /// The connection to a peer: what is made anew when the peer changes.
 pub struct Link<W: Wire, S: Share<Handle = W::Handle>> {
     /// The ring and its encoding.
@@ -92,63 +139,231 @@ pub struct Statistics {
     pub notifications: u64,
 }
 
-/// A job: a user's request, unsplit.
-struct Job<P> {
-    code: Code,
-    buffer: Option<P>,
-    sector: u64,
-    sectors: u64,
-    /// Up to where the buffer is on the wire.
-    cursor: Cursor,
-    /// Bytes that are not on the wire yet. A command without data counts as one byte.
-    left: u64,
-    /// Parts that were not answered yet.
-    outstanding: u32,
-    /// The answers so far do not count: do all of it again once they are all in.
-    again: bool,
-    error: Option<IoError>,
-    /// The order of submission.
-    sequence: u64,
+/// The other end, from the engine's point of view.
+enum Peer<W: Wire, S: Share<Handle = W::Handle>> {
+    /// There is none yet, or not any more. Requests wait for the next one.
+    Absent,
+    Present(Link<W, S>),
+    /// It broke the protocol. The disk is to be closed.
+    Misbehaved(Option<Link<W, S>>, Violation),
+    /// The disk is closed.
+    Gone,
 }
 
-impl<P> Job<P> {
+impl<W: Wire, S: Share<Handle = W::Handle>> Peer<W, S> {
+    fn link(&self) -> Option<&Link<W, S>> {
+        match self {
+            Self::Present(link) | Self::Misbehaved(Some(link), _) => Some(link),
+            _ => None,
+        }
+    }
+
+    /// Disconnects.
+    fn take(&mut self) -> Option<Link<W, S>> {
+        match self {
+            Self::Misbehaved(link, _) => link.take(),
+            Self::Absent | Self::Gone => None,
+            Self::Present(_) => match core::mem::replace(self, Self::Absent) {
+                Self::Present(link) => Some(link),
+                _ => None,
+            },
+        }
+    }
+
+    /// What there is to hear from a peer that is not present.
+    #[cold]
+    fn silence<T: Default>(&self) -> Result<T, Violation> {
+        match self {
+            Self::Misbehaved(_, violation) => Err(*violation),
+            _ => Ok(T::default()),
+        }
+    }
+
+    /// Notes what the peer did. Nothing that it says counts from now on.
+    #[cold]
+    fn misbehaved(&mut self, violation: Violation) -> Violation {
+        if let Self::Present(_) = self {
+            *self = Self::Misbehaved(self.take(), violation);
+        }
+        violation
+    }
+}
+
+/// What a job does.
+#[derive(Clone, Copy)]
+struct Work {
+    code: Code,
+    sector: u64,
+    sectors: u64,
+}
+
+impl Work {
+    /// Checks the sectors against the disk.
+    #[inline(always)]
+    fn extent(&self, geometry: &Geometry) -> Result<Extent, ExtentError> {
+        match self.code {
+            Code::Read => geometry.extent(self.sector, self.sectors),
+            _ => geometry.writable_extent(self.sector, self.sectors),
+        }
+    }
+
+    /// Checks a request that moves data against the disk, and lends its buffer. Returns how much
+    /// there is to do; see [`bytes`](Self::bytes).
+    fn check_transfer<H>(
+        &self,
+        geometry: &Geometry,
+        buffer: &mut impl Payload<H>,
+    ) -> Result<u64, SubmitError> {
+        let bytes = self.extent(geometry)?.bytes();
+        // A cursor counts in 32 bits.
+        if bytes > u64::from(u32::MAX) || !buffer.holds(bytes, geometry.logical_bytes) {
+            return Err(SubmitError::Buffer);
+        }
+        let access = if self.code == Code::Read { Access::ReadWrite } else { Access::Read };
+        buffer.lend(bytes, access)?;
+        Ok(bytes)
+    }
+
+    /// Checks a request without data against the disk, and cuts it down to what the disk does.
+    /// Returns how much there is to do; see [`bytes`](Self::bytes).
+    fn check_command(
+        &mut self,
+        geometry: &Geometry,
+        features: &Features,
+    ) -> Result<u64, SubmitError> {
+        if !matches!(self.code, Code::Discard | Code::SecureDiscard) {
+            self.code = if features.flush { Code::Flush } else { Code::Barrier };
+            return Ok(u64::from(features.flush || features.barrier));
+        }
+        let extent = self.extent(geometry)?;
+        let units = features.discard.ok_or(SubmitError::Unsupported)?;
+        let secure = self.code == Code::SecureDiscard;
+        if secure && !features.secure_discard {
+            return Err(SubmitError::Unsupported);
+        }
+        let inside = units.inside(extent);
+        if secure && inside != Some((extent.first(), extent.count())) {
+            return Err(ExtentError::Misaligned.into());
+        }
+        (self.sector, self.sectors) = inside.unwrap_or_default();
+        Ok(u64::from(inside.is_some()))
+    }
+
+    /// Checks what was taken for one disk against another one. `false` if there is nothing to do.
+    fn recheck<H>(
+        &mut self,
+        buffer: Option<&impl Payload<H>>,
+        geometry: &Geometry,
+        features: &Features,
+    ) -> Result<bool, IoError> {
+        match buffer {
+            Some(buffer) => {
+                let extent = self.extent(geometry).map_err(|_| IoError::Device)?;
+                let holds = buffer.holds(extent.bytes(), geometry.logical_bytes);
+                if holds { Ok(true) } else { Err(IoError::Device) }
+            }
+            None => {
+                if matches!(self.code, Code::Discard | Code::SecureDiscard) {
+                    self.extent(geometry).map_err(|_| IoError::Device)?;
+                }
+                let left = self.check_command(geometry, features);
+                left.map(|left| left > 0).map_err(|_| IoError::Unsupported)
+            }
+        }
+    }
+
+    /// How many bytes there are to do. A command without data counts as one.
     fn bytes(&self) -> u64 {
         match self.code {
             Code::Read | Code::Write => self.sectors * u64::from(SECTOR_BYTES),
             _ => 1,
         }
     }
+}
 
-    fn rewind(&mut self) {
+/// A job: a user's request, unsplit.
+struct Job<P> {
+    work: Work,
+    buffer: Option<P>,
+    /// The order of submission.
+    sequence: u64,
+    /// All of it is on the wire as one request without tables, which goes by the job's own tag. What
+    /// follows says nothing then.
+    whole: bool,
+    /// Up to where the buffer is on the wire.
+    cursor: Cursor,
+    /// Bytes that are not on the wire yet; see [`Work::bytes`].
+    left: u64,
+    /// Parts that were not answered yet.
+    outstanding: u32,
+    outlook: Outlook,
+}
+
+/// What is to become of a job once all of its parts are answered.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Outlook {
+    Done,
+    /// The answers so far do not count: do all of it again.
+    Again,
+    Failed(IoError),
+}
+
+impl<P> Job<P> {
+    fn empty() -> Self {
+        Self {
+            work: Work { code: Code::Flush, sector: 0, sectors: 0 },
+            buffer: None,
+            sequence: 0,
+            whole: false,
+            cursor: Cursor::default(),
+            left: 0,
+            outstanding: 0,
+            outlook: Outlook::Done,
+        }
+    }
+
+    #[inline(always)]
+    fn begin(&mut self, work: Work, buffer: Option<P>, sequence: u64) {
+        self.work = work;
+        // It was taken out at the end of the last job. So nothing is lost, and nothing dropped.
+        core::mem::forget(core::mem::replace(&mut self.buffer, buffer));
+        self.sequence = sequence;
+    }
+
+    /// Nothing of it is done, and `left` is to be put on the wire.
+    fn rewind(&mut self, left: u64) {
+        self.whole = false;
         self.cursor = Cursor::default();
-        self.left = self.bytes();
+        self.left = left;
         self.outstanding = 0;
-        self.again = false;
-        self.error = None;
+        self.outlook = Outlook::Done;
     }
 }
 
-/// A part: one request on the wire.
+/// One request on the wire, of those into which a job was cut.
+#[derive(Clone, Copy)]
 struct Part {
-    job: Tag,
-    code: Code,
+    /// `None` only before the first use.
+    job: Option<Tag>,
     chain: Chain,
 }
 
+/// Set in the id of a part, so that it is not one of a job that is on the wire as a whole.
+const PART: u64 = 1 << 63;
+
 /// The frontend engine of one queue of a disk.
 pub struct Frontend<W: Wire, S: Share<Handle = W::Handle>, P> {
-    link: Option<Link<W, S>>,
+    peer: Peer<W, S>,
     geometry: Geometry,
     features: Features,
-    jobs: Table<Job<P>>,
-    parts: Table<Part>,
+    jobs: Slots<Job<P>>,
+    /// How many jobs are not on the wire as a whole.
+    in_parts: usize,
+    parts: Slots<Part>,
     /// Jobs that are not wholly on the wire, in order. Only the first may be there in part.
     waiting: VecDeque<Tag>,
     /// Jobs that are done without an answer of their own.
     finished: VecDeque<Tag>,
-    sequence: u64,
-    closed: bool,
-    violation: Option<Violation>,
     statistics: Statistics,
     /// How many of `statistics.parts` the peer was shown.
     shown: u64,
@@ -166,16 +381,14 @@ where
     pub fn new(capacity: u16, geometry: Geometry, features: Features) -> Self {
         let queue = || VecDeque::with_capacity(usize::from(capacity));
         Self {
-            link: None,
+            peer: Peer::Absent,
             geometry,
             features,
-            jobs: Table::new(capacity),
-            parts: Table::new(capacity),
+            jobs: Slots::new(capacity, Job::empty),
+            in_parts: 0,
+            parts: Slots::new(capacity, || Part { job: None, chain: Chain::EMPTY }),
             waiting: queue(),
             finished: queue(),
-            sequence: 0,
-            closed: false,
-            violation: None,
             statistics: Statistics::default(),
             shown: 0,
         }
@@ -187,9 +400,11 @@ where
         self.detach();
         self.geometry = geometry;
         self.features = features;
-        self.link = Some(link);
-        self.check_waiting();
-        self.stage_waiting();
+        if let Peer::Absent = self.peer {
+            self.peer = Peer::Present(link);
+            self.check_waiting();
+            self.stage_waiting();
+        }
     }
 
     /// Checks what waits once more: the disk may be another one now.
@@ -197,11 +412,11 @@ where
         for _ in 0..self.waiting.len() {
             let Some(tag) = self.waiting.pop_front() else { return };
             let Some(job) = self.jobs.get_mut(tag) else { continue };
-            match recheck(job, &self.geometry, &self.features) {
+            match job.work.recheck(job.buffer.as_ref(), &self.geometry, &self.features) {
                 Ok(true) => self.waiting.push_back(tag),
                 outcome => {
                     job.left = 0;
-                    job.error = outcome.err();
+                    job.outlook = outcome.map_or_else(Outlook::Failed, |_| Outlook::Done);
                     self.finished.push_back(tag);
                 }
             }
@@ -211,11 +426,13 @@ where
     /// Disconnects from the peer. Everything that it did not answer waits for the next one; no
     /// answer of the old peer counts from now on.
     pub fn detach(&mut self) -> Option<Link<W, S>> {
-        let link = self.link.take();
+        let link = self.peer.take();
         self.shown = self.statistics.parts;
         let parts: alloc::vec::Vec<Tag> = self.parts.tags().collect();
         for tag in parts {
-            self.parts.remove(tag);
+            if let Some(part) = self.parts.tenancy(tag) {
+                part.vacate();
+            }
         }
         let mut waiting: alloc::vec::Vec<(u64, Tag)> = alloc::vec::Vec::new();
         let tags: alloc::vec::Vec<Tag> = self.jobs.tags().collect();
@@ -224,10 +441,11 @@ where
                 continue;
             }
             if let Some(job) = self.jobs.get_mut(tag) {
-                job.rewind();
+                job.rewind(job.work.bytes());
                 waiting.push((job.sequence, tag));
             }
         }
+        self.in_parts = self.jobs.len();
         waiting.sort_unstable_by_key(|(sequence, _)| *sequence);
         self.waiting.clear();
         self.waiting.extend(waiting.into_iter().map(|(_, tag)| tag));
@@ -239,10 +457,10 @@ where
     /// back by dropping it.
     pub fn close(&mut self) -> Option<Link<W, S>> {
         let link = self.detach();
-        self.closed = true;
+        self.peer = Peer::Gone;
         while let Some(tag) = self.waiting.pop_front() {
             if let Some(job) = self.jobs.get_mut(tag) {
-                job.error = Some(IoError::Closed);
+                job.outlook = Outlook::Failed(IoError::Closed);
                 self.finished.push_back(tag);
             }
         }
@@ -254,50 +472,93 @@ where
     /// # Errors
     ///
     /// [`Rejected`], with the buffer. Nothing has happened to the disk then.
-    #[inline]
+    #[inline(always)]
     pub fn submit(&mut self, request: Request<P>) -> Result<Tag, Rejected<P>> {
-        let (code, sector, sectors, buffer) = match request {
+        match request {
             Request::Read { sector, sectors, buffer } => {
-                (Code::Read, sector, u64::from(sectors), Some(buffer))
+                self.transfer(Code::Read, sector, sectors, buffer)
             }
             Request::Write { sector, sectors, buffer } => {
-                (Code::Write, sector, u64::from(sectors), Some(buffer))
+                self.transfer(Code::Write, sector, sectors, buffer)
             }
-            Request::Flush => (Code::Flush, 0, 0, None),
-            Request::Discard { sector, sectors } => (Code::Discard, sector, sectors, None),
+            Request::Flush => self.command(Code::Flush, 0, 0),
+            Request::Discard { sector, sectors } => self.command(Code::Discard, sector, sectors),
             Request::SecureDiscard { sector, sectors } => {
-                (Code::SecureDiscard, sector, sectors, None)
+                self.command(Code::SecureDiscard, sector, sectors)
+            }
+        }
+    }
+
+    /// Takes a request that moves data.
+    #[inline(always)]
+    fn transfer(
+        &mut self,
+        code: Code,
+        sector: u64,
+        sectors: u32,
+        buffer: P,
+    ) -> Result<Tag, Rejected<P>> {
+        let work = Work { code, sector, sectors: u64::from(sectors) };
+        let Some(vacancy) = self.jobs.vacancy() else { return self.no_room(Some(buffer)) };
+        let tag = vacancy.tag();
+        let job = vacancy.occupy();
+        job.begin(work, Some(buffer), self.statistics.jobs);
+        // Most requests are one segment of registered memory, and nobody is in the line.
+        if let Ok(extent) = work.extent(&self.geometry)
+            && self.waiting.is_empty()
+            && let Peer::Present(link) = &mut self.peer
+            && let Some(segment) = link.segment(&job.buffer, extent.bytes())
+        {
+            let command = Command { code, sector, sectors: work.sectors };
+            link.wire.stage(tag.to_id(), &command, Memory::Direct(core::slice::from_ref(&segment)));
+            job.whole = true;
+            self.statistics.jobs += 1;
+            self.statistics.parts += 1;
+            self.statistics.bytes += extent.bytes();
+            return Ok(tag);
+        }
+        self.admit(tag)
+    }
+
+    /// Takes a request without data.
+    #[inline(never)]
+    fn command(&mut self, code: Code, sector: u64, sectors: u64) -> Result<Tag, Rejected<P>> {
+        let Some(vacancy) = self.jobs.vacancy() else { return self.no_room(None) };
+        let tag = vacancy.tag();
+        let work = Work { code, sector, sectors };
+        vacancy.occupy().begin(work, None, self.statistics.jobs);
+        self.admit(tag)
+    }
+
+    #[cold]
+    fn no_room<T>(&self, buffer: Option<P>) -> Result<T, Rejected<P>> {
+        let closed = matches!(self.peer, Peer::Misbehaved(..) | Peer::Gone);
+        let error = if closed { SubmitError::Closed } else { SubmitError::Full };
+        Err(Rejected { error, buffer })
+    }
+
+    /// Checks a new job, and puts as much of it on the wire as fits.
+    #[inline(never)]
+    fn admit(&mut self, tag: Tag) -> Result<Tag, Rejected<P>> {
+        let Some(mut tenancy) = self.jobs.tenancy(tag) else { return self.no_room(None) };
+        let job = tenancy.value();
+        let checked = match (&self.peer, &mut job.buffer) {
+            (Peer::Misbehaved(..) | Peer::Gone, _) => Err(SubmitError::Closed),
+            (_, Some(buffer)) => job.work.check_transfer(&self.geometry, buffer),
+            (_, None) => job.work.check_command(&self.geometry, &self.features),
+        };
+        let left = match checked {
+            Ok(left) => left,
+            Err(error) => {
+                let buffer = job.buffer.take();
+                tenancy.vacate();
+                return Err(Rejected { error, buffer });
             }
         };
-        if self.closed || self.violation.is_some() {
-            return Err(Rejected { error: SubmitError::Closed, buffer });
-        }
-        if !self.jobs.has_room() {
-            return Err(Rejected { error: SubmitError::Full, buffer });
-        }
-        let mut job = Job {
-            code,
-            buffer,
-            sector,
-            sectors,
-            cursor: Cursor::default(),
-            left: 1,
-            outstanding: 0,
-            again: false,
-            error: None,
-            sequence: self.sequence,
-        };
-        let goes_out = match self.check(&mut job) {
-            Ok(goes_out) => goes_out,
-            Err(error) => return Err(Rejected { error, buffer: job.buffer }),
-        };
-        self.sequence += 1;
+        job.rewind(left);
+        self.in_parts += 1;
         self.statistics.jobs += 1;
-        let tag = match self.jobs.insert(job) {
-            Ok(tag) => tag,
-            Err(job) => return Err(Rejected { error: SubmitError::Full, buffer: job.buffer }),
-        };
-        if !goes_out {
+        if left == 0 {
             self.finished.push_back(tag);
         } else if !self.waiting.is_empty() || !self.stage(tag) {
             self.waiting.push_back(tag);
@@ -305,122 +566,18 @@ where
         Ok(tag)
     }
 
-    /// Checks a job against the disk, and lends its buffer. `false` if there is nothing to do.
-    #[inline(always)]
-    fn check(&mut self, job: &mut Job<P>) -> Result<bool, SubmitError> {
-        match job.code {
-            Code::Read | Code::Write => {
-                let (extent, access) = if job.code == Code::Read {
-                    (self.geometry.extent(job.sector, job.sectors)?, Access::ReadWrite)
-                } else {
-                    (self.geometry.writable_extent(job.sector, job.sectors)?, Access::Read)
-                };
-                job.left = extent.bytes();
-                let buffer = job.buffer.as_mut().ok_or(SubmitError::Buffer)?;
-                // A cursor counts in 32 bits.
-                if job.left > u64::from(u32::MAX)
-                    || !buffer.holds(job.left, self.geometry.logical_bytes)
-                {
-                    return Err(SubmitError::Buffer);
-                }
-                buffer.lend(job.left, access)?;
-                Ok(true)
-            }
-            Code::Flush | Code::Barrier => {
-                if !self.features.flush {
-                    job.code = Code::Barrier;
-                }
-                Ok(self.features.flush || self.features.barrier)
-            }
-            Code::Discard | Code::SecureDiscard => {
-                let extent = self.geometry.writable_extent(job.sector, job.sectors)?;
-                let units = self.features.discard.ok_or(SubmitError::Unsupported)?;
-                let secure = job.code == Code::SecureDiscard;
-                if secure && !self.features.secure_discard {
-                    return Err(SubmitError::Unsupported);
-                }
-                let inside = units.inside(extent);
-                if secure && inside != Some((extent.first(), extent.count())) {
-                    return Err(crate::extent::ExtentError::Misaligned.into());
-                }
-                (job.sector, job.sectors) = inside.unwrap_or_default();
-                Ok(inside.is_some())
-            }
-        }
-    }
-
     /// Puts as much of a job on the wire as fits. `true` if that is all of it.
-    #[inline(always)]
+    #[inline(never)]
     fn stage(&mut self, tag: Tag) -> bool {
-        let (Some(link), Some(job)) = (&mut self.link, self.jobs.get_mut(tag)) else {
-            return false;
-        };
-        while job.left > 0 {
-            if !self.parts.has_room() {
-                return false;
+        match (&mut self.peer, self.jobs.get_mut(tag)) {
+            (Peer::Present(link), Some(job)) => {
+                link.stage(tag, job, &mut self.parts, &mut self.statistics)
             }
-            let mut command = Command { code: job.code, sector: job.sector, sectors: job.sectors };
-            let mut chain = Chain::EMPTY;
-            let Some(buffer) = job.buffer.as_ref() else {
-                if !link.wire.has_room(Shape::Direct(0)) {
-                    return false;
-                }
-                let part = Part { job: tag, code: job.code, chain };
-                let Ok(id) = self.parts.insert(part) else { return false };
-                link.wire.stage(id.to_id(), &command, Memory::Direct(&[]));
-                job.left = 0;
-                job.outstanding += 1;
-                self.statistics.parts += 1;
-                return true;
-            };
-
-            let mut segments = Segments::new(buffer, job.cursor, job.left, &link.limits);
-            let mut direct = heapless::Vec::<Segment<W::Handle>, DIRECT_SEGMENTS_MAX>::new();
-            while direct.len() < link.limits.direct_segments {
-                let Some(segment) = segments.next() else { break };
-                // There is room: `direct_segments` is at most the capacity.
-                let _ = direct.push(segment);
-            }
-            let indirect =
-                segments.left() > 0 && link.limits.has_indirect() && link.tables.count() > 0;
-            let shape = if indirect { Shape::Indirect } else { Shape::Direct(direct.len()) };
-            // All tables taken means that answers will give some back.
-            if !link.wire.has_room(shape) || (indirect && link.tables.available() == 0) {
-                return false;
-            }
-            let mut filled = 0;
-            let mut numbers = heapless::Vec::<u16, TABLES_MAX>::new();
-            if indirect {
-                (filled, numbers) =
-                    fill_tables::<W, S, P>(link, &mut chain, &direct, &mut segments, job.code);
-            }
-            let done = job.left - segments.left();
-            command.sector += (job.bytes() - job.left) / u64::from(SECTOR_BYTES);
-            command.sectors = done / u64::from(SECTOR_BYTES);
-            job.cursor = segments.cursor();
-            job.left = segments.left();
-
-            let part = Part { job: tag, code: job.code, chain };
-            let Ok(id) = self.parts.insert(part) else { return false };
-            if indirect {
-                let mut tables = heapless::Vec::<TableRef<'_, W::Handle>, TABLES_MAX>::new();
-                for number in &numbers {
-                    tables.extend(link.tables.table(*number));
-                }
-                self.statistics.indirect += 1;
-                self.statistics.tables += tables.len() as u64;
-                let memory = Memory::Indirect { segments: filled, tables: &tables };
-                link.wire.stage(id.to_id(), &command, memory);
-            } else {
-                link.wire.stage(id.to_id(), &command, Memory::Direct(&direct));
-            }
-            job.outstanding += 1;
-            self.statistics.parts += 1;
-            self.statistics.bytes += done;
+            _ => false,
         }
-        true
     }
 
+    #[inline(never)]
     fn stage_waiting(&mut self) {
         while let Some(&tag) = self.waiting.front() {
             if !self.stage(tag) {
@@ -437,7 +594,7 @@ where
         if !self.waiting.is_empty() {
             self.stage_waiting();
         }
-        let Some(link) = &mut self.link else { return false };
+        let Peer::Present(link) = &mut self.peer else { return false };
         if self.shown == self.statistics.parts {
             return false;
         }
@@ -459,119 +616,127 @@ where
     #[inline]
     #[expect(clippy::should_implement_trait, reason = "it can fail, and go on later")]
     pub fn next(&mut self) -> Result<Option<Completion<P>>, Violation> {
-        if let Some(tag) = self.finished.pop_front() {
-            return Ok(self.finish(tag));
-        }
-        if let Some(violation) = self.violation {
-            return if self.closed { Ok(None) } else { Err(violation) };
-        }
-        let outcome = self.next_answered();
-        if let Err(violation) = outcome {
-            self.violation = Some(violation);
-        }
-        outcome
-    }
-
-    #[inline(always)]
-    fn next_answered(&mut self) -> Result<Option<Completion<P>>, Violation> {
         loop {
-            let Some(link) = &mut self.link else { return Ok(None) };
-            let Some(answer) = link.wire.take()? else { return Ok(None) };
-            let part = Tag::from_id(answer.id)
-                .and_then(|tag| self.parts.remove(tag))
-                .ok_or(Violation::UnknownRequest)?;
-            let indirect = part.chain != Chain::EMPTY;
-            if answer.operation.is_some_and(|name| !W::echoes(name, part.code, indirect)) {
-                return Err(Violation::WrongOperation);
+            if !self.finished.is_empty() {
+                return Ok(self.next_finished());
             }
-            if indirect {
-                link.tables.release(part.chain);
-            }
-            // Jobs leave only after their last part: this one is there.
-            let job = self.jobs.get_mut(part.job).ok_or(Violation::UnknownRequest)?;
-            job.outstanding -= 1;
-            match answer.status {
-                Status::Done => {}
-                Status::Failed => {
-                    job.error = Some(IoError::Device);
-                    job.left = 0;
+            let Peer::Present(link) = &mut self.peer else { return self.peer.silence() };
+            let answer = match link.wire.take() {
+                Ok(Some(answer)) => answer,
+                Ok(None) => return Ok(None),
+                Err(violation) => return Err(self.peer.misbehaved(violation)),
+            };
+            let Answer { id, operation, status } = answer;
+            // Most answers are good ones to a job that is on the wire as a whole.
+            if status == Status::Done
+                && let Some(tag) = Tag::from_id(id)
+            {
+                let Some(mut tenancy) = self.jobs.tenancy(tag) else {
+                    return Err(self.peer.misbehaved(Violation::UnknownRequest));
+                };
+                let job = tenancy.value();
+                if !job.whole {
+                    return Err(self.peer.misbehaved(Violation::UnknownRequest));
                 }
-                Status::NotSupported => self.revoke(&part, indirect),
-            }
-            if let Some(completion) = self.settle(part.job) {
-                if completion.result == Err(IoError::BufferLost) {
-                    self.violation = Some(Violation::HeldMemory);
+                if operation.is_some_and(|name| !W::echoes(name, job.work.code, false)) {
+                    return Err(self.peer.misbehaved(Violation::WrongOperation));
                 }
-                return Ok(Some(completion));
+                // Its buffer is registered: there is nothing to take back.
+                let buffer = job.buffer.take();
+                tenancy.vacate();
+                return Ok(Some(Completion { tag, buffer, result: Ok(()) }));
+            }
+            match self.answered(id, operation, status) {
+                Ok(None) => {}
+                Ok(completion) => return Ok(completion),
+                Err(violation) => return Err(self.peer.misbehaved(violation)),
             }
         }
     }
 
-    /// The peer does not do what `part` asked: takes the feature back, and answers sensibly.
     #[cold]
-    fn revoke(&mut self, part: &Part, indirect: bool) {
-        let Some(job) = self.jobs.get_mut(part.job) else { return };
-        job.left = 0;
-        match part.code {
-            Code::Read | Code::Write if indirect => {
-                // Without tables, then: the job is still whole.
-                job.again = true;
-                if let Some(link) = &mut self.link {
-                    link.limits.indirect_segments = 0;
-                }
-            }
-            Code::Flush => {
-                // A disk without flush or barriers has no write cache to flush, as far as anyone
-                // can tell; so the request is done, as it is on a disk that never offered one.
-                self.features.flush = false;
-                job.code = Code::Barrier;
-                job.again = self.features.barrier;
-            }
-            Code::Barrier => self.features.barrier = false,
-            Code::Discard => {
-                self.features.discard = None;
-                job.error = Some(IoError::Unsupported);
-            }
-            Code::SecureDiscard => {
-                self.features.secure_discard = false;
-                job.error = Some(IoError::Unsupported);
-            }
-            Code::Read | Code::Write => job.error = Some(IoError::Unsupported),
-        }
+    fn next_finished(&mut self) -> Option<Completion<P>> {
+        let tag = self.finished.pop_front()?;
+        self.finish(tag)
     }
 
-    /// After an answer: finishes the job if it was the last one.
-    #[inline(always)]
-    fn settle(&mut self, tag: Tag) -> Option<Completion<P>> {
-        let job = self.jobs.get_mut(tag)?;
-        if job.outstanding > 0 || job.left > 0 {
-            return None;
+    /// Handles any answer. Returns the job's completion if it was the last one.
+    #[inline(never)]
+    fn answered(
+        &mut self,
+        id: u64,
+        operation: Option<u8>,
+        status: Status,
+    ) -> Result<Option<Completion<P>>, Violation> {
+        let (tag, chain) = match Tag::from_id(id) {
+            Some(tag) => (tag, None),
+            None => {
+                let part = Tag::from_id(id ^ PART).and_then(|tag| self.parts.tenancy(tag));
+                let mut part = part.ok_or(Violation::UnknownRequest)?;
+                let Part { job, chain } = *part.value();
+                part.vacate();
+                (job.ok_or(Violation::UnknownRequest)?, Some(chain))
+            }
+        };
+        // Jobs leave only after their last part: this one is there.
+        let job = self.jobs.get_mut(tag).ok_or(Violation::UnknownRequest)?;
+        if chain.is_none() {
+            if !job.whole {
+                return Err(Violation::UnknownRequest);
+            }
+            job.rewind(0);
+            job.outstanding = 1;
+            self.in_parts += 1;
         }
-        // Whoever has unanswered parts and still waits is the first in the line.
-        let waits = !self.waiting.is_empty() && self.waiting.front() == Some(&tag);
-        if job.again && job.error.is_none() {
-            job.rewind();
+        let chain = chain.unwrap_or(Chain::EMPTY);
+        let indirect = chain != Chain::EMPTY;
+        if operation.is_some_and(|name| !W::echoes(name, job.work.code, indirect)) {
+            return Err(Violation::WrongOperation);
+        }
+        let Peer::Present(link) = &mut self.peer else { return Ok(None) };
+        if indirect {
+            link.tables.release(chain);
+        }
+        job.outstanding -= 1;
+        if status != Status::Done {
+            job.outlook = self.features.after(status, job, indirect, &mut link.limits);
+            job.left = 0;
+        }
+        if job.outstanding > 0 || job.left > 0 {
+            return Ok(None);
+        }
+        // Whoever failed and still waits is the first in the line.
+        let waits = job.outlook != Outlook::Done && self.waiting.front() == Some(&tag);
+        if job.outlook == Outlook::Again {
+            job.rewind(job.work.bytes());
             if !waits {
                 self.waiting.push_back(tag);
             }
-            return None;
+            return Ok(None);
         }
         if waits {
             self.waiting.pop_front();
         }
-        self.finish(tag)
+        Ok(self.finish(tag))
     }
 
-    #[inline(always)]
+    /// Ends a job.
     fn finish(&mut self, tag: Tag) -> Option<Completion<P>> {
-        let mut job = self.jobs.remove(tag)?;
-        let mut result = job.error.map_or(Ok(()), Err);
-        if let Some(buffer) = &mut job.buffer
-            && buffer.reclaim().is_err()
-        {
-            result = Err(IoError::BufferLost);
+        let mut tenancy = self.jobs.tenancy(tag)?;
+        let job = tenancy.value();
+        let outcome = match job.outlook {
+            Outlook::Failed(error) => Err(error),
+            Outlook::Done | Outlook::Again => Ok(()),
+        };
+        self.in_parts -= 1;
+        let mut buffer = job.buffer.take();
+        let reclaimed = buffer.as_mut().map_or(Ok(()), |buffer| buffer.reclaim());
+        tenancy.vacate();
+        let result = reclaimed.map_err(|_| IoError::BufferLost).and(outcome);
+        if result == Err(IoError::BufferLost) {
+            self.peer.misbehaved(Violation::HeldMemory);
         }
-        Some(Completion { tag, buffer: job.buffer, result })
+        Some(Completion { tag, buffer, result })
     }
 
     /// Asks the peer for a notification after up to `batch` further answers, and looks once more.
@@ -588,21 +753,19 @@ where
         if !self.finished.is_empty() {
             return Ok(true);
         }
-        if let Some(violation) = self.violation {
-            return if self.closed { Ok(false) } else { Err(violation) };
-        }
         // Answers made room: whoever waits for it goes out first, or no further answer may come.
         if !self.waiting.is_empty() {
             self.stage_waiting();
         }
-        let Some(link) = &mut self.link else { return Ok(false) };
+        let Peer::Present(link) = &mut self.peer else { return self.peer.silence() };
         if self.shown != self.statistics.parts {
             return Ok(true);
         }
-        let batch = batch.clamp(1, self.parts.len().max(1));
+        let outstanding = self.jobs.len() - self.in_parts + self.parts.len();
+        let batch = batch.clamp(1, outstanding.max(1));
         let outcome = link.wire.sleep(batch);
         if let Err(violation) = outcome {
-            self.violation = Some(violation);
+            self.peer.misbehaved(violation);
         }
         outcome
     }
@@ -624,7 +787,7 @@ where
 
     /// Whether there is a peer.
     pub fn is_attached(&self) -> bool {
-        self.link.is_some()
+        self.peer.link().is_some()
     }
 
     /// The shape of the disk, as requests are checked against it.
@@ -644,7 +807,7 @@ where
 
     /// What one request on the wire may carry now, if there is a peer.
     pub fn limits(&self) -> Option<Limits> {
-        self.link.as_ref().map(|link| link.limits)
+        self.peer.link().map(|link| link.limits)
     }
 
     /// What the engine has done so far.
@@ -653,82 +816,126 @@ where
     }
 }
 
-/// Checks a job that was taken for one disk against another one. `false` if there is nothing to do.
-#[cold]
-fn recheck<H, P: Payload<H>>(
-    job: &mut Job<P>,
-    geometry: &Geometry,
-    features: &Features,
-) -> Result<bool, IoError> {
-    let (sector, sectors) = (job.sector, job.sectors);
-    match job.code {
-        Code::Read | Code::Write => {
-            let extent = match job.code {
-                Code::Read => geometry.extent(sector, sectors),
-                _ => geometry.writable_extent(sector, sectors),
-            };
-            let bytes = extent.map_err(|_| IoError::Device)?.bytes();
-            let holds = |buffer: &P| buffer.holds(bytes, geometry.logical_bytes);
-            if job.buffer.as_ref().is_some_and(holds) { Ok(true) } else { Err(IoError::Device) }
-        }
-        Code::Flush | Code::Barrier => {
-            job.code = if features.flush { Code::Flush } else { Code::Barrier };
-            Ok(features.flush || features.barrier)
-        }
-        Code::Discard | Code::SecureDiscard => {
-            let secure = job.code == Code::SecureDiscard;
-            let extent = geometry.writable_extent(sector, sectors).map_err(|_| IoError::Device)?;
-            let units = features.discard.ok_or(IoError::Unsupported)?;
-            let inside = units.inside(extent);
-            if secure && (!features.secure_discard || inside != Some((sector, sectors))) {
-                return Err(IoError::Unsupported);
+impl<W: Wire, S: Share<Handle = W::Handle>> Link<W, S> {
+    /// The segment that holds the first `bytes` bytes of a buffer, if one does and nothing is to be
+    /// done about it, and if there is room for a request of one segment.
+    #[inline(always)]
+    fn segment<P: Payload<W::Handle>>(
+        &self,
+        buffer: &Option<P>,
+        bytes: u64,
+    ) -> Option<Segment<W::Handle>> {
+        let Fragment { handle, offset, .. } = buffer.as_ref()?.registered(bytes)?;
+        let room = self.wire.has_room(Shape::Direct(1));
+        room.then_some(Segment { handle, offset, bytes: bytes as u32 })
+    }
+
+    /// Puts as much of a job on the wire as fits. `true` if that is all of it.
+    fn stage<P: Payload<W::Handle>>(
+        &mut self,
+        tag: Tag,
+        job: &mut Job<P>,
+        parts: &mut Slots<Part>,
+        statistics: &mut Statistics,
+    ) -> bool {
+        let Work { code, sector, sectors } = job.work;
+        while job.left > 0 {
+            let Some(vacancy) = parts.vacancy() else { return false };
+            let id = vacancy.tag().to_id() | PART;
+            let mut chain = Chain::EMPTY;
+            if let Some(buffer) = &job.buffer {
+                let mut segments = Segments::new(buffer, job.cursor, job.left, &self.limits);
+                let mut direct = heapless::Vec::<Segment<W::Handle>, DIRECT_SEGMENTS_MAX>::new();
+                let takes_tables = self.limits.has_indirect() && self.tables.count() > 0;
+                let most =
+                    self.limits.direct_segments as u64 * u64::from(self.limits.segment_bytes);
+                // More than that is sure not to fit without tables.
+                if job.left <= most || !takes_tables {
+                    while direct.len() < self.limits.direct_segments {
+                        let Some(segment) = segments.next() else { break };
+                        // There is room: `direct_segments` is at most the capacity.
+                        let _ = direct.push(segment);
+                    }
+                }
+                let indirect = segments.left() > 0 && takes_tables;
+                let shape = if indirect { Shape::Indirect } else { Shape::Direct(direct.len()) };
+                // All tables taken means that answers will give some back.
+                if !self.wire.has_room(shape) || (indirect && self.tables.available() == 0) {
+                    return false;
+                }
+                let sector = sector + sectors - job.left / u64::from(SECTOR_BYTES);
+                let command = |left| {
+                    let sectors = (job.left - left) / u64::from(SECTOR_BYTES);
+                    Command { code, sector, sectors }
+                };
+                if indirect {
+                    segments = Segments::new(buffer, job.cursor, job.left, &self.limits);
+                    let (filled, numbers) = self.fill_tables(&mut chain, &mut segments, code);
+                    let mut tables = heapless::Vec::<TableRef<'_, W::Handle>, TABLES_MAX>::new();
+                    for number in &numbers {
+                        tables.extend(self.tables.table(*number));
+                    }
+                    statistics.indirect += 1;
+                    statistics.tables += tables.len() as u64;
+                    let memory = Memory::Indirect { segments: filled, tables: &tables };
+                    self.wire.stage(id, &command(segments.left()), memory);
+                } else {
+                    self.wire.stage(id, &command(segments.left()), Memory::Direct(&direct));
+                }
+                statistics.bytes += job.left - segments.left();
+                (job.cursor, job.left) = (segments.cursor(), segments.left());
+            } else {
+                if !self.wire.has_room(Shape::Direct(0)) {
+                    return false;
+                }
+                self.wire.stage(id, &Command { code, sector, sectors }, Memory::Direct(&[]));
+                job.left = 0;
             }
-            (job.sector, job.sectors) = inside.unwrap_or_default();
-            Ok(inside.is_some())
+            *vacancy.occupy() = Part { job: Some(tag), chain };
+            job.outstanding += 1;
+            statistics.parts += 1;
         }
+        true
     }
-}
 
-/// Writes the segments of one request to tables; those in `first` come first. Takes as many tables
-/// as are needed and there are. Returns the number of segments, and the tables.
-#[inline(never)]
-fn fill_tables<W, S, P>(
-    link: &mut Link<W, S>,
-    chain: &mut Chain,
-    first: &[Segment<W::Handle>],
-    segments: &mut Segments<'_, P>,
-    code: Code,
-) -> (usize, heapless::Vec<u16, TABLES_MAX>)
-where
-    W: Wire,
-    S: Share<Handle = W::Handle>,
-    P: Payload<W::Handle>,
-{
-    use crate::indirect::TableEntry;
-
-    let mut numbers = heapless::Vec::new();
-    let mut first = first.iter().copied();
-    let (mut filled, mut position) = (0, W::RESERVED_HEAD);
-    let tables = link.limits.tables.min(TABLES_MAX).min(link.tables.available());
-    let each = link.tables.entries_each();
-    let room = (tables * each).saturating_sub(W::RESERVED_HEAD + W::RESERVED_TAIL);
-    let most = link.limits.indirect_segments.min(room);
-    while numbers.len() < tables && (first.len() > 0 || segments.left() > 0) {
-        let Some(number) = link.tables.take(chain) else { break };
-        let Some(table) = link.tables.table(number) else { break };
-        let _ = numbers.push(number);
-        let mut offset = position % each * W::Entry::BYTES;
-        let end = each * W::Entry::BYTES;
-        while offset < end && filled < most {
-            let Some(segment) = first.next().or_else(|| segments.next()) else { break };
-            W::entry(segment, position, code).write_to(&table.region, offset);
-            offset += W::Entry::BYTES;
-            position += 1;
-            filled += 1;
+    /// Writes the segments of one request to tables. Takes as many tables as are needed and there
+    /// are. Returns the number of segments, and the tables.
+    fn fill_tables<P: Payload<W::Handle>>(
+        &mut self,
+        chain: &mut Chain,
+        segments: &mut Segments<'_, P>,
+        code: Code,
+    ) -> (usize, heapless::Vec<u16, TABLES_MAX>) {
+        let mut numbers = heapless::Vec::new();
+        let tables = self.limits.tables.min(TABLES_MAX).min(self.tables.available());
+        let each = self.tables.entries_each();
+        let room = (tables * each).saturating_sub(W::RESERVED_HEAD + W::RESERVED_TAIL);
+        let most = self.limits.indirect_segments.min(room);
+        let (mut filled, mut at) = (0, W::RESERVED_HEAD);
+        while numbers.len() < tables && filled < most && segments.left() > 0 {
+            let Some(number) = self.tables.take(chain) else { break };
+            let Some(table) = self.tables.table(number) else { break };
+            let _ = numbers.push(number);
+            while at < each && filled < most {
+                let position = W::RESERVED_HEAD + filled;
+                let offset = at * W::Entry::BYTES;
+                let pages = segments.whole_pages((each - at).min(most - filled));
+                let count = if pages.is_empty() {
+                    let Some(segment) = segments.next() else { break };
+                    W::entry(segment, position, code).write_to(&table.region, offset);
+                    1
+                } else {
+                    W::Entry::write_run(pages, &table.region, offset, |place, handle| {
+                        let segment = Segment { handle, offset: 0, bytes: PAGE_BYTES as u32 };
+                        W::entry(segment, position + place, code)
+                    });
+                    pages.len()
+                };
+                filled += count;
+                at += count;
+            }
+            at = 0;
         }
-        if filled == most {
-            break;
-        }
+        (filled, numbers)
     }
-    (filled, numbers)
 }

@@ -160,8 +160,10 @@ impl IoError {
 }
 
 /// The peer broke the protocol. Its device is closed; nothing it says counts any more.
+// As wide as a register, so that what a result holds beside it is moved in whole registers, too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
+#[repr(usize)]
 pub enum Violation {
     /// The peer claims more answers than there are requests.
     #[error("the peer claims more answers than there are requests")]

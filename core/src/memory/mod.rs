@@ -10,7 +10,7 @@ use core::ptr::NonNull;
 mod pages;
 mod region;
 
-pub use pages::{PagesError, SharedPages};
+pub use pages::{PageRun, PagesError, SharedPages};
 pub use region::{SharedRegion, Word};
 
 /// Bytes in a page, and the most that one [`Handle`] of a [`Share`] names.

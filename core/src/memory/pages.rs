@@ -1,10 +1,11 @@
 //! A run of pages, allocated and shared with the peer for as long as it lives.
 
 use alloc::boxed::Box;
+use core::marker::PhantomData;
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use super::{Access, Handle, PAGE_BYTES, Share, ShareError, SharedRegion};
+use super::{Access, Handle, PAGE_BYTES, Share, ShareError, SharedRegion, Word};
 
 /// Why pages could not be set up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -16,6 +17,51 @@ pub enum PagesError {
     /// The pages could not be shared with the peer.
     #[error(transparent)]
     Share(#[from] ShareError),
+}
+
+/// The handles of whole pages that follow each other in a buffer.
+#[derive(Clone, Copy)]
+pub struct PageRun<'a, H> {
+    handles: &'a [AtomicU64],
+    handle: PhantomData<fn() -> H>,
+}
+
+impl<H: Handle> PageRun<'_, H> {
+    /// No pages.
+    pub const EMPTY: Self = Self { handles: &[], handle: PhantomData };
+
+    /// How many pages there are.
+    #[inline(always)]
+    pub fn len(&self) -> usize {
+        self.handles.len()
+    }
+
+    /// Whether there are none.
+    #[inline(always)]
+    pub fn is_empty(&self) -> bool {
+        self.handles.is_empty()
+    }
+
+    /// The first `count` pages, or all if there are not so many.
+    #[inline(always)]
+    #[must_use]
+    pub fn first(self, count: usize) -> Self {
+        Self { handles: &self.handles[..count.min(self.handles.len())], ..self }
+    }
+
+    /// Writes one table entry for each page, from byte `offset` of the table on: what `entry` says
+    /// of the page's place in the run and of its handle.
+    #[inline(always)]
+    pub fn write_entries<T: Word, const N: usize>(
+        self,
+        table: &SharedRegion<'_>,
+        offset: usize,
+        mut entry: impl FnMut(usize, H) -> [T; N],
+    ) {
+        table.write_list(offset, [], self.handles, |place, bits| {
+            entry(place, H::from_bits(bits.load(Ordering::Relaxed)))
+        });
+    }
 }
 
 /// A run of pages that this side owns.
@@ -127,6 +173,13 @@ impl<S: Share> SharedPages<S> {
         S::Handle::from_bits(self.handles[page].load(Ordering::Relaxed))
     }
 
+    /// The handles of the shared pages from `first` on, `count` of them or as many as there are.
+    #[inline(always)]
+    pub fn run(&self, first: usize, count: usize) -> PageRun<'_, S::Handle> {
+        let rest = self.handles.get(first..).unwrap_or_default();
+        PageRun { handles: &rest[..count.min(rest.len())], handle: PhantomData }
+    }
+
     /// Whether the pages can be lent for the time of one request.
     pub fn can_lend(&self) -> bool {
         self.share.can_lend()
@@ -150,9 +203,10 @@ impl<S: Share> SharedPages<S> {
     /// The memory.
     #[inline(always)]
     pub fn region(&self) -> SharedRegion<'_> {
-        // SAFETY: the run is owned by this value for the lifetime of the region. The only
-        // references into it are made by `private_bytes`, which borrows the value mutably.
-        unsafe { SharedRegion::new(self.base, self.handles.len() * PAGE_BYTES) }
+        // SAFETY: the run is owned by this value for the lifetime of the region, and is aligned to 8
+        // bytes: pages are, and so is the dangling base of an empty run. The only references into it
+        // are made by `private_bytes`, which borrows the value mutably.
+        unsafe { SharedRegion::of_pages(self.base, self.handles.len()) }
     }
 
     /// The memory as ordinary bytes, if no peer can reach it: it was never lent, or every page of

@@ -49,6 +49,16 @@ impl SharedRegion<'_> {
         Self { base, bytes, lifetime: PhantomData }
     }
 
+    /// Makes a window of `count` whole pages at `base`.
+    ///
+    /// # Safety
+    ///
+    /// As for [`new`](Self::new), but the alignment of `base` is not checked.
+    #[inline(always)]
+    pub(super) unsafe fn of_pages(base: NonNull<u8>, count: usize) -> Self {
+        Self { base, bytes: count * super::PAGE_BYTES, lifetime: PhantomData }
+    }
+
     /// The size of the window in bytes.
     pub fn len(&self) -> usize {
         self.bytes
@@ -93,6 +103,30 @@ impl SharedRegion<'_> {
         for (i, word) in words.iter().enumerate() {
             // SAFETY: `at` checked the bounds and the alignment of all the words.
             unsafe { base.add(i).write_volatile(*word) };
+        }
+    }
+
+    /// Copies in the words of `head`, and after them the `N` words that `encode` makes of each of
+    /// `items` and its place. `offset` is a multiple of the word's size.
+    #[inline(always)]
+    pub fn write_list<T: Word, U, const M: usize, const N: usize>(
+        &self,
+        offset: usize,
+        head: [T; M],
+        items: &[U],
+        mut encode: impl FnMut(usize, &U) -> [T; N],
+    ) {
+        let bytes = (M + items.len() * N) * size_of::<T>();
+        let base = self.at(offset, bytes, size_of::<T>()).cast::<T>();
+        // SAFETY (both writes): `at` checked the bounds and the alignment of all the words.
+        for (i, word) in head.into_iter().enumerate() {
+            unsafe { base.add(i).write_volatile(word) };
+        }
+        for (place, item) in items.iter().enumerate() {
+            for (i, word) in encode(place, item).into_iter().enumerate() {
+                // SAFETY: see above.
+                unsafe { base.add(M + place * N + i).write_volatile(word) };
+            }
         }
     }
 

@@ -1,10 +1,10 @@
 //! Futures: many in flight, dropped at any time, and never forgotten.
 #![allow(missing_docs)]
 
-mod common;
 #[path = "common/by_hand.rs"]
 #[allow(dead_code)]
 mod by_hand;
+mod common;
 
 use std::cell::{Cell, RefCell};
 use std::future::Future;
@@ -352,7 +352,9 @@ fn closing_ends_every_future_and_gives_its_buffer_back() {
         let pool = disk.register(3, 4096).unwrap();
         rig.backend.pause(true);
         let transfers: Vec<_> = (0..3)
-            .map(|number| queues[0].submit(read(number * 8, 8, pool.take().unwrap().into())).unwrap())
+            .map(|number| {
+                queues[0].submit(read(number * 8, 8, pool.take().unwrap().into())).unwrap()
+            })
             .collect();
         let mut executor = Executor::new(&rig.front);
         let ended = Rc::new(Cell::new(0));
@@ -372,7 +374,14 @@ fn closing_ends_every_future_and_gives_its_buffer_back() {
         disk.close(&mut queues).unwrap();
         executor.turn();
         assert_eq!(ended.get(), 3);
-        let flush = block_on(&rig.front, { let queue = queues[0].clone(); async move { queue.flush().await } }, vec![]);
+        let flush = block_on(
+            &rig.front,
+            {
+                let queue = queues[0].clone();
+                async move { queue.flush().await }
+            },
+            vec![],
+        );
         assert_eq!(flush, Err(QueueError::Submit(SubmitError::Closed)));
     }
     rig.assert_clean();
@@ -407,7 +416,10 @@ fn futures_outlive_their_backend() {
                     events.event().await.unwrap();
                     let change = keeper.borrow_mut().advance(&mut handles).unwrap();
                     assert!(
-                        matches!(change, Change::Nothing | Change::Connected | Change::Disconnected),
+                        matches!(
+                            change,
+                            Change::Nothing | Change::Connected | Change::Disconnected
+                        ),
                         "{change:?}"
                     );
                 }
@@ -685,7 +697,8 @@ fn threads_share_a_queue() {
     let backend = Backend::new(&host, BACK, FRONT, XVDA, BackendConfig::default());
     {
         let store = Store::new(&front);
-        let wanted = config(|c| (c.requests, c.bounce_buffers, c.bounce_bytes) = (Some(3), 2, 8192));
+        let wanted =
+            config(|c| (c.requests, c.bounce_buffers, c.bounce_bytes) = (Some(3), 2, 8192));
         let (mut disk, queues) = Disk::connect(&store, &front, XVDA, &wanted).unwrap();
         let mut queues: Vec<AsyncFrontQueue<'_, Domain, Threads>> =
             queues.into_iter().map(AsyncFrontQueue::new).collect();

@@ -17,14 +17,10 @@ use xen_blkfront::{Config, Error, ErrorKind};
 
 const PATHS: [DataPath; 3] = [DataPath::Map, DataPath::Snapshot, DataPath::Copy];
 
-/// Writes and reads 20 pages on every queue, so that direct requests have to be split. The buffers
+/// Writes and reads 13 pages on every queue, so that direct requests have to be split. The buffers
 /// must be kept until the disk is closed.
-fn exercise<'t>(
-    rig: &Rig,
-    disk: &TheDisk<'t>,
-    queues: &mut [Queue<'t>],
-) -> Arc<Pool<Lend<'t>>> {
-    let sectors = 160;
+fn exercise<'t>(rig: &Rig, disk: &TheDisk<'t>, queues: &mut [Queue<'t>]) -> Arc<Pool<Lend<'t>>> {
+    let sectors = 104;
     let pool = disk.register(queues.len() as u32, sectors as usize * 512).unwrap();
     for (number, queue) in queues.iter_mut().enumerate() {
         let sector = number as u64 * 512 + 8;
@@ -505,7 +501,8 @@ fn a_backend_that_keeps_pages_mapped_is_lent_none_for_one_request() {
         disk.close(&mut queues).unwrap();
         drop((queues, disk, buffer));
         // Unless the frontend does not want it.
-        let (mut disk, mut queues) = rig.connect(&store, &config(|c| c.persistent = false)).unwrap();
+        let (mut disk, mut queues) =
+            rig.connect(&store, &config(|c| c.persistent = false)).unwrap();
         assert!(!disk.negotiated().unwrap().persistent);
         let done = perform(&mut queues[0], write(0, 8, owned(disk.lender(), &[7; 4096])));
         assert_eq!(done.result, Ok(()));
@@ -572,7 +569,7 @@ fn greedy() -> Config {
 /// Tries with more and more of something that is short.
 fn with_more_and_more(limit: impl Fn(&Rig, u32, &mut Config)) {
     let mut best = (0, 0, 0, false);
-    for amount in (0..20).chain((20..700).step_by(31)) {
+    for amount in (0..10).chain([13, 17, 24, 33, 48, 70, 100, 150, 220, 330, 480, 700]) {
         let rig = Rig::new(BackendConfig::default());
         let mut wanted = greedy();
         limit(&rig, amount, &mut wanted);
@@ -633,7 +630,7 @@ fn few_event_channels_leave_fewer_queues() {
 
 #[test]
 fn failures_here_and_there_leave_nothing_behind() {
-    for every in [1, 2, 3, 4, 5, 6, 7, 9, 12, 17, 24, 33] {
+    for every in [1, 2, 3, 4, 5, 7, 12, 33] {
         for kind in 0..3 {
             let rig = Rig::new(BackendConfig::default());
             let mut faults = Faults::default();
@@ -656,7 +653,8 @@ fn a_request_whose_pages_cannot_be_granted_comes_back_untouched() {
     let rig = Rig::new(BackendConfig::default());
     {
         let store = rig.store();
-        let wanted = config(|c| (c.grant_budget, c.indirect_segments, c.bounce_buffers) = (11, 0, 0));
+        let wanted =
+            config(|c| (c.grant_budget, c.indirect_segments, c.bounce_buffers) = (11, 0, 0));
         let (mut disk, mut queues) = rig.connect(&store, &wanted).unwrap();
         let rejected =
             queues[0].submit(write(0, 88, owned(disk.lender(), &[5; 11 * 4096]))).unwrap_err();

@@ -186,7 +186,8 @@ fn limits_out_of_range_are_clamped() {
         ];
         let overrides = overrides.map(|(name, value)| (name.into(), Some(value.into()))).into();
         let max_indirect_segments = Some(4096);
-        let backend = BackendConfig { overrides, max_indirect_segments, ..BackendConfig::default() };
+        let backend =
+            BackendConfig { overrides, max_indirect_segments, ..BackendConfig::default() };
         whole_life(backend, &all, |_, disk| {
             let found = disk.negotiated().unwrap();
             let found = (found.ring_order, found.queues, found.indirect_segments);
@@ -300,7 +301,8 @@ fn a_backend_that_never_comes_is_a_time_out() {
         let before = host.now();
         {
             let store = Store::new(&front);
-            let result = Disk::connect(&store, &front, XVDA, &config(|c| c.timeout = 5_000_000_000));
+            let result =
+                Disk::connect(&store, &front, XVDA, &config(|c| c.timeout = 5_000_000_000));
             assert_eq!(result.err(), Some(Error::TimedOut(expected)));
         }
         assert!((5_000_000_000..6_000_000_000).contains(&(host.now() - before)));
@@ -403,12 +405,16 @@ fn nonsense_that_only_offers_a_feature_counts_as_missing() {
     });
     let overrides = [("physical-sector-size", "3"), ("info", "none"), ("discard-alignment", "-5")];
     let overrides = overrides.map(|(name, value)| (name.into(), Some(value.into()))).into();
-    whole_life(BackendConfig { overrides, ..BackendConfig::default() }, &Config::default(), |_, disk| {
-        let properties = disk.negotiated().unwrap().properties;
-        assert_eq!(properties.geometry.physical_bytes, 512);
-        assert_eq!(properties.features.discard.map(|units| units.alignment), Some(0));
-        assert!(!properties.cdrom && !properties.removable && !properties.geometry.read_only);
-    });
+    whole_life(
+        BackendConfig { overrides, ..BackendConfig::default() },
+        &Config::default(),
+        |_, disk| {
+            let properties = disk.negotiated().unwrap().properties;
+            assert_eq!(properties.geometry.physical_bytes, 512);
+            assert_eq!(properties.features.discard.map(|units| units.alignment), Some(0));
+            assert!(!properties.cdrom && !properties.removable && !properties.geometry.read_only);
+        },
+    );
 }
 
 #[test]

@@ -9,11 +9,7 @@ use pvblk_simulated::blkback::{BackendConfig, CloseAt};
 use xen_blkfront::{Change, Config};
 
 /// Lets everybody else work, then looks what became of the disk.
-fn advance<'t>(
-    rig: &Rig,
-    disk: &mut TheDisk<'t>,
-    queues: &mut Vec<Queue<'t>>,
-) -> Change {
+fn advance<'t>(rig: &Rig, disk: &mut TheDisk<'t>, queues: &mut Vec<Queue<'t>>) -> Change {
     rig.host.run_until_idle(1000);
     disk.advance(queues).unwrap()
 }
@@ -247,11 +243,7 @@ fn a_user_who_waits_on_a_watched_queue_learns_that_the_backend_is_gone() {
 }
 
 /// Connects again to a backend that died and came back.
-fn reconnect<'t>(
-    rig: &Rig,
-    disk: &mut TheDisk<'t>,
-    queues: &mut Vec<Queue<'t>>,
-) {
+fn reconnect<'t>(rig: &Rig, disk: &mut TheDisk<'t>, queues: &mut Vec<Queue<'t>>) {
     for _ in 0..20 {
         rig.host.run_until_idle(1000);
         if disk.advance(queues).unwrap() == Change::Connected {

@@ -79,9 +79,16 @@ fn start(front: &str, back: &str) -> (Host, Domain) {
 
 #[test]
 fn a_leftover_device_comes_back_however_slowly_linux_looks() {
-    for (front, back) in
-        [("1", "2"), ("6", "6"), ("4", "6"), ("4", "4"), ("2", "2"), ("3", "4"), ("5", "5"), ("6", "2")]
-    {
+    for (front, back) in [
+        ("1", "2"),
+        ("6", "6"),
+        ("4", "6"),
+        ("4", "4"),
+        ("2", "2"),
+        ("3", "4"),
+        ("5", "5"),
+        ("6", "2"),
+    ] {
         for seed in 0..12 {
             let (host, domain) = start(front, back);
             let history = serve(&host, seed, linux);

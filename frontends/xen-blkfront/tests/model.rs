@@ -98,7 +98,8 @@ fn backend() -> impl Strategy<Value = Backend> {
     let segments = prop::option::of(prop::sample::select(vec![0, 11, 12, 32, 256, 4096]));
     let limits = (any::<u64>(), prop::option::of(0..5_u32), prop::option::of(1..4_u32), segments);
     let what = (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
-    let how = (0..3_usize, any::<bool>(), any::<bool>(), prop::sample::select(vec![0, 500, 90_000]));
+    let how =
+        (0..3_usize, any::<bool>(), any::<bool>(), prop::sample::select(vec![0, 500, 90_000]));
     let more = (0..3_usize, any::<bool>(), any::<bool>());
     (limits, what, how, more).prop_map(|(limits, what, how, more)| Backend {
         seed: limits.0,
@@ -233,11 +234,7 @@ impl<'t> Runner<'t> {
                         };
                         std::mem::replace(&mut one[0].buffer, self.pool.take()?.into())
                     };
-                    pieces.push(Piece {
-                        buffer,
-                        offset: offset as u32,
-                        bytes: part.len() as u32,
-                    });
+                    pieces.push(Piece { buffer, offset: offset as u32, bytes: part.len() as u32 });
                 }
                 Some(Buffer::List(pieces.into()))
             }

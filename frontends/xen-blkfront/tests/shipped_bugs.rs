@@ -1,9 +1,9 @@
 //! Errors of frontends that were shipped, and the checks that a frontend owes itself: a test each.
 #![allow(missing_docs)]
 
-mod common;
 #[path = "common/by_hand.rs"]
 mod by_hand;
+mod common;
 
 use by_hand::{BARRIER, ByHand, DISCARD, FLUSH, INDIRECT, READ, WRITE};
 use common::*;
@@ -139,27 +139,31 @@ fn openbsd_matches_answers_by_their_position() {
 #[test]
 fn openbsd_packs_indirect_requests_without_the_padding() {
     let nodes = [("feature-max-indirect-segments", "300")];
-    by_hand(&nodes, &config(|c| (c.indirect_segments, c.bounce_buffers) = (4096, 0)), |backend, disk, queues| {
-        let pool = disk.register(1, 300 * 4096).unwrap();
-        let buffer = pool.take().unwrap().into();
-        // NetBSD's backend takes the 256 segments for 0, in 8 bits; they have to be in 16.
-        queues[0].submit(write(0x0102, 256 * 8, buffer)).unwrap();
-        queues[0].commit();
-        let request = &backend.requests(0)[0];
-        assert_eq!((request.operation(), request.0[1]), (INDIRECT, WRITE));
-        assert_eq!(request.number16(2), 256);
-        assert_eq!(request.sector(), 0x0102);
-        assert_eq!(request.number16(24), XVDA as u16, "the handle is elsewhere than usual");
-        let table = GrantRef(request.number32(28));
-        let mut entries = [0; 4096];
-        backend.back.copy_from(FRONT, table, 0, &mut entries).unwrap();
-        for entry in entries[..256 * 8].chunks(8) {
-            assert_eq!(entry[4..], [0, 7, 0, 0]);
-        }
-        backend.put(0, request.id(), WRITE, 0);
-        backend.publish(0);
-        assert_eq!(queues[0].poll().unwrap().unwrap().result, Ok(()));
-    });
+    by_hand(
+        &nodes,
+        &config(|c| (c.indirect_segments, c.bounce_buffers) = (4096, 0)),
+        |backend, disk, queues| {
+            let pool = disk.register(1, 300 * 4096).unwrap();
+            let buffer = pool.take().unwrap().into();
+            // NetBSD's backend takes the 256 segments for 0, in 8 bits; they have to be in 16.
+            queues[0].submit(write(0x0102, 256 * 8, buffer)).unwrap();
+            queues[0].commit();
+            let request = &backend.requests(0)[0];
+            assert_eq!((request.operation(), request.0[1]), (INDIRECT, WRITE));
+            assert_eq!(request.number16(2), 256);
+            assert_eq!(request.sector(), 0x0102);
+            assert_eq!(request.number16(24), XVDA as u16, "the handle is elsewhere than usual");
+            let table = GrantRef(request.number32(28));
+            let mut entries = [0; 4096];
+            backend.back.copy_from(FRONT, table, 0, &mut entries).unwrap();
+            for entry in entries[..256 * 8].chunks(8) {
+                assert_eq!(entry[4..], [0, 7, 0, 0]);
+            }
+            backend.put(0, request.id(), WRITE, 0);
+            backend.publish(0);
+            assert_eq!(queues[0].poll().unwrap().unwrap().result, Ok(()));
+        },
+    );
 }
 
 #[test]
@@ -170,8 +174,10 @@ fn edk2_mini_os_and_u_boot_follow_the_id_as_a_pointer() {
         let id = backend.requests(0)[0].id();
         assert!(id < 1 << 32, "an id is no address, and says nothing about any");
     });
-    let near = |id: u64| [id ^ 1 << 16, id + 1, id + 31, id + 32, id | 0xFFFF, id | 1 << 32, id | 1 << 63];
-    let far = |_| [u64::MAX, 0x7FFF_FFFF_F000, 0xFFFF_8000_0000_0000, u64::from(u32::MAX), 1 << 48, 5, 6];
+    let near =
+        |id: u64| [id ^ 1 << 16, id + 1, id + 31, id + 32, id | 0xFFFF, id | 1 << 32, id | 1 << 63];
+    let far =
+        |_| [u64::MAX, 0x7FFF_FFFF_F000, 0xFFFF_8000_0000_0000, u64::from(u32::MAX), 1 << 48, 5, 6];
     for choose in [near as fn(u64) -> [u64; 7], far] {
         for which in 0..7 {
             by_hand(&[], &plain(), |backend, disk, queues| {
@@ -279,8 +285,7 @@ fn grub_notifies_always() {
 
 #[test]
 fn flushes_barriers_and_discards_have_the_form_of_the_header() {
-    let nodes =
-        [("feature-flush-cache", "1"), ("feature-discard", "1"), ("discard-secure", "1")];
+    let nodes = [("feature-flush-cache", "1"), ("feature-discard", "1"), ("discard-secure", "1")];
     by_hand(&nodes, &plain(), |backend, _, queues| {
         queues[0].submit(Request::Flush).unwrap();
         queues[0].submit(Request::Discard { sector: 5, sectors: 1 << 11 }).unwrap();
@@ -314,7 +319,8 @@ fn flushes_barriers_and_discards_have_the_form_of_the_header() {
 
 #[test]
 fn check_1_no_more_answers_than_requests() {
-    for (requests, claimed) in [(0_u64, 1), (3, 4), (3, 32), (3, u32::MAX), (3, 1 << 31), (32, 33)] {
+    for (requests, claimed) in [(0_u64, 1), (3, 4), (3, 32), (3, u32::MAX), (3, 1 << 31), (32, 33)]
+    {
         by_hand(&[], &plain(), |backend, disk, queues| {
             for number in 0..requests {
                 queues[0].submit(read(number * 8, 8, owned(disk.lender(), &[0; 4096]))).unwrap();
@@ -561,27 +567,31 @@ fn check_7_a_page_is_taken_back_in_one_step_or_never() {
 
 #[test]
 fn check_8_an_untrusted_backend_gets_no_old_bytes() {
-    by_hand(&[], &config(|c| (c.trusted, c.bounce_buffers) = (Some(false), 0)), |backend, disk, queues| {
-        queues[0].submit(read(0, 8, owned(disk.lender(), &[0x5A; 4096]))).unwrap();
-        let shape = [(1024, 1024), (0, 512)];
-        let pieces = list(&disk.lender(), &shape, &[0x5A; 1536]);
-        queues[0].submit(write(8, 3, pieces)).unwrap();
-        queues[0].commit();
-        let requests = backend.requests(0);
-        let page = |reference| {
-            let mut bytes = [0xFF; 4096];
-            backend.back.copy_from(FRONT, GrantRef(reference), 0, &mut bytes).unwrap();
-            bytes
-        };
-        assert!(page(requests[0].number32(24)) == [0; 4096], "what a read will overwrite");
-        let first = page(requests[1].number32(24));
-        assert!(first[1024..2048] == [0x5A; 1024]);
-        assert!(first[..1024] == [0; 1024] && first[2048..] == [0; 2048]);
-        for request in requests {
-            backend.answer(0, &request);
-        }
-        while queues[0].poll().unwrap().is_some() {}
-    });
+    by_hand(
+        &[],
+        &config(|c| (c.trusted, c.bounce_buffers) = (Some(false), 0)),
+        |backend, disk, queues| {
+            queues[0].submit(read(0, 8, owned(disk.lender(), &[0x5A; 4096]))).unwrap();
+            let shape = [(1024, 1024), (0, 512)];
+            let pieces = list(&disk.lender(), &shape, &[0x5A; 1536]);
+            queues[0].submit(write(8, 3, pieces)).unwrap();
+            queues[0].commit();
+            let requests = backend.requests(0);
+            let page = |reference| {
+                let mut bytes = [0xFF; 4096];
+                backend.back.copy_from(FRONT, GrantRef(reference), 0, &mut bytes).unwrap();
+                bytes
+            };
+            assert!(page(requests[0].number32(24)) == [0; 4096], "what a read will overwrite");
+            let first = page(requests[1].number32(24));
+            assert!(first[1024..2048] == [0x5A; 1024]);
+            assert!(first[..1024] == [0; 1024] && first[2048..] == [0; 2048]);
+            for request in requests {
+                backend.answer(0, &request);
+            }
+            while queues[0].poll().unwrap().is_some() {}
+        },
+    );
 }
 
 #[test]
@@ -711,4 +721,3 @@ fn a_full_ring_does_not_lose_anybody() {
     }
     rig.assert_clean();
 }
-

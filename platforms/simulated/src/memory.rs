@@ -149,7 +149,7 @@ impl Allocation {
         let mut bytes = [0; PAGE_BYTES];
         (0..self.count).all(|index| {
             self.page(index).read(0, &mut bytes);
-            bytes.iter().all(|byte| *byte == POISON)
+            bytes == [POISON; PAGE_BYTES]
         })
     }
 }

@@ -23,7 +23,9 @@ fn read(info: &VcpuTimeInfo, counter: impl Fn() -> u64) -> u64 {
         let system_time = info.system_time.load(Ordering::Relaxed);
         let multiplier = info.tsc_to_system_mul.load(Ordering::Relaxed);
         let shift = info.tsc_shift.load(Ordering::Relaxed);
-        let elapsed = counter().saturating_sub(timestamp);
+        // The counter may be behind the timestamp a little, and it may have wrapped in between:
+        // a domain's counter starts at 0, and the timestamp is older than the domain at first.
+        let elapsed = counter().wrapping_sub(timestamp).cast_signed().max(0).cast_unsigned();
         core::sync::atomic::fence(Ordering::Acquire);
         if version & 1 == 0 && version == info.version.load(Ordering::Relaxed) {
             return system_time.wrapping_add(scale(elapsed, multiplier, shift));

@@ -267,12 +267,11 @@ macro_rules! layout {
                     id: U64::new(head.id),
                     sector_number: U64::new(head.sector),
                 });
-                ring.write(at, &words);
-                for (i, segment) in segments.iter().enumerate() {
-                    let entry = SegmentEntry::new(*segment);
-                    let words: [$word; 8 / size_of::<$word>()] = transmute!(entry);
-                    ring.write(at + $segments + i * 8, &words);
-                }
+                ring.write_list(at, words, segments, |_, segment| {
+                    let words: [$word; 8 / size_of::<$word>()] =
+                        transmute!(SegmentEntry::new(*segment));
+                    words
+                });
             }
 
             fn write_indirect(

@@ -135,6 +135,16 @@ fn operation_of(code: Code) -> u8 {
     }
 }
 
+/// The status of an answer that does not say [`status::OKAY`].
+#[cold]
+fn not_done(status: i16) -> Status {
+    match status {
+        status::EOPNOTSUPP => Status::NotSupported,
+        // ERROR, and whatever a backend makes up.
+        _ => Status::Failed,
+    }
+}
+
 impl<S: Share<Handle = GrantRef>, A: Abi> Wire for FrontRing<S, A> {
     type Handle = GrantRef;
     type Entry = [u64; 1];
@@ -202,12 +212,7 @@ impl<S: Share<Handle = GrantRef>, A: Abi> Wire for FrontRing<S, A> {
         let Some(next) = next else { return Ok(None) };
         let abi::Response { id, operation, status } =
             A::read_response(&self.pages.region(), self.slot(next));
-        let status = match status {
-            status::OKAY => Status::Done,
-            status::EOPNOTSUPP => Status::NotSupported,
-            // ERROR, and whatever a backend makes up.
-            _ => Status::Failed,
-        };
+        let status = if status == status::OKAY { Status::Done } else { not_done(status) };
         Ok(Some(Answer { id, operation: Some(operation), status }))
     }
 

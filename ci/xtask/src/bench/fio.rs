@@ -65,7 +65,12 @@ fn fetch(folder: &Path) -> Result<PathBuf> {
     let source = folder.join("source");
     fs::create_dir_all(&source)?;
     shell::output(
-        Command::new("tar").arg("-xf").arg(archive).arg("-C").arg(&source).arg("--strip-components=1"),
+        Command::new("tar")
+            .arg("-xf")
+            .arg(archive)
+            .arg("-C")
+            .arg(&source)
+            .arg("--strip-components=1"),
     )?;
     Ok(source)
 }

@@ -22,6 +22,9 @@ pub struct Options {
     /// For `xen`: only our guest, without the peer
     #[arg(long)]
     ours_only: bool,
+    /// For `xen`: only this load, such as `4k-randread-qd32`
+    #[arg(long)]
+    load: Option<String>,
     /// For `xen`: more words for our guest's command line
     #[arg(long, default_value = "")]
     cmdline: String,

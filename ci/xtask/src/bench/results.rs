@@ -82,9 +82,7 @@ impl Row {
     #[must_use]
     pub fn aim(mut self, aim: Aim) -> Self {
         let (text, met) = match aim {
-            Aim::Times(times) => {
-                (format!(">= {times} x"), self.ratio.map(|ratio| ratio >= times))
-            }
+            Aim::Times(times) => (format!(">= {times} x"), self.ratio.map(|ratio| ratio >= times)),
             Aim::AtMost(most) => (format!("<= {most}"), Some(self.ours <= most)),
         };
         self.aim = Some(text);

@@ -90,15 +90,20 @@ const GUEST_INSTRUCTIONS: f64 = 600.0;
 const FIRST_READ: f64 = 0.4;
 
 impl Load {
-    fn words(&self, separator: &str) -> String {
-        [self.pattern, self.size, &self.depth.to_string()].join(separator)
+    /// The load as both guests understand it.
+    fn words(&self, count: u32) -> String {
+        format!("{}-{}-{}-{count}", self.pattern, self.size, self.depth)
+    }
+
+    /// The name of the guest of one kind that runs it.
+    fn guest(&self, kind: &str) -> String {
+        format!("{kind}-{}", self.case)
     }
 }
 
 /// One guest of the boot.
 struct Guest {
-    name: &'static str,
-    seconds: u32,
+    name: String,
     configuration: String,
 }
 
@@ -130,6 +135,11 @@ type Mark = HashMap<String, u64>;
 
 /// Runs the bench.
 pub fn run(options: &Options) -> Result<()> {
+    let wanted = |load: &&Load| options.load.as_ref().is_none_or(|name| name == load.case);
+    let loads: Vec<&Load> = LOADS.iter().filter(wanted).collect();
+    if loads.is_empty() {
+        bail!("no such load; there are {}", LOADS.map(|load| load.case).join(", "));
+    }
     let rig = Rig::prepare()?;
     let folder = rig.path("bench");
     fs::create_dir_all(&folder)?;
@@ -146,57 +156,54 @@ pub fn run(options: &Options) -> Result<()> {
         let (kernel, initramfs) = rig.bench_guest(&[("bin/fio", fio), ("bin/mark", mark)])?;
         copies.push(("guests/vmlinux".into(), kernel));
         copies.push(("guests/linux.cpio".into(), initramfs));
-        guests.push(linux("first-linux", 256, "task=first-read"));
+        if options.load.is_none() {
+            guests.push(linux("linux-first-read", 256, "task=first-read"));
+        }
     }
-    guests.push(ours("first-ours", "bench=first-read"));
-    if !options.ours_only {
-        let cases: Vec<String> =
-            LOADS.iter().map(|load| format!("{}-{}", load.words("-"), load.count)).collect();
-        let words = format!("clocksource=tsc task=fio cases={}", cases.join(","));
-        guests.push(linux("bench-linux", 2048, &words));
+    if options.load.is_none() {
+        guests.push(ours("ours-first-read", "bench=first-read"));
     }
-    let cases: Vec<String> = LOADS
-        .iter()
-        .flat_map(|load| {
-            [load.count, 2 * load.count].map(|count| format!("{}-{count}", load.words("-")))
-        })
-        .collect();
-    guests.push(ours(
-        "bench-ours",
-        &format!("order=4 bench={} {}", cases.join(","), options.cmdline),
-    ));
+    // A guest for each load: what one leaves mapped in the backend must not be the next one's lot.
+    for load in &loads {
+        let (short, long) = (load.words(load.count), load.words(2 * load.count));
+        if !options.ours_only {
+            let words = format!("clocksource=tsc task=fio case={short}");
+            guests.push(linux(&load.guest("linux"), 2048, &words));
+        }
+        let words = format!("order=4 bench={short},{long} {}", options.cmdline);
+        guests.push(ours(&load.guest("ours"), &words));
+    }
 
-    let marks = folder.join("marks");
-    let blocks = folder.join("profile");
+    // Several may measure at once.
+    let marks = folder.join(format!("marks-{}", std::process::id()));
+    let blocks = folder.join(format!("profile-{}", std::process::id()));
     let runs = boot(&rig, &plugin, &marks, options.profile.then_some(&*blocks), copies, &guests)?;
-    for guest in &guests {
-        runs.get(guest.name).with_context(|| format!("no {}", guest.name))?.check(guest.name)?;
+    for Guest { name, .. } in &guests {
+        runs.get(name).with_context(|| format!("{name} was not created"))?.check(name)?;
     }
 
-    let mine = &runs["bench-ours"];
-    let peer = runs.get("bench-linux");
     let mut rows = Vec::new();
-    for (number, load) in LOADS.iter().enumerate() {
-        load_rows(load, number, mine, peer, &mut rows)?;
+    for load in loads {
+        let mine = &runs[&load.guest("ours")];
+        load_rows(load, mine, runs.get(&load.guest("linux")), &mut rows)?;
         if options.profile {
-            // Of the longer run, whose end is the fourth marker of the load.
-            let section = mine.marks_before + number * 4 + 3;
+            // Of the longer run, whose end is the fourth marker.
             let requests = f64::from(2 * load.count);
-            profile::print(&blocks, &image, load.case, section, requests)?;
+            profile::print(&blocks, &image, load.case, mine.marks_before + 3, requests)?;
         }
     }
-    rows.extend(first_read(&runs["first-ours"], runs.get("first-linux")));
+    if let Some(mine) = runs.get("ours-first-read") {
+        rows.extend(first_read(mine, runs.get("linux-first-read")));
+    }
     rows.push(code_size(&rig, &image)?);
-    if let Some(peer) = peer {
-        for line in peer.lines.iter().filter(|line| !line.starts_with("FIO ")) {
-            say(format!("Linux: {line}"));
-        }
-    }
-    for line in mine.lines.iter().filter(|line| line.starts_with("BENCH")) {
-        say(line);
+    fs::remove_file(marks)?;
+    if options.profile {
+        say(format!("blocks of the guests by address: {}", blocks.display()));
     }
     println!();
-    results::publish(if options.ours_only { "xen-ours" } else { NAME }, &rows)
+    // Only a whole run is a result.
+    let whole = options.load.is_none() && !options.ours_only && options.cmdline.is_empty();
+    results::publish(if whole { NAME } else { "xen-part" }, &rows)
 }
 
 /// Builds QEMU's plugin.
@@ -242,17 +249,17 @@ fn marker_program() -> Vec<u8> {
     file
 }
 
-fn ours(name: &'static str, words: &str) -> Guest {
+fn ours(name: &str, words: &str) -> Guest {
     let own = format!("kernel=\"/guests/unikernel\"\ncmdline=\"{words}\"\nmemory=256\n");
-    Guest { name, seconds: 600, configuration: configuration(name, &own) }
+    Guest { name: name.to_owned(), configuration: configuration(name, &own) }
 }
 
-fn linux(name: &'static str, memory: u32, words: &str) -> Guest {
+fn linux(name: &str, memory: u32, words: &str) -> Guest {
     let own = format!(
         "kernel=\"/guests/vmlinux\"\nramdisk=\"/guests/linux.cpio\"\n\
          cmdline=\"console=hvc0 quiet {words}\"\nmemory={memory}\n"
     );
-    Guest { name, seconds: 600, configuration: configuration(name, &own) }
+    Guest { name: name.to_owned(), configuration: configuration(name, &own) }
 }
 
 fn configuration(name: &str, own: &str) -> String {
@@ -273,9 +280,9 @@ fn boot(
 ) -> Result<HashMap<String, Run>> {
     let mut files = Vec::new();
     let mut list = String::new();
-    for Guest { name, seconds, configuration } in guests {
+    for Guest { name, configuration } in guests {
         files.push((format!("guests/{name}.cfg"), configuration.clone().into_bytes()));
-        list.push_str(&format!("{name} {seconds}\n"));
+        list.push_str(&format!("{name}\n"));
     }
     files.push(("guests/cases".into(), list.into_bytes()));
     let mut arguments = plugin.as_os_str().to_owned();
@@ -402,19 +409,11 @@ const PARTS: [Part; 11] = [
     ("guest-system-calls", "system calls", &["guest-syscalls"], &["guest-syscalls"]),
 ];
 
-fn load_rows(
-    load: &Load,
-    number: usize,
-    mine: &Run,
-    peer: Option<&Run>,
-    rows: &mut Vec<Row>,
-) -> Result<()> {
+fn load_rows(load: &Load, mine: &Run, peer: Option<&Run>, rows: &mut Vec<Row>) -> Result<()> {
     let said = mine
         .lines
         .iter()
-        .find_map(|line| {
-            line.strip_prefix(&format!("BENCH {}-{} ", load.words("-"), 2 * load.count))
-        })
+        .find_map(|line| line.strip_prefix(&format!("BENCH {} ", load.words(2 * load.count))))
         .with_context(|| format!("our guest does not tell {}", load.case))?;
     let told = |key: &str| -> Result<f64> {
         said.split(' ')
@@ -435,16 +434,12 @@ fn load_rows(
         None => row,
     });
 
-    let [a, b, c, d] = mine.marks.get(number * 4..).and_then(|marks| marks.get(..4)).unwrap_or(&[])
-    else {
-        bail!("our guest did not execute its markers");
-    };
+    let [a, b, c, d] = &mine.marks[..] else { bail!("our guest did not execute its markers") };
     let ours = slope((c, d), (a, b), load.count);
     let theirs = match peer {
         None => None,
         Some(peer) => {
-            let marks = peer.marks.get(number * 3..).and_then(|marks| marks.get(..3));
-            let Some([a, b, c]) = marks else { bail!("the peer did not execute its markers") };
+            let [a, b, c] = &peer.marks[..] else { bail!("the peer did not execute its markers") };
             Some(slope((b, c), (a, b), load.count))
         }
     };
@@ -473,7 +468,7 @@ fn fio_rate(load: &Load, peer: &Run) -> Result<f64> {
     let line = peer
         .lines
         .iter()
-        .find_map(|line| line.strip_prefix(&format!("FIO {}-{} ", load.words("-"), load.count)))
+        .find_map(|line| line.strip_prefix("FIO "))
         .with_context(|| format!("fio did not report {}", load.case))?;
     let fields: Vec<&str> = line.split(';').collect();
     let first = if load.pattern.ends_with("write") { 47 } else { 6 };

@@ -146,7 +146,11 @@ impl<'a> Guest<'a> {
                     finish(current.take());
                     let at = left.iter().position(|case| case.name == name);
                     current = at.map(|at| (left.remove(at), Transcript::default()));
-                } else if let Some((_, transcript)) = &mut current {
+                } else if let Some((case, transcript)) = &mut current {
+                    if let Some(why) = text.strip_prefix("AGAIN ") {
+                        say(format!("{} is run again: {why}", case.name));
+                        *transcript = Transcript::default();
+                    }
                     transcript.take_report(text);
                 }
                 if text.starts_with("dom0: ") && (live || text.contains("xl:")) {

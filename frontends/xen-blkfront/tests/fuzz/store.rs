@@ -26,9 +26,8 @@ impl Stream {
     fn look(&self) {
         let mut sent = self.sent.borrow_mut();
         while sent.len() >= 16 {
-            let number = |at: usize| {
-                u32::from_le_bytes(sent[at..at + 4].try_into().expect("four bytes"))
-            };
+            let number =
+                |at: usize| u32::from_le_bytes(sent[at..at + 4].try_into().expect("four bytes"));
             let length = number(12) as usize;
             if sent.len() < 16 + length {
                 return;
@@ -147,9 +146,11 @@ pub fn store_stream(bytes: &[u8]) {
             8 => drop(watches.pop().map(|watch| store.unwatch(watch))),
             9 => drop(watches.last().map(|watch| store.take(*watch))),
             10 => drop(store.poll()),
-            11 => drop(watches.last().map(|watch| {
-                store.wait_for(*watch, Some(stream.now.get() + 1_000_000_000))
-            })),
+            11 => drop(
+                watches
+                    .last()
+                    .map(|watch| store.wait_for(*watch, Some(stream.now.get() + 1_000_000_000))),
+            ),
             12 => drop(store.transaction(|nodes| {
                 nodes.read("a")?;
                 nodes.write("b", "c")
