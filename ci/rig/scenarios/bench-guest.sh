@@ -35,10 +35,14 @@ first_read() {
 	echo "FIRST-READ verified"
 }
 
-# job PATTERN BLOCK DEPTH COUNT: one run of fio.
+# job PATTERN BLOCK DEPTH COUNT: one run of fio, over and over the disk if need be.
 job() {
+	case $2 in
+	*m) kib=$((${2%m} * 1024)) ;;
+	*) kib=${2%k} ;;
+	esac
 	fio --name=job --filename=/dev/xvda --direct=1 --ioengine=libaio --thread --rw="$1" --bs="$2" \
-		--iodepth="$3" --number_ios="$4" --output-format=terse --terse-version=3
+		--iodepth="$3" --io_size=$(($4 * kib))k --output-format=terse --terse-version=3
 }
 
 run_fio() {

@@ -50,6 +50,10 @@ pub fn cargo(target: &str, subcommand: &str) -> Result<Command> {
     cargo.current_dir(project::root()).arg(subcommand);
     cargo.arg("--target").arg(target).arg("--target-dir").arg(folder());
     cargo.env_remove("RUSTFLAGS");
+    if env::var_os("DEFMT_LOG").is_none() {
+        // Otherwise defmt keeps nothing but errors.
+        cargo.env("DEFMT_LOG", "debug");
+    }
     if let Some(path) = toolchain {
         cargo.env("RUSTUP_TOOLCHAIN", path);
     }

@@ -122,9 +122,12 @@ fn run_case(
     let places = queue.frontend.geometry().sectors / u64::from(sectors);
     let (mut random, mut place) = (2013, 0);
     let mut request = move |buffer: Buffer<'static, Guest>| {
-        let sector =
-            if case.is_random { next(&mut random) % places } else { place } * u64::from(sectors);
-        place = (place + 1) % places;
+        if case.is_random {
+            place = next(&mut random) % places;
+        } else {
+            place = (place + 1) % places;
+        }
+        let sector = place * u64::from(sectors);
         if case.is_write {
             Request::Write { sector, sectors, buffer }
         } else {
@@ -168,20 +171,27 @@ fn drive(
     count: u64,
     request: &mut impl FnMut(Buffer<'static, Guest>) -> Request<Buffer<'static, Guest>>,
 ) -> Result<(), String> {
-    let (mut submitted, mut done) = (0, 0);
-    while done < count {
-        while submitted < count
-            && let Some(buffer) = buffers.pop()
-        {
-            queue.submit(request(buffer)).map_err(|rejected| text(rejected.error))?;
-            submitted += 1;
-        }
-        let mut completion = queue.wait().map_err(text)?;
-        while let Some(it) = completion {
-            it.result.map_err(text)?;
-            buffers.extend(it.buffer);
-            done += 1;
-            completion = queue.poll().map_err(text)?;
+    let mut left = count;
+    while left > 0
+        && let Some(buffer) = buffers.pop()
+    {
+        queue.submit(request(buffer)).map_err(|rejected| text(rejected.error))?;
+        left -= 1;
+    }
+    while let Some(mut completion) = queue.wait().map_err(text)? {
+        loop {
+            completion.result.map_err(text)?;
+            match completion.buffer {
+                Some(buffer) if left > 0 => {
+                    queue.submit(request(buffer)).map_err(|rejected| text(rejected.error))?;
+                    left -= 1;
+                }
+                done => buffers.extend(done),
+            }
+            match queue.poll().map_err(text)? {
+                Some(next) => completion = next,
+                None => break,
+            }
         }
     }
     Ok(())

@@ -861,13 +861,14 @@ fn a_lie_or_a_hang_up_ends_a_transfer() {
     });
     with_queue(Setup::default(), 4, 1, |queue, line, _| {
         line.gone.set(true);
-        let error = queue.read(0, &mut [0; 4096]);
+        let error = queue.read(0, &mut [0; 5 * 8192]);
         assert_eq!(error, Err(Error::Violation(Violation::HungUp)));
         // It comes back, and what was given up does not get in the way.
         line.gone.set(false);
-        let mut bytes = [0; 4096];
+        let mut bytes = [0; 5 * 8192];
         queue.read(8, &mut bytes).unwrap();
-        assert!(bytes[..] == line.peer.borrow().disk[8 * 512..][..4096]);
+        assert!(bytes[..] == line.peer.borrow().disk[8 * 512..][..bytes.len()]);
+        assert!(queue.wait().unwrap().is_none(), "nobody asked for what was given up");
         let pool: &Arc<_> = queue.bounce().unwrap();
         assert_eq!(std::iter::from_fn(|| pool.take()).collect::<Vec<_>>().len(), 4);
     });

@@ -7,7 +7,7 @@ mod results;
 mod text;
 mod xen;
 
-use anyhow::Result;
+use anyhow::{Result, anyhow};
 use clap::ValueEnum;
 
 /// What to measure.
@@ -40,12 +40,20 @@ enum Bench {
 
 /// Runs one bench, or all.
 pub fn bench(options: &Options) -> Result<()> {
-    let all = [Bench::Frontend, Bench::Xen];
-    for bench in all.into_iter().filter(|bench| options.name.is_none_or(|name| name == *bench)) {
-        match bench {
-            Bench::Frontend => frontend::run()?,
-            Bench::Xen => xen::run(options)?,
+    let run = |bench| match bench {
+        Bench::Frontend => frontend::run(),
+        Bench::Xen => xen::run(options),
+    };
+    if let Some(bench) = options.name {
+        return run(bench);
+    }
+    // One that fails does not keep the others from being run.
+    let mut outcome = Ok(());
+    for bench in [Bench::Frontend, Bench::Xen] {
+        if let Err(error) = run(bench) {
+            eprintln!("error: {error:#}");
+            outcome = Err(anyhow!("not every bench has a result"));
         }
     }
-    Ok(())
+    outcome
 }

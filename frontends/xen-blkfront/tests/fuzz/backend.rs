@@ -151,7 +151,7 @@ impl Peer {
                 self.detach();
                 self.set("state", "6");
             }
-            5 if script.byte() % 2 == 0 && !self.pages.is_empty() => {
+            5 if script.byte().is_multiple_of(2) && !self.pages.is_empty() => {
                 let which = script.below(self.pages.len());
                 self.pages.swap_remove(which);
             }
@@ -282,7 +282,7 @@ fn buffer<'t>(
         _ => {
             let mut pieces = Vec::new();
             for _ in 0..script.below(4) {
-                let buffer = if script.byte() % 2 == 0 {
+                let buffer = if script.byte().is_multiple_of(2) {
                     pool?.take()?.into()
                 } else {
                     OwnedPages::new(lender.clone(), 8192).ok()?.into()
