@@ -289,24 +289,30 @@ fn requests_wait_for_room_on_the_ring_and_keep_their_order() {
 
 #[test]
 fn no_request_overtakes_one_that_waits() {
-    let mut rig = Rig::new(Setup { room: 1, direct: 1, ..Setup::default() });
-    rig.read(0, 1);
-    rig.write(10, &pattern(2 * PAGE_BYTES, 1));
-    rig.engine.commit();
-    rig.perform(&rig.take()[0]);
-    assert!(rig.engine.next().unwrap().is_some());
-    // There is room now, and it belongs to the request that waits for it.
-    rig.read(50, 1);
-    let mut order = Vec::new();
-    while rig.engine.pending() > 0 {
+    for short in [false, true] {
+        let mut rig = Rig::new(Setup { room: 1, direct: 1, ..Setup::default() });
+        rig.read(0, 1);
+        rig.write(10, &pattern(2 * PAGE_BYTES, 1));
         rig.engine.commit();
-        for request in rig.take() {
-            order.push(request.command.sector);
-            rig.perform(&request);
+        rig.perform(&rig.take()[0]);
+        assert!(rig.engine.next().unwrap().is_some());
+        // There is room now, and it belongs to the request that waits for it.
+        if short {
+            rig.short_read(50);
+        } else {
+            rig.read(50, 1);
         }
-        while rig.engine.next().unwrap().is_some() {}
+        let mut order = Vec::new();
+        while rig.engine.pending() > 0 {
+            rig.engine.commit();
+            for request in rig.take() {
+                order.push(request.command.sector);
+                rig.perform(&request);
+            }
+            while rig.engine.next().unwrap().is_some() {}
+        }
+        assert_eq!(order, [10, 18, 50]);
     }
-    assert_eq!(order, [10, 18, 50]);
 }
 
 #[test]

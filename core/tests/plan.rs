@@ -183,6 +183,24 @@ fn logical_bytes() -> impl Strategy<Value = u32> {
     prop_oneof![3 => Just(512_u32), 2 => Just(4096), 1 => Just(1024), 1 => Just(2048)]
 }
 
+/// Checks that neighbours are two segments only where they must be.
+fn no_two_are_one<H: Naming>(segments: &[Segment<H>], segment_bytes: u32) {
+    for pair in segments.windows(2) {
+        let [one, next] = pair else { unreachable!("windows of two") };
+        let end = one.offset + one.bytes;
+        // The name of a segment's last page, where names are addresses.
+        let last = match (end as usize - 1) / PAGE_BYTES {
+            0 => one.handle,
+            page => H::from_bits(one.handle.to_bits() + (page * PAGE_BYTES) as u64),
+        };
+        let mergeable = end.is_multiple_of(PAGE_BYTES as u32)
+            && next.offset == 0
+            && next.handle.follows(last)
+            && one.bytes + PAGE_BYTES as u32 <= segment_bytes;
+        assert!(!mergeable, "{one:?} and {next:?} are one segment");
+    }
+}
+
 /// Walks a buffer from a sector on, in steps, and checks every segment on the way.
 fn walk<H: Naming>(
     shape: &BufferShape,
@@ -221,21 +239,7 @@ fn walk<H: Naming>(
         assert!(merges || (segment.offset + segment.bytes) as usize <= PAGE_BYTES, "{segment:?}");
     }
     if restart > found.len() {
-        for pair in found.windows(2) {
-            let [one, next] = pair else { unreachable!("windows of two") };
-            let end = one.offset + one.bytes;
-            let last = (end as usize - 1) / PAGE_BYTES * PAGE_BYTES;
-            let last = if last == 0 {
-                one.handle
-            } else {
-                H::from_bits(one.handle.to_bits() + last as u64)
-            };
-            let mergeable = (end as usize).is_multiple_of(PAGE_BYTES)
-                && next.offset == 0
-                && next.handle.follows(last)
-                && one.bytes + PAGE_BYTES as u32 <= limits.segment_bytes;
-            assert!(!mergeable, "{one:?} and {next:?} are one segment");
-        }
+        no_two_are_one(&found, limits.segment_bytes);
     }
     assert_eq!(buffer.reclaim(), Ok(()));
 }
@@ -416,6 +420,7 @@ fn play<K: Kind>(script: &Script) -> Outcome {
                     assert_eq!(sector, flight.first + flight.on_wire as u64, "parts in order");
                     let expected = &flight.addresses[flight.on_wire..][..sectors.len()];
                     assert_eq!(sectors, expected, "the right memory in the right order");
+                    no_two_are_one(&request.segments, limits.segment_bytes);
                     for segment in &request.segments {
                         assert_eq!(segment.bytes % script.logical, 0, "whole logical sectors");
                     }

@@ -47,6 +47,7 @@ struct Hammer<'q> {
     random: u64,
     verified: u64,
     written: u64,
+    finished: u64,
 }
 
 /// Does all of it. Returns the buffers' pools, which are to be kept until the disk is closed.
@@ -73,18 +74,27 @@ pub fn run(
 
     let model = Model::new(seed, AREA as usize);
     let many = Many::new(guest, queues);
-    let mut hammer =
-        Hammer { many, model, small, large, unit, random: seed, verified: 0, written: 0 };
-    hammer.all(0, AREA, true)?;
+    let mut hammer = Hammer {
+        many,
+        model,
+        small,
+        large,
+        unit,
+        random: seed,
+        verified: 0,
+        written: 0,
+        finished: 0,
+    };
+    hammer.timed(guest, "sequential writes of 128 KiB", |it| it.all(0, AREA, true))?;
     hammer.flush()?;
-    hammer.sizes()?;
-    hammer.random()?;
+    hammer.timed(guest, "sizes from one sector to 16 MiB", Hammer::sizes)?;
+    hammer.timed(guest, "random reads and writes", Hammer::random)?;
     hammer.flush()?;
     if properties.features.discard.is_some() {
         hammer.discard()?;
     }
     hammer.flush()?;
-    hammer.all(0, AREA, false)?;
+    hammer.timed(guest, "sequential reads of 128 KiB", |it| it.all(0, AREA, false))?;
     println!(
         "HAMMER wrote {} and verified {} bytes, every one of them compared",
         hammer.written, hammer.verified
@@ -169,6 +179,7 @@ impl Hammer<'_> {
     /// Waits for one transfer, checks it, and gives back its buffer.
     fn finish(&mut self) -> Result<(Transfer, Registered), String> {
         let done = self.many.wait()?;
+        self.finished += 1;
         let Transfer { sector, sectors, is_write } = done.known;
         done.completion
             .result
@@ -183,6 +194,24 @@ impl Hammer<'_> {
             self.verified += sectors * 512;
         }
         Ok((done.known, buffer))
+    }
+
+    /// Does something, and prints how fast it went, with the making and checking of the pattern.
+    fn timed(
+        &mut self,
+        guest: &Guest,
+        what: &str,
+        work: impl FnOnce(&mut Self) -> Result<(), String>,
+    ) -> Result<(), String> {
+        let (start, requests, bytes) = (guest.now(), self.finished, self.written + self.verified);
+        work(self)?;
+        let seconds = (guest.now() - start) as f64 / 1e9;
+        println!(
+            "REACHED {what}: {:.0} requests/s, {:.1} MiB/s",
+            (self.finished - requests) as f64 / seconds,
+            (self.written + self.verified - bytes) as f64 / f64::from(1 << 20) / seconds,
+        );
+        Ok(())
     }
 
     fn drain(&mut self) -> Result<(), String> {
