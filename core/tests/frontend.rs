@@ -1402,12 +1402,13 @@ fn figures_say_what_was_done() {
     assert_eq!(rig.engine.statistics(), Statistics::default());
     rig.write(0, &pattern(50 * PAGE_BYTES, 1));
     rig.read(500, 3);
+    rig.short_read(9);
     rig.engine.submit(Request::Flush).unwrap();
     assert!(rig.engine.commit());
     let expected = Statistics {
-        jobs: 3,
-        parts: 5,
-        bytes: 50 * 4096 + 3 * 512,
+        jobs: 4,
+        parts: 6,
+        bytes: 50 * 4096 + (3 + 1) * 512,
         indirect: 2,
         tables: 2,
         commits: 1,

@@ -120,6 +120,7 @@ impl SharedRegion<'_> {
         let base = self.at(offset, bytes, size_of::<T>()).cast::<T>();
         // SAFETY (both writes): `at` checked the bounds and the alignment of all the words.
         for (i, word) in head.into_iter().enumerate() {
+            // SAFETY: see above.
             unsafe { base.add(i).write_volatile(word) };
         }
         for (place, item) in items.iter().enumerate() {

@@ -555,7 +555,9 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
     /// with one costs neither a copy nor a grant.
     ///
     /// Keep the pool until the disk is closed: a backend that keeps pages mapped lets go of them
-    /// only then, and memory that it still has mapped when the pool goes is lost.
+    /// only then, and memory that it still has mapped when the pool goes is lost. Such a backend
+    /// keeps a limited number of pages mapped: Linux's keeps 1056 a queue (`max_persistent_grants`)
+    /// and maps and unmaps the rest for each request, which is several times slower.
     ///
     /// # Errors
     ///

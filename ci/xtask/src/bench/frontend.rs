@@ -33,7 +33,7 @@ fn runner() -> Result<PathBuf> {
         "building gungraun-runner",
         || {
             let mut cargo = Command::new("cargo");
-            cargo.args(["install", "--quiet", "--locked", "--force", "gungraun-runner"]);
+            cargo.args(["install", "--quiet", "--locked", "--force", "--debug", "gungraun-runner"]);
             cargo.args(["--version", version]).arg("--root").arg(&root);
             cargo.arg("--target-dir").arg(root.join("build"));
             shell::output(&mut cargo)?;
