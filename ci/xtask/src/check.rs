@@ -57,10 +57,17 @@ pub fn check(_options: &Options) -> Result<()> {
     tally.step("cargo package", || {
         let mut package = cargo("package");
         package.args(["--quiet", "--allow-dirty"]);
+        // Cargo unpacks each package once and knows it by its version and by where its own passing
+        // registry was: in a folder that was used before it would find the sources of then.
+        let folder = project::target().join(format!("packages-{}", std::process::id()));
+        package.arg("--target-dir").arg(&folder);
         for Package { name, .. } in &packages {
             package.args(["--package", name]);
         }
-        quiet(&mut package)
+        let outcome = quiet(&mut package);
+        // Only room on the disk is lost if this fails.
+        let _ = std::fs::remove_dir_all(&folder);
+        outcome
     });
     tally.close();
     if !tally.good() {
