@@ -47,8 +47,14 @@ pub trait Payload<H> {
     /// (a power of two, at most a page).
     fn holds(&self, bytes: u64, alignment: u32) -> bool;
 
-    /// The fragment at the start, if it has `bytes` bytes and is shared all the time: the payload
-    /// holds them then, and [`lend`](Self::lend) and [`reclaim`](Self::reclaim) have nothing to do.
+    /// Whether the memory is shared all the time: [`lend`](Self::lend) and
+    /// [`reclaim`](Self::reclaim) have nothing to do then.
+    #[inline(always)]
+    fn is_registered(&self) -> bool {
+        false
+    }
+
+    /// The fragment at the start, if it has `bytes` bytes and is shared all the time.
     #[inline(always)]
     fn registered(&self, bytes: u64) -> Option<Fragment<H>> {
         let _ = bytes;
@@ -224,13 +230,16 @@ impl<S: Share> Payload<S::Handle> for PoolBuffer<S> {
     }
 
     #[inline(always)]
+    fn is_registered(&self) -> bool {
+        true
+    }
+
+    #[inline(always)]
     fn registered(&self, bytes: u64) -> Option<Fragment<S::Handle>> {
-        if bytes > PAGE_BYTES as u64 {
-            return None;
-        }
         let first = (self.number * self.pool.pages_each) as usize;
         let handle = self.pool.pages.handle(first);
-        Some(Fragment { handle, offset: 0, bytes: PAGE_BYTES as u32 })
+        let fragment = Fragment { handle, offset: 0, bytes: PAGE_BYTES as u32 };
+        (bytes <= PAGE_BYTES as u64).then_some(fragment)
     }
 
     #[inline(always)]
@@ -390,6 +399,11 @@ impl<S: Share> Payload<S::Handle> for Buffer<S> {
             Self::Registered(buffer) => buffer.holds(bytes, alignment),
             _ => self.other_holds(bytes, alignment),
         }
+    }
+
+    #[inline(always)]
+    fn is_registered(&self) -> bool {
+        matches!(self, Self::Registered(_))
     }
 
     #[inline(always)]

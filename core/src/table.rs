@@ -108,13 +108,14 @@ impl<T> Tenancy<'_, T> {
         &mut self.slot.value
     }
 
-    /// Moves out. The tag is void from then on; the value stays as it is.
+    /// Moves out. The tag, which is returned, is void from then on; the value stays as it is.
     #[inline(always)]
-    pub fn vacate(self) {
+    pub fn vacate(self) -> Tag {
         self.slot.tag = self.tag.succeeding().inverted();
         self.slot.next = *self.free;
         *self.free = self.tag.number();
         *self.occupied -= 1;
+        self.tag
     }
 }
 
@@ -163,8 +164,15 @@ impl<T> Slots<T> {
     /// The slot that `tag` names, if its tenant is still there.
     #[inline(always)]
     pub fn tenancy(&mut self, tag: Tag) -> Option<Tenancy<'_, T>> {
-        let slot = self.slots.get_mut(tag.slot())?;
-        if slot.tag != tag {
+        self.tenancy_of_id(tag.to_id())
+    }
+
+    /// The slot that `id` names, if it is a tag's and its tenant is still there.
+    #[inline(always)]
+    pub fn tenancy_of_id(&mut self, id: u64) -> Option<Tenancy<'_, T>> {
+        let slot = self.slots.get_mut(usize::from(id as u16))?;
+        let tag = slot.tag;
+        if tag.to_id() != id {
             return None;
         }
         Some(Tenancy { slot, tag, free: &mut self.free, occupied: &mut self.occupied })

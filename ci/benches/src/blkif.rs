@@ -13,11 +13,13 @@ use pvblk::indirect::TablePool;
 use pvblk::memory::{
     Access, PAGE_BYTES, PageAllocator, Share, ShareError, SharedRegion, StillShared,
 };
-use pvblk_xen::abi::{ENTRIES_PER_PAGE, INDIRECT_SEGMENTS, RING_HEADER_BYTES, operation};
+use pvblk_xen::abi::{
+    DIRECT_SEGMENTS, ENTRIES_PER_PAGE, INDIRECT_SEGMENTS, RING_HEADER_BYTES, operation,
+};
 use pvblk_xen::platform::GrantRef;
 use pvblk_xen::wire::{FrontRing, limits};
 
-use crate::{DISK_SECTORS, Random, Tally};
+use crate::{DISK_SECTORS, Random, Tally, alignment};
 
 /// One way to use a disk.
 #[derive(Clone, Copy, Debug)]
@@ -107,7 +109,7 @@ struct Client {
     frontend: Frontend<FrontRing<Host>, Host, Buffer<Host>>,
     random: Random,
     sectors: u32,
-    completed: u64,
+    mask: u64,
     failed: u64,
     notifications: u64,
 }
@@ -118,12 +120,11 @@ fn frontend_round(client: &mut Client) {
     loop {
         match client.frontend.next() {
             Ok(Some(completion)) => {
-                client.completed += 1;
                 if completion.result.is_err() {
                     client.failed += 1;
                 }
                 let Some(buffer) = completion.buffer else { return };
-                let (sector, sectors) = (client.random.sector(client.sectors), client.sectors);
+                let (sector, sectors) = (client.random.sector(client.mask), client.sectors);
                 if client.frontend.submit(Request::Read { sector, sectors, buffer }).is_err() {
                     client.failed += 1;
                 }
@@ -142,9 +143,8 @@ impl Bench {
     /// Connects a disk and fills its queue.
     pub fn new(case: Case) -> Self {
         let host = Host::default();
-        let segments = case.bytes / PAGE_BYTES;
-        let tables = if segments > pvblk_xen::abi::DIRECT_SEGMENTS {
-            segments.div_ceil(ENTRIES_PER_PAGE) * usize::from(case.depth)
+        let tables = if case.is_indirect() {
+            case.segments().div_ceil(ENTRIES_PER_PAGE) * usize::from(case.depth)
         } else {
             0
         };
@@ -172,13 +172,23 @@ impl Bench {
         let sectors = (case.bytes / SECTOR_BYTES as usize) as u32;
         let mut random = Random::default();
         while let Some(buffer) = pool.take() {
-            let request =
-                Request::Read { sector: random.sector(sectors), sectors, buffer: buffer.into() };
+            let request = Request::Read {
+                sector: random.sector(alignment(sectors)),
+                sectors,
+                buffer: buffer.into(),
+            };
             assert!(frontend.submit(request).is_ok(), "there is room up to the depth");
         }
         frontend.commit();
         Self {
-            client: Client { frontend, random, sectors, completed: 0, failed: 0, notifications: 0 },
+            client: Client {
+                frontend,
+                random,
+                sectors,
+                mask: alignment(sectors),
+                failed: 0,
+                notifications: 0,
+            },
             backend: Backend { ring, slots, next: 0, awake: case.awake },
             requests: case.requests(),
         }
@@ -187,12 +197,14 @@ impl Bench {
     /// Runs the case's requests. `allocations` says how many allocations there were so far.
     pub fn run(&mut self, allocations: impl Fn() -> u64) -> Tally {
         let mut tally = Tally::default();
+        // Every completion makes room for one more request.
+        let submitted = self.client.frontend.statistics().jobs;
         while tally.requests < self.requests {
             self.backend.serve();
             let before = allocations();
             frontend_round(&mut self.client);
             tally.allocations += allocations() - before;
-            tally.requests = self.client.completed;
+            tally.requests = self.client.frontend.statistics().jobs - submitted;
         }
         assert_eq!(self.client.failed, 0, "every request is taken and succeeds");
         tally.notifications = self.client.notifications;
@@ -201,6 +213,16 @@ impl Bench {
 }
 
 impl Case {
+    /// How many segments a request has: one a page.
+    pub fn segments(&self) -> usize {
+        self.bytes / PAGE_BYTES
+    }
+
+    /// Whether a request takes indirect tables.
+    pub fn is_indirect(&self) -> bool {
+        self.segments() > DIRECT_SEGMENTS
+    }
+
     /// How many requests a run completes.
     pub fn requests(&self) -> u64 {
         // A request of 16 MiB is thousands of segments.

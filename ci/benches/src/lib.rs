@@ -34,14 +34,19 @@ pub struct Tally {
 pub struct Random(u64);
 
 impl Random {
-    /// A random first sector of a request of `sectors` (a power of two) sectors, aligned to it.
+    /// A random first sector of a request; `mask` is what [`alignment`] says for its size.
     #[inline(always)]
-    pub fn sector(&mut self, sectors: u32) -> u64 {
+    pub fn sector(&mut self, mask: u64) -> u64 {
         // Knuth's MMIX; the upper bits are the random ones.
         self.0 =
             self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) & !(u64::from(sectors) - 1)
+        (self.0 >> 33) & mask
     }
+}
+
+/// The mask that aligns a sector to requests of `sectors` (a power of two) sectors.
+pub fn alignment(sectors: u32) -> u64 {
+    !(u64::from(sectors) - 1)
 }
 
 const _: () = assert!(DISK_SECTORS == 1 << (64 - 33));

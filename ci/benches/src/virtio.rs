@@ -16,7 +16,7 @@ use virtio_drivers::transport::{DeviceStatus, DeviceType, InterruptStatus, Trans
 use virtio_drivers::{BufferDirection, Error, Hal, PAGE_SIZE, PhysAddr};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use crate::{DISK_SECTORS, Random, Tally};
+use crate::{DISK_SECTORS, Random, Tally, alignment};
 
 /// One way to use a disk.
 #[derive(Clone, Copy, Debug)]
@@ -218,7 +218,7 @@ pub struct Bench {
 struct Client {
     disk: VirtIOBlk<HostMemory, Wires>,
     random: Random,
-    sectors: u32,
+    mask: u64,
     buffers: Vec<Box<[u8]>>,
     requests: Vec<BlkReq>,
     responses: Vec<BlkResp>,
@@ -235,7 +235,7 @@ fn peer_round(client: &mut Client) {
         let slot = client.slots[usize::from(token)];
         let (request, response) = (&mut client.requests[slot], &mut client.responses[slot]);
         let buffer = &mut client.buffers[slot];
-        let sector = client.random.sector(client.sectors) as usize;
+        let sector = client.random.sector(client.mask) as usize;
         // SAFETY: the device answered, and these are the slices that the token stands for; they are
         // not used again before the next answer.
         let outcome = unsafe {
@@ -262,7 +262,7 @@ impl Bench {
         let mut client = Client {
             disk,
             random: Random::default(),
-            sectors: (case.bytes / SECTOR_SIZE) as u32,
+            mask: alignment((case.bytes / SECTOR_SIZE) as u32),
             buffers: (0..depth).map(|_| vec![0; case.bytes].into_boxed_slice()).collect(),
             requests: (0..depth).map(|_| BlkReq::default()).collect(),
             responses: (0..depth).map(|_| BlkResp::default()).collect(),
@@ -271,7 +271,7 @@ impl Bench {
             failed: 0,
         };
         for slot in 0..depth {
-            let sector = client.random.sector(client.sectors) as usize;
+            let sector = client.random.sector(client.mask) as usize;
             // SAFETY: these are not used again before the device's answer.
             let token = unsafe {
                 client.disk.read_blocks_nb(

@@ -170,12 +170,13 @@ impl<W: Wire, S: Share<Handle = W::Handle>> Peer<W, S> {
         }
     }
 
-    /// What there is to hear from a peer that is not present.
+    /// The violation, if there was one.
     #[cold]
-    fn silence<T: Default>(&self) -> Result<T, Violation> {
+    #[inline(never)]
+    fn violation(&self) -> Option<Violation> {
         match self {
-            Self::Misbehaved(_, violation) => Err(*violation),
-            _ => Ok(T::default()),
+            Self::Misbehaved(_, violation) => Some(*violation),
+            _ => None,
         }
     }
 
@@ -322,12 +323,13 @@ impl<P> Job<P> {
         }
     }
 
+    /// A new job, without a buffer yet. [`rewind`](Self::rewind) or `whole` is next.
     #[inline(always)]
-    fn begin(&mut self, work: Work, buffer: Option<P>, sequence: u64) {
+    fn begin(&mut self, work: Work, sequence: u64) {
         self.work = work;
-        // It was taken out at the end of the last job. So nothing is lost, and nothing dropped.
-        core::mem::forget(core::mem::replace(&mut self.buffer, buffer));
         self.sequence = sequence;
+        // It was taken out at the end of the last job. So nothing is lost, and nothing dropped.
+        core::mem::forget(self.buffer.take());
     }
 
     /// Nothing of it is done, and `left` is to be put on the wire.
@@ -365,7 +367,10 @@ pub struct Frontend<W: Wire, S: Share<Handle = W::Handle>, P> {
     /// Jobs that are done without an answer of their own.
     finished: VecDeque<Tag>,
     statistics: Statistics,
-    /// How many of `statistics.parts` the peer was shown.
+    /// How many jobs were not put on the wire as a whole at once. The rest are not counted in
+    /// `statistics.parts`.
+    admitted: u64,
+    /// How many requests on the wire the peer was shown.
     shown: u64,
 }
 
@@ -390,6 +395,7 @@ where
             waiting: queue(),
             finished: queue(),
             statistics: Statistics::default(),
+            admitted: 0,
             shown: 0,
         }
     }
@@ -427,7 +433,7 @@ where
     /// answer of the old peer counts from now on.
     pub fn detach(&mut self) -> Option<Link<W, S>> {
         let link = self.peer.take();
-        self.shown = self.statistics.parts;
+        self.shown = self.statistics().parts;
         let parts: alloc::vec::Vec<Tag> = self.parts.tags().collect();
         for tag in parts {
             if let Some(part) = self.parts.tenancy(tag) {
@@ -502,18 +508,18 @@ where
         let Some(vacancy) = self.jobs.vacancy() else { return self.no_room(Some(buffer)) };
         let tag = vacancy.tag();
         let job = vacancy.occupy();
-        job.begin(work, Some(buffer), self.statistics.jobs);
+        job.begin(work, self.statistics.jobs);
+        let buffer = &*job.buffer.insert(buffer);
         // Most requests are one segment of registered memory, and nobody is in the line.
         if let Ok(extent) = work.extent(&self.geometry)
             && self.waiting.is_empty()
             && let Peer::Present(link) = &mut self.peer
-            && let Some(segment) = link.segment(&job.buffer, extent.bytes())
+            && let Some(segment) = link.segment(buffer, extent.bytes())
         {
             let command = Command { code, sector, sectors: work.sectors };
             link.wire.stage(tag.to_id(), &command, Memory::Direct(core::slice::from_ref(&segment)));
             job.whole = true;
             self.statistics.jobs += 1;
-            self.statistics.parts += 1;
             self.statistics.bytes += extent.bytes();
             return Ok(tag);
         }
@@ -526,7 +532,7 @@ where
         let Some(vacancy) = self.jobs.vacancy() else { return self.no_room(None) };
         let tag = vacancy.tag();
         let work = Work { code, sector, sectors };
-        vacancy.occupy().begin(work, None, self.statistics.jobs);
+        vacancy.occupy().begin(work, self.statistics.jobs);
         self.admit(tag)
     }
 
@@ -557,6 +563,7 @@ where
         };
         job.rewind(left);
         self.in_parts += 1;
+        self.admitted += 1;
         self.statistics.jobs += 1;
         if left == 0 {
             self.finished.push_back(tag);
@@ -594,11 +601,12 @@ where
         if !self.waiting.is_empty() {
             self.stage_waiting();
         }
+        let staged = self.statistics().parts;
         let Peer::Present(link) = &mut self.peer else { return false };
-        if self.shown == self.statistics.parts {
+        if self.shown == staged {
             return false;
         }
-        self.shown = self.statistics.parts;
+        self.shown = staged;
         let notify = link.wire.commit();
         self.statistics.commits += 1;
         self.statistics.notifications += u64::from(notify);
@@ -617,10 +625,14 @@ where
     #[expect(clippy::should_implement_trait, reason = "it can fail, and go on later")]
     pub fn next(&mut self) -> Result<Option<Completion<P>>, Violation> {
         loop {
-            if !self.finished.is_empty() {
-                return Ok(self.next_finished());
+            if !self.finished.is_empty()
+                && let Some(tag) = self.pop_finished()
+            {
+                return Ok(self.finish(tag));
             }
-            let Peer::Present(link) = &mut self.peer else { return self.peer.silence() };
+            let Peer::Present(link) = &mut self.peer else {
+                return self.peer.violation().map_or(Ok(None), Err);
+            };
             let answer = match link.wire.take() {
                 Ok(Some(answer)) => answer,
                 Ok(None) => return Ok(None),
@@ -629,45 +641,37 @@ where
             let Answer { id, operation, status } = answer;
             // Most answers are good ones to a job that is on the wire as a whole.
             if status == Status::Done
-                && let Some(tag) = Tag::from_id(id)
+                && let Some(mut tenancy) = self.jobs.tenancy_of_id(id)
+                && let job = tenancy.value()
+                && job.whole
+                && operation.is_none_or(|name| W::echoes(name, job.work.code, false))
+                && job.buffer.as_ref().is_some_and(|buffer| buffer.is_registered())
             {
-                let Some(mut tenancy) = self.jobs.tenancy(tag) else {
-                    return Err(self.peer.misbehaved(Violation::UnknownRequest));
-                };
-                let job = tenancy.value();
-                if !job.whole {
-                    return Err(self.peer.misbehaved(Violation::UnknownRequest));
-                }
-                if operation.is_some_and(|name| !W::echoes(name, job.work.code, false)) {
-                    return Err(self.peer.misbehaved(Violation::WrongOperation));
-                }
-                // Its buffer is registered: there is nothing to take back.
                 let buffer = job.buffer.take();
-                tenancy.vacate();
+                let tag = tenancy.vacate();
                 return Ok(Some(Completion { tag, buffer, result: Ok(()) }));
             }
-            match self.answered(id, operation, status) {
-                Ok(None) => {}
-                Ok(completion) => return Ok(completion),
-                Err(violation) => return Err(self.peer.misbehaved(violation)),
+            if let Err(violation) = self.answered(id, operation, status) {
+                return Err(self.peer.misbehaved(violation));
             }
         }
     }
 
+    // Not inlined, nor is `Peer::violation`: what `next` returns then stays in registers.
     #[cold]
-    fn next_finished(&mut self) -> Option<Completion<P>> {
-        let tag = self.finished.pop_front()?;
-        self.finish(tag)
+    #[inline(never)]
+    fn pop_finished(&mut self) -> Option<Tag> {
+        self.finished.pop_front()
     }
 
-    /// Handles any answer. Returns the job's completion if it was the last one.
+    /// Handles any answer. If it was the last one to a job, that is finished.
     #[inline(never)]
     fn answered(
         &mut self,
         id: u64,
         operation: Option<u8>,
         status: Status,
-    ) -> Result<Option<Completion<P>>, Violation> {
+    ) -> Result<(), Violation> {
         let (tag, chain) = match Tag::from_id(id) {
             Some(tag) => (tag, None),
             None => {
@@ -693,7 +697,7 @@ where
         if operation.is_some_and(|name| !W::echoes(name, job.work.code, indirect)) {
             return Err(Violation::WrongOperation);
         }
-        let Peer::Present(link) = &mut self.peer else { return Ok(None) };
+        let Peer::Present(link) = &mut self.peer else { return Ok(()) };
         if indirect {
             link.tables.release(chain);
         }
@@ -703,7 +707,7 @@ where
             job.left = 0;
         }
         if job.outstanding > 0 || job.left > 0 {
-            return Ok(None);
+            return Ok(());
         }
         // Whoever failed and still waits is the first in the line.
         let waits = job.outlook != Outlook::Done && self.waiting.front() == Some(&tag);
@@ -712,15 +716,17 @@ where
             if !waits {
                 self.waiting.push_back(tag);
             }
-            return Ok(None);
+            return Ok(());
         }
         if waits {
             self.waiting.pop_front();
         }
-        Ok(self.finish(tag))
+        self.finished.push_back(tag);
+        Ok(())
     }
 
     /// Ends a job.
+    #[inline(always)]
     fn finish(&mut self, tag: Tag) -> Option<Completion<P>> {
         let mut tenancy = self.jobs.tenancy(tag)?;
         let job = tenancy.value();
@@ -729,8 +735,8 @@ where
             Outlook::Done | Outlook::Again => Ok(()),
         };
         self.in_parts -= 1;
-        let mut buffer = job.buffer.take();
-        let reclaimed = buffer.as_mut().map_or(Ok(()), |buffer| buffer.reclaim());
+        let reclaimed = job.buffer.as_mut().map_or(Ok(()), |buffer| buffer.reclaim());
+        let buffer = job.buffer.take();
         tenancy.vacate();
         let result = reclaimed.map_err(|_| IoError::BufferLost).and(outcome);
         if result == Err(IoError::BufferLost) {
@@ -757,8 +763,11 @@ where
         if !self.waiting.is_empty() {
             self.stage_waiting();
         }
-        let Peer::Present(link) = &mut self.peer else { return self.peer.silence() };
-        if self.shown != self.statistics.parts {
+        let staged = self.statistics().parts;
+        let Peer::Present(link) = &mut self.peer else {
+            return self.peer.violation().map_or(Ok(false), Err);
+        };
+        if self.shown != staged {
             return Ok(true);
         }
         let outstanding = self.jobs.len() - self.in_parts + self.parts.len();
@@ -812,7 +821,8 @@ where
 
     /// What the engine has done so far.
     pub fn statistics(&self) -> Statistics {
-        self.statistics
+        let whole = self.statistics.jobs - self.admitted;
+        Statistics { parts: self.statistics.parts + whole, ..self.statistics }
     }
 }
 
@@ -820,12 +830,8 @@ impl<W: Wire, S: Share<Handle = W::Handle>> Link<W, S> {
     /// The segment that holds the first `bytes` bytes of a buffer, if one does and nothing is to be
     /// done about it, and if there is room for a request of one segment.
     #[inline(always)]
-    fn segment<P: Payload<W::Handle>>(
-        &self,
-        buffer: &Option<P>,
-        bytes: u64,
-    ) -> Option<Segment<W::Handle>> {
-        let Fragment { handle, offset, .. } = buffer.as_ref()?.registered(bytes)?;
+    fn segment<P: Payload<W::Handle>>(&self, buffer: &P, bytes: u64) -> Option<Segment<W::Handle>> {
+        let Fragment { handle, offset, .. } = buffer.registered(bytes)?;
         let room = self.wire.has_room(Shape::Direct(1));
         room.then_some(Segment { handle, offset, bytes: bytes as u32 })
     }

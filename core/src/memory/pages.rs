@@ -71,6 +71,7 @@ impl<H: Handle> PageRun<'_, H> {
 pub struct SharedPages<S: Share> {
     share: S,
     base: NonNull<u8>,
+    bytes: usize,
     /// One a page, as bits, so that a page can be shared anew under another handle.
     handles: Box<[AtomicU64]>,
     shared: usize,
@@ -96,7 +97,7 @@ impl<S: Share> SharedPages<S> {
             _ => share.allocate_pages(count).ok_or(PagesError::OutOfMemory(count))?,
         };
         let handles = (0..count).map(|_| AtomicU64::new(0)).collect();
-        Ok(Self { share, base, handles, shared: 0, quarantined: false })
+        Ok(Self { share, base, bytes: count * PAGE_BYTES, handles, shared: 0, quarantined: false })
     }
 
     /// Allocates `count` zeroed pages and shares them all.
@@ -206,7 +207,7 @@ impl<S: Share> SharedPages<S> {
         // SAFETY: the run is owned by this value for the lifetime of the region, and is aligned to 8
         // bytes: pages are, and so is the dangling base of an empty run. The only references into it
         // are made by `private_bytes`, which borrows the value mutably.
-        unsafe { SharedRegion::of_pages(self.base, self.handles.len()) }
+        unsafe { SharedRegion::new_aligned(self.base, self.bytes) }
     }
 
     /// The memory as ordinary bytes, if no peer can reach it: it was never lent, or every page of

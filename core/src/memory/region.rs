@@ -49,14 +49,14 @@ impl SharedRegion<'_> {
         Self { base, bytes, lifetime: PhantomData }
     }
 
-    /// Makes a window of `count` whole pages at `base`.
+    /// Makes a window of `bytes` bytes at `base`.
     ///
     /// # Safety
     ///
     /// As for [`new`](Self::new), but the alignment of `base` is not checked.
     #[inline(always)]
-    pub(super) unsafe fn of_pages(base: NonNull<u8>, count: usize) -> Self {
-        Self { base, bytes: count * super::PAGE_BYTES, lifetime: PhantomData }
+    pub(super) unsafe fn new_aligned(base: NonNull<u8>, bytes: usize) -> Self {
+        Self { base, bytes, lifetime: PhantomData }
     }
 
     /// The size of the window in bytes.
@@ -82,7 +82,8 @@ impl SharedRegion<'_> {
 
     #[inline(always)]
     fn at(&self, offset: usize, bytes: usize, alignment: usize) -> NonNull<u8> {
-        assert!(offset <= self.bytes && bytes <= self.bytes - offset, "outside the shared region");
+        let end = offset.checked_add(bytes);
+        assert!(end.is_some_and(|end| end <= self.bytes), "outside the shared region");
         assert!(offset.is_multiple_of(alignment), "misaligned access to a shared region");
         // SAFETY: the assertion above keeps the result inside the window (or one past its end).
         unsafe { self.base.add(offset) }
@@ -116,11 +117,13 @@ impl SharedRegion<'_> {
         items: &[U],
         mut encode: impl FnMut(usize, &U) -> [T; N],
     ) {
-        let bytes = (M + items.len() * N) * size_of::<T>();
+        // A sum that is too large is outside of every window.
+        let words = items.len().saturating_mul(N).saturating_add(M);
+        let bytes = words.saturating_mul(size_of::<T>());
         let base = self.at(offset, bytes, size_of::<T>()).cast::<T>();
-        // SAFETY (both writes): `at` checked the bounds and the alignment of all the words.
         for (i, word) in head.into_iter().enumerate() {
-            // SAFETY: see above.
+            // SAFETY: `at` checked the bounds and the alignment of all the words, these and those
+            // below: `i` is below `M` here, and `place` and `i` below `items.len()` and `N` there.
             unsafe { base.add(i).write_volatile(word) };
         }
         for (place, item) in items.iter().enumerate() {

@@ -42,7 +42,8 @@ pub struct FrontRing<S: Share<Handle = GrantRef>, A = NativeAbi> {
     pages: SharedPages<S>,
     requests: Producer<u32>,
     responses: Consumer<u32>,
-    slots: u32,
+    /// The number of slots, a power of two, less one.
+    mask: u32,
     handle: u16,
     abi: PhantomData<fn() -> A>,
 }
@@ -77,7 +78,7 @@ impl<S: Share<Handle = GrantRef>, A: Abi> FrontRing<S, A> {
         Ok(Self {
             requests: Producer::new(start),
             responses: Consumer::new(start),
-            slots: ring_slots(pages.count(), A::STRIDE) as u32,
+            mask: ring_slots(pages.count(), A::STRIDE) as u32 - 1,
             handle,
             pages,
             abi: PhantomData,
@@ -91,7 +92,7 @@ impl<S: Share<Handle = GrantRef>, A: Abi> FrontRing<S, A> {
 
     /// How many requests the ring holds.
     pub fn slots(&self) -> u32 {
-        self.slots
+        self.mask + 1
     }
 
     #[inline(always)]
@@ -101,7 +102,7 @@ impl<S: Share<Handle = GrantRef>, A: Abi> FrontRing<S, A> {
 
     #[inline(always)]
     fn slot(&self, index: u32) -> usize {
-        RING_HEADER_BYTES + (index & (self.slots - 1)) as usize * A::STRIDE
+        RING_HEADER_BYTES + (index & self.mask) as usize * A::STRIDE
     }
 
     /// Requests that the backend saw and did not answer: it can have produced that many responses.
@@ -160,7 +161,7 @@ impl<S: Share<Handle = GrantRef>, A: Abi> Wire for FrontRing<S, A> {
     #[inline(always)]
     fn has_room(&self, _shape: Shape) -> bool {
         // A slot is free again only when the response in it was taken.
-        self.requests.staged().wrapping_sub(self.responses.next()) < self.slots
+        self.requests.staged().wrapping_sub(self.responses.next()) <= self.mask
     }
 
     #[inline(always)]
