@@ -316,7 +316,10 @@ fn flushes_barriers_and_discards_have_the_form_of_the_header() {
     });
 }
 
-// The checks of section "what a frontend must make of an untrusted backend".
+// The checks that a frontend has to make of a backend that it does not trust, by number:
+// responses within bounds (1), copied once (2), known ids (3), operations (4), statuses (5), nothing
+// heard after a fault (6, 10), memory taken back or lost (7), cleared (8), sizes that shrink (11),
+// grants that are read-only where they can be (12), nothing indexed unchecked (13).
 
 #[test]
 fn check_1_no_more_answers_than_requests() {
