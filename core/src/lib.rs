@@ -3,7 +3,9 @@
 
 extern crate alloc;
 
+pub mod backend;
 pub mod buffer;
+pub mod command;
 pub mod extent;
 pub mod frontend;
 pub mod indirect;

@@ -16,6 +16,7 @@
 use alloc::collections::VecDeque;
 
 use crate::buffer::{Cursor, Fragment, Payload};
+pub use crate::command::{Code, Command, DiscardUnits, Features, Status};
 use crate::extent::{Extent, ExtentError, Geometry, SECTOR_BYTES};
 use crate::indirect::{Chain, TableEntry, TablePool, TableRef};
 use crate::memory::{Access, PAGE_BYTES, Share};
@@ -29,39 +30,7 @@ mod request;
 mod wire;
 
 pub use request::{Completion, ErrorKind, IoError, Rejected, Request, SubmitError, Violation};
-pub use wire::{Answer, Code, Command, Memory, Shape, Status, Wire};
-
-/// What a disk does besides reading and writing.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Features {
-    /// It has a command to flush its write cache.
-    pub flush: bool,
-    /// It has write barriers, which serve as a flush where there is no other.
-    pub barrier: bool,
-    /// It can discard.
-    pub discard: Option<DiscardUnits>,
-    /// It can discard securely.
-    pub secure_discard: bool,
-}
-
-/// The units in which a disk discards, in sectors of 512 bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DiscardUnits {
-    /// The size of a unit, at least 1.
-    pub granularity: u32,
-    /// Where the first unit begins, below `granularity`.
-    pub alignment: u32,
-}
-
-impl DiscardUnits {
-    /// The whole units inside a range; `None` if there are none.
-    fn inside(&self, extent: Extent) -> Option<(u64, u64)> {
-        let (unit, start) = (u64::from(self.granularity.max(1)), u64::from(self.alignment));
-        let first = extent.first().saturating_sub(start).div_ceil(unit) * unit + start;
-        let end = (extent.first() + extent.count()).checked_sub(start)? / unit * unit + start;
-        (end > first).then(|| (first, end - first))
-    }
-}
+pub use wire::{Answer, Memory, Shape, Wire};
 
 impl Features {
     /// A part of `job` was not done. If the peer does not do such requests, takes the feature back;

@@ -1,37 +1,10 @@
 //! What a frontend engine needs from a wire.
 
 use super::Violation;
+use crate::command::{Code, Command, Status};
 use crate::indirect::{TableEntry, TableRef};
 use crate::memory::Handle;
 use crate::plan::Segment;
-
-/// What a request does, as far as a wire is concerned.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Code {
-    /// Transfer from the disk.
-    Read,
-    /// Transfer to the disk.
-    Write,
-    /// Make every completed write durable.
-    Flush,
-    /// An empty write before which all earlier requests, and after which all later ones, happen.
-    Barrier,
-    /// Give up the contents of a range.
-    Discard,
-    /// Give up the contents of a range and erase every copy.
-    SecureDiscard,
-}
-
-/// The head of a request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Command {
-    /// What to do.
-    pub code: Code,
-    /// The first sector (of 512 bytes); 0 for a flush or a barrier.
-    pub sector: u64,
-    /// How many sectors (of 512 bytes); 0 for a flush or a barrier.
-    pub sectors: u64,
-}
 
 /// The memory of a request.
 #[derive(Debug)]
@@ -55,17 +28,6 @@ pub enum Shape {
     Direct(usize),
     /// A request that names tables.
     Indirect,
-}
-
-/// How the peer answered a request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Status {
-    /// It was done.
-    Done,
-    /// It failed.
-    Failed,
-    /// The peer does not do such requests.
-    NotSupported,
 }
 
 /// An answer, copied out of shared memory. All of it is the peer's allegation.

@@ -7,9 +7,12 @@
 
 use core::ptr::NonNull;
 
+mod copy;
+mod lent;
 mod pages;
 mod region;
 
+pub use lent::{Lent, Piece};
 pub use pages::{PageRun, PagesError, SharedPages};
 pub use region::{SharedRegion, Word};
 

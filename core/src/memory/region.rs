@@ -4,6 +4,8 @@ use core::marker::PhantomData;
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU32, Ordering};
 
+use super::copy::copy;
+
 /// A window of memory that a peer may read or write at any moment.
 ///
 /// There is no way to borrow from it: a value is copied out once and then looked at, or made
@@ -135,45 +137,35 @@ impl SharedRegion<'_> {
     }
 
     /// Copies bytes out, from any offset.
+    #[inline(always)]
     pub fn read_bytes(&self, offset: usize, into: &mut [u8]) {
-        let base = self.at(offset, into.len(), 1).as_ptr();
-        let (mut done, words) = head_and_words(base as usize, into.len());
-        // SAFETY (all reads below): `at` checked that `into.len()` bytes from `base` are inside;
-        // word reads happen only where `head_and_words` says that the address is aligned.
-        for (i, byte) in into[..done].iter_mut().enumerate() {
-            // SAFETY: see above.
-            *byte = unsafe { base.add(i).read_volatile() };
-        }
-        for chunk in into[done..done + words * 8].chunks_exact_mut(8) {
-            // SAFETY: see above.
-            let word = unsafe { base.add(done).cast::<u64>().read_volatile() };
-            chunk.copy_from_slice(&word.to_ne_bytes());
-            done += 8;
-        }
-        for (i, byte) in into.iter_mut().enumerate().skip(done) {
-            // SAFETY: see above.
-            *byte = unsafe { base.add(i).read_volatile() };
-        }
+        let from = self.at(offset, into.len(), 1).as_ptr();
+        // SAFETY: `at` checked that so many bytes are inside; `into` is ours alone.
+        unsafe { copy(from, into.as_mut_ptr(), into.len()) }
     }
 
     /// Copies bytes in, to any offset.
+    #[inline(always)]
     pub fn write_bytes(&self, offset: usize, from: &[u8]) {
-        let base = self.at(offset, from.len(), 1).as_ptr();
-        let (mut done, words) = head_and_words(base as usize, from.len());
-        for (i, byte) in from[..done].iter().enumerate() {
-            // SAFETY: `at` checked that `from.len()` bytes from `base` are inside.
-            unsafe { base.add(i).write_volatile(*byte) };
-        }
-        for chunk in from[done..done + words * 8].chunks_exact(8) {
-            let word = u64::from_ne_bytes(chunk.try_into().expect("chunks of 8 bytes"));
-            // SAFETY: as above, and `head_and_words` says that the address is aligned.
-            unsafe { base.add(done).cast::<u64>().write_volatile(word) };
-            done += 8;
-        }
-        for (i, byte) in from.iter().enumerate().skip(done) {
-            // SAFETY: as above.
-            unsafe { base.add(i).write_volatile(*byte) };
-        }
+        let to = self.at(offset, from.len(), 1).as_ptr();
+        // SAFETY: `at` checked that so many bytes are inside; nobody writes to `from`.
+        unsafe { copy(from.as_ptr(), to, from.len()) }
+    }
+
+    /// Copies `bytes` bytes in from another window, which does not overlap with this one.
+    #[inline(always)]
+    pub fn copy_from(
+        &self,
+        offset: usize,
+        other: &SharedRegion<'_>,
+        other_offset: usize,
+        bytes: usize,
+    ) {
+        let to = self.at(offset, bytes, 1).as_ptr();
+        let from = other.at(other_offset, bytes, 1).as_ptr();
+        // SAFETY: `at` checked both ranges. Where they do overlap (two windows of the same pages),
+        // bytes come in the order of this copy: both are memory that may change at any time.
+        unsafe { copy(from, to, bytes) }
     }
 
     /// The bytes in place.
@@ -217,10 +209,4 @@ impl SharedRegion<'_> {
         // SAFETY: in bounds, aligned, and only ever accessed through atomics and volatiles.
         unsafe { at.as_ref() }.store(value, order);
     }
-}
-
-/// How many single bytes come before the first aligned word, and how many words follow.
-fn head_and_words(address: usize, bytes: usize) -> (usize, usize) {
-    let head = (address.wrapping_neg() % 8).min(bytes);
-    (head, (bytes - head) / 8)
 }

@@ -65,6 +65,125 @@ pub unsafe trait Grants: PageAllocator {
     fn try_end(&self, reference: GrantRef) -> Result<(), StillMapped>;
 }
 
+/// Why a page of another domain could not be reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ForeignError {
+    /// The reference grants nothing, grants it to somebody else, or not for this access.
+    #[error("the reference does not grant this")]
+    Refused,
+    /// This domain has no address space, or the hypervisor no room, for one more mapping.
+    #[error("no room for one more mapped page")]
+    Exhausted,
+}
+
+/// A page of another domain, mapped here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MappedPage {
+    /// Where it is; aligned to 4096 bytes.
+    pub address: NonNull<u8>,
+    /// What the platform needs to unmap it.
+    pub token: u64,
+}
+
+// SAFETY: an address and a number; what is done with the memory is up to who has it.
+unsafe impl Send for MappedPage {}
+// SAFETY: as above.
+unsafe impl Sync for MappedPage {}
+
+/// One page to map.
+#[derive(Clone, Copy, Debug)]
+pub struct MapOperation {
+    /// The reference in the other domain's grant table.
+    pub reference: GrantRef,
+    /// What is going to be done to the page.
+    pub access: Access,
+    /// Out: where it is.
+    pub result: Result<MappedPage, ForeignError>,
+}
+
+impl MapOperation {
+    /// Maps `reference`, once it is [performed](ForeignGrants::map).
+    pub fn new(reference: GrantRef, access: Access) -> Self {
+        Self { reference, access, result: Err(ForeignError::Refused) }
+    }
+}
+
+/// Which way a copy goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CopyDirection {
+    /// From the other domain's page to memory of this domain.
+    FromPeer,
+    /// From memory of this domain to the other domain's page.
+    ToPeer,
+}
+
+/// One copy between memory of this domain and a granted page of another one.
+#[derive(Clone, Copy, Debug)]
+pub struct CopyOperation {
+    /// The reference in the other domain's grant table.
+    pub reference: GrantRef,
+    /// Bytes into that page.
+    pub offset: u16,
+    /// How many bytes, at most to the end of the page, at either end.
+    pub bytes: u16,
+    /// This domain's memory, from its [`PageAllocator`].
+    pub local: NonNull<u8>,
+    /// Which way.
+    pub direction: CopyDirection,
+    /// Out: how it went.
+    pub result: Result<(), ForeignError>,
+}
+
+// SAFETY: a description of work; who has it performed vouches for the memory.
+unsafe impl Send for CopyOperation {}
+
+/// Pages that other domains granted to this one: what a backend needs.
+///
+/// # Implementation safety
+///
+/// A [`MappedPage`] stays mapped, valid for reads and (if mapped for [`Access::ReadWrite`]) for
+/// writes, until it is unmapped, whatever the other domain does. A copy touches nothing but what it
+/// names.
+pub unsafe trait ForeignGrants: PageAllocator {
+    /// Maps pages of `peer`, in as few hypercalls as possible. Each operation has its own result.
+    fn map(&self, peer: DomainId, operations: &mut [MapOperation]);
+
+    /// Unmaps pages, in as few hypercalls and flushes as possible.
+    ///
+    /// # Safety
+    ///
+    /// They came from [`map`](Self::map) of this platform, were not unmapped yet, and nobody uses
+    /// the memory any more.
+    unsafe fn unmap(&self, pages: &[MappedPage]);
+
+    /// Copies to and from pages of `peer`, in as few hypercalls as possible. Each operation has its
+    /// own result.
+    ///
+    /// # Safety
+    ///
+    /// The local memory of each operation comes from this platform's allocator and is not used for
+    /// anything else meanwhile.
+    unsafe fn copy(&self, peer: DomainId, operations: &mut [CopyOperation]);
+}
+
+// SAFETY: forwards to the platform it points to.
+unsafe impl<T: ForeignGrants + ?Sized> ForeignGrants for &T {
+    fn map(&self, peer: DomainId, operations: &mut [MapOperation]) {
+        (**self).map(peer, operations);
+    }
+
+    unsafe fn unmap(&self, pages: &[MappedPage]) {
+        // SAFETY: the caller keeps the same contract.
+        unsafe { (**self).unmap(pages) }
+    }
+
+    unsafe fn copy(&self, peer: DomainId, operations: &mut [CopyOperation]) {
+        // SAFETY: the caller keeps the same contract.
+        unsafe { (**self).copy(peer, operations) }
+    }
+}
+
 /// Why an event channel could not be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -156,6 +275,11 @@ pub trait Clock {
     /// Nanoseconds since some moment in the past.
     fn now(&self) -> u64;
 }
+
+/// All that a block backend needs from its operating system on Xen.
+pub trait BackPlatform: ForeignGrants + EventChannels + StoreTransport + Clock {}
+
+impl<T: ForeignGrants + EventChannels + StoreTransport + Clock> BackPlatform for T {}
 
 /// All that a block driver needs from its operating system on Xen.
 pub trait Platform: Grants + EventChannels + StoreTransport + Clock {}

@@ -1,0 +1,3 @@
+//! What a block backend serves from: memory, files, NBD servers, other disks.
+#![no_std]
+

@@ -1,0 +1,2 @@
+//! A daemon that serves disks to Xen guests.
+fn main() {}

@@ -1,0 +1,2 @@
+//! The Xen platform traits of `pvblk-xen` in a Linux process, over `/dev/xen`.
+
