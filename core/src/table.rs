@@ -180,6 +180,13 @@ impl<T> Slots<T> {
 
     /// The value that `tag` names, if its tenant is still there.
     #[inline(always)]
+    pub fn get(&self, tag: Tag) -> Option<&T> {
+        let slot = self.slots.get(tag.slot())?;
+        if slot.tag == tag { Some(&slot.value) } else { None }
+    }
+
+    /// The value that `tag` names, if its tenant is still there, to change it.
+    #[inline(always)]
     pub fn get_mut(&mut self, tag: Tag) -> Option<&mut T> {
         let slot = self.slots.get_mut(tag.slot())?;
         if slot.tag == tag { Some(&mut slot.value) } else { None }

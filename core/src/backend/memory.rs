@@ -37,11 +37,7 @@ pub unsafe trait PeerMemory {
 
     /// The segment's memory, if that can be reached without further ado. `access` is what is done to
     /// it: `Read` for what is to be written to the disk.
-    fn at_hand(
-        &mut self,
-        segment: &Segment<Self::Handle>,
-        access: Access,
-    ) -> Option<NonNull<u8>>;
+    fn at_hand(&mut self, segment: &Segment<Self::Handle>, access: Access) -> Option<NonNull<u8>>;
 
     /// How many segments can be fetched now.
     fn room(&self) -> usize;

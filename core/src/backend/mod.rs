@@ -1,9 +1,537 @@
 //! The backend engine: requests off the wire, input and output by a store, answers back.
+//!
+//! One round of work ([`poll`](Backend::poll)) takes a batch of requests off the wire, copies each
+//! slot once, checks it, reaches for the memory that it names, hands it to the store, and answers
+//! what the store has done, with one notification at most. Every request that was taken is answered
+//! exactly once.
+//!
+//! The engine owns no thread, clock or executor. Its owner calls `poll` when the peer has notified
+//! it or the store has completions, until there is nothing more, and [`sleep`](Backend::sleep)
+//! before it waits.
+//!
+//! Nothing is taken off the wire that could not be carried through with the memory at hand; so
+//! there is no queue of requests that wait for room, and no two requests can wait for each other.
 
+use alloc::collections::VecDeque;
+
+use crate::command::{Code, Features, Status};
+use crate::extent::Geometry;
+use crate::memory::{Access, Lent, PAGE_BYTES, Piece};
+use crate::plan::{Segment, TABLES_MAX};
+use crate::table::{Slots, Tag};
+
+mod job;
 mod memory;
 mod store;
 mod wire;
 
+use job::{Exchange, InFlight, Job, Steps, Sum};
+
 pub use memory::{Lease, PeerMemory};
 pub use store::{Completed, Operation, Requests, Store, StoreError, Submitted};
-pub use wire::{Incoming, List, Malformed, Violation, Wire};
+pub use wire::{Incoming, List, Malformed, Taken, Violation, Wire};
+
+/// What an engine has done so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Statistics {
+    /// Reads that were done.
+    pub reads: u64,
+    /// Writes that were done.
+    pub writes: u64,
+    /// Flushes and barriers that were done.
+    pub flushes: u64,
+    /// Discards that were done.
+    pub discards: u64,
+    /// Bytes read.
+    pub bytes_read: u64,
+    /// Bytes written.
+    pub bytes_written: u64,
+    /// Requests that used tables.
+    pub indirect: u64,
+    /// Requests that failed or were refused.
+    pub errors: u64,
+    /// Times that answers were shown to the peer.
+    pub commits: u64,
+    /// Times that the peer had asked to be notified of them.
+    pub notifications: u64,
+}
+
+/// What a round of work came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Round {
+    /// The peer wants to be notified: the caller does that, once.
+    pub notify: bool,
+    /// The budget was used up: there may be more to take.
+    pub more: bool,
+}
+
+/// The backend engine of one queue of a disk.
+pub struct Backend<W: Wire, M: PeerMemory<Handle = W::Handle>, S: Store> {
+    wire: W,
+    memory: M,
+    store: S,
+    geometry: Geometry,
+    features: Features,
+    /// The most segments in one request.
+    longest: usize,
+    jobs: Slots<Job<W::Key>>,
+    /// Jobs whose memory is being fetched or given back.
+    exchanging: VecDeque<Tag>,
+    /// The barrier that everything taken before it must go before.
+    barrier: Option<Tag>,
+    round: u32,
+    /// Answers that the peer was not shown yet.
+    answered: bool,
+    violation: Option<Violation>,
+    statistics: Statistics,
+}
+
+impl<W, M, S> Backend<W, M, S>
+where
+    W: Wire,
+    M: PeerMemory<Handle = W::Handle>,
+    S: Store,
+{
+    /// An engine for requests of up to `longest` segments, at most `capacity` in progress (and not
+    /// more than the store takes). `memory` has room for at least that many segments, and a few
+    /// tables.
+    ///
+    /// This is the only place that allocates.
+    pub fn new(wire: W, memory: M, store: S, capacity: u16, longest: usize) -> Self {
+        let capacity = usize::from(capacity).min(store.capacity()).max(1);
+        // At most the 16 bits that it came from.
+        let slots = Slots::new(capacity as u16, || Job::empty(longest));
+        Self {
+            geometry: store.geometry(),
+            features: store.features(),
+            wire,
+            memory,
+            store,
+            longest,
+            jobs: slots,
+            exchanging: VecDeque::with_capacity(capacity),
+            barrier: None,
+            round: 0,
+            answered: false,
+            violation: None,
+            statistics: Statistics::default(),
+        }
+    }
+
+    /// Does a round of work: takes at most `budget` requests, and answers whatever is done.
+    ///
+    /// # Errors
+    ///
+    /// [`Violation`] if the peer broke the rules of the ring. Every further call says the same. What
+    /// is in progress goes on, but is not answered any more: drop the engine.
+    #[inline]
+    pub fn poll(&mut self, budget: usize) -> Result<Round, Violation> {
+        if let Some(violation) = self.violation {
+            return Err(violation);
+        }
+        self.round = self.round.wrapping_add(1);
+        self.memory.begin(self.round);
+        self.collect();
+        let mut left = budget;
+        while left > 0 && self.takes() {
+            match self.wire.take(&mut self.memory) {
+                Ok(Some(incoming)) => self.admit(incoming),
+                Ok(None) => break,
+                Err(violation) => {
+                    self.violation = Some(violation);
+                    return Err(violation);
+                }
+            }
+            left -= 1;
+        }
+        if !self.exchanging.is_empty() {
+            self.exchange();
+        }
+        self.store.commit();
+        let mut notify = false;
+        if self.answered {
+            self.answered = false;
+            notify = self.wire.commit();
+            self.statistics.commits += 1;
+            self.statistics.notifications += u64::from(notify);
+        }
+        Ok(Round { notify, more: left == 0 })
+    }
+
+    /// Whether one more request could be carried through.
+    #[inline(always)]
+    fn takes(&self) -> bool {
+        self.jobs.has_room()
+            && self.barrier.is_none()
+            && self.memory.room() >= self.longest + TABLES_MAX
+    }
+
+    /// Begins a request.
+    #[inline(always)]
+    fn admit(&mut self, incoming: Incoming<W::Key, W::Handle>) {
+        let Incoming { key, command, list } = incoming;
+        let (Ok(command), Some(vacancy)) = (command, self.jobs.vacancy()) else {
+            return self.refuse(key, command.err().unwrap_or(Status::Failed));
+        };
+        let tag = vacancy.tag();
+        let job = vacancy.occupy();
+        job.begin(key, command, self.round);
+        match (command.code, list) {
+            (Code::Read | Code::Write, List::Direct(count)) => {
+                job.steps = Steps::MAIN;
+                self.list_direct(tag, count);
+            }
+            (_, list) => self.admit_other(tag, list),
+        }
+    }
+
+    /// Begins what is not a read or write with segments of its own.
+    #[inline(never)]
+    fn admit_other(&mut self, tag: Tag, list: List<W::Handle>) {
+        let Some(job) = self.jobs.get_mut(tag) else { return };
+        let Features { flush, barrier, discard, secure_discard } = self.features;
+        let supported = match job.command.code {
+            Code::Read | Code::Write => true,
+            Code::Flush => flush,
+            Code::Barrier => barrier,
+            Code::Discard => discard.is_some(),
+            Code::SecureDiscard => discard.is_some() && secure_discard,
+        };
+        if !supported {
+            job.status = Status::NotSupported;
+            return self.finish(tag);
+        }
+        job.steps = match job.command.code {
+            Code::Read | Code::Write | Code::Discard | Code::SecureDiscard => Steps::MAIN,
+            Code::Flush => Steps::FLUSH_BEFORE,
+            Code::Barrier => {
+                self.barrier = Some(tag);
+                if flush { Steps::FLUSH_BEFORE } else { Steps::NONE }
+            }
+        };
+        match list {
+            List::Indirect { segments, tables } => self.reach_tables(tag, segments, &tables),
+            List::Direct(0) => {
+                job.check_command(&self.geometry);
+                self.gathered(tag);
+            }
+            List::Direct(count) => {
+                // A flush or a barrier with data: the data is written in between.
+                job.steps = job.steps.and(Steps::MAIN);
+                if job.command.code == Code::Barrier && flush {
+                    job.steps = job.steps.and(Steps::FLUSH_AFTER);
+                }
+                self.list_direct(tag, count);
+            }
+        }
+    }
+
+    /// Lists the segments that are in the request itself.
+    #[inline(always)]
+    fn list_direct(&mut self, tag: Tag, count: usize) {
+        let Some(job) = self.jobs.get_mut(tag) else { return };
+        let (wire, mut sum) = (&self.wire, Sum::default());
+        let segments = (0..count).map(|index| wire.segment(index));
+        job.gather(&mut self.memory, &mut sum, segments);
+        job.check(&self.geometry, sum);
+        self.gathered(tag);
+    }
+
+    /// Lists the segments from the tables if those are all at hand, or begins to fetch the tables.
+    fn reach_tables(&mut self, tag: Tag, segments: usize, tables: &[W::Handle]) {
+        let Some(job) = self.jobs.get_mut(tag) else { return };
+        self.statistics.indirect += 1;
+        let mut pieces = heapless::Vec::<Piece, TABLES_MAX>::new();
+        let mut left = segments.min(self.longest) * W::ENTRY_BYTES;
+        let parts = tables.iter().map(|handle| {
+            let bytes = left.min(PAGE_BYTES);
+            left -= bytes;
+            Segment { handle: *handle, offset: 0, bytes: bytes as u32 }
+        });
+        let parts: heapless::Vec<_, TABLES_MAX> = parts.collect();
+        for part in &parts {
+            let Some(base) = self.memory.at_hand(part, Access::Read) else { break };
+            // There is room, here as there.
+            let _ = pieces.push(Piece::new(base, part.bytes as usize));
+        }
+        if pieces.len() == parts.len() {
+            return self.list_tables(tag, &pieces);
+        }
+        for part in &parts {
+            job.add_table(self.memory.fetch(part, Access::Read));
+        }
+        job.listed = segments;
+        job.exchange = Exchange::Tables;
+        self.exchanging.push_back(tag);
+    }
+
+    /// The tables are there, or not.
+    fn tables_fetched(&mut self, tag: Tag) {
+        let Some(job) = self.jobs.get_mut(tag) else { return };
+        let mut pieces = heapless::Vec::<Piece, TABLES_MAX>::new();
+        let mut left = job.listed.min(self.longest) * W::ENTRY_BYTES;
+        for lease in &job.tables {
+            let bytes = left.min(PAGE_BYTES);
+            left -= bytes;
+            match self.memory.resolve(*lease) {
+                Some(base) => drop(pieces.push(Piece::new(base, bytes))),
+                None => job.status = Status::Failed,
+            }
+        }
+        if job.status == Status::Done {
+            self.list_tables(tag, &pieces);
+        } else {
+            self.finish(tag);
+        }
+    }
+
+    /// Lists the segments that are in tables. Each entry is read once, and nothing but that copy is
+    /// looked at.
+    fn list_tables(&mut self, tag: Tag, tables: &[Piece]) {
+        let Some(job) = self.jobs.get_mut(tag) else { return };
+        let mut sum = Sum::default();
+        for table in Lent::by_engine(tables).regions() {
+            let entries = 0..table.len() / W::ENTRY_BYTES;
+            let segments = entries.map(|index| W::entry(&table, index));
+            job.gather(&mut self.memory, &mut sum, segments);
+        }
+        job.check(&self.geometry, sum);
+        self.gathered(tag);
+    }
+
+    /// All segments are listed: goes on, or waits for those that have to be fetched.
+    #[inline(always)]
+    fn gathered(&mut self, tag: Tag) {
+        let Some(job) = self.jobs.get_mut(tag) else { return };
+        if job.is_fetched {
+            job.exchange = Exchange::Segments;
+            self.exchanging.push_back(tag);
+        } else {
+            self.start(tag);
+        }
+    }
+
+    /// All memory of a request is there.
+    #[inline(always)]
+    fn start(&mut self, tag: Tag) {
+        let Some(job) = self.jobs.get_mut(tag) else { return };
+        if job.status != Status::Done {
+            return self.finish(tag);
+        }
+        // A barrier starts when everything before it is done: see `answer`.
+        if self.barrier != Some(tag) || self.jobs.len() == 1 {
+            self.run(tag);
+        }
+    }
+
+    /// Has the store do what is left of a request, step by step.
+    #[inline(always)]
+    fn run(&mut self, tag: Tag) {
+        loop {
+            let Some(job) = self.jobs.get(tag) else { return };
+            let Some(operation) = job.operation() else { return self.finish(tag) };
+            match self.store.submit(tag, operation) {
+                Submitted::Pending => return,
+                Submitted::Done(result) => self.note(tag, result),
+            }
+        }
+    }
+
+    /// The store has done a step.
+    #[inline(always)]
+    fn note(&mut self, tag: Tag, result: Result<(), StoreError>) {
+        let Some(job) = self.jobs.get_mut(tag) else { return };
+        if result == Err(StoreError::Unsupported) {
+            let features = &mut self.features;
+            match job.operation() {
+                Some(Operation::Flush) => (features.flush, features.barrier) = (false, false),
+                Some(Operation::Discard { secure: true, .. }) => features.secure_discard = false,
+                Some(Operation::Discard { .. }) => features.discard = None,
+                _ => {}
+            }
+        }
+        job.note(result);
+    }
+
+    /// Takes what the store has completed.
+    #[inline(always)]
+    fn collect(&mut self) {
+        while let Some(Completed { tag, result }) = self.store.complete(&InFlight(&self.jobs)) {
+            self.note(tag, result);
+            self.run(tag);
+        }
+    }
+
+    /// A request is done, well or not: answers it, after giving back what was fetched for it.
+    #[inline(always)]
+    fn finish(&mut self, tag: Tag) {
+        let Some(job) = self.jobs.get_mut(tag) else { return };
+        if job.is_fetched {
+            job.give_back(&mut self.memory);
+            job.exchange = Exchange::Return;
+            self.exchanging.push_back(tag);
+        } else {
+            self.answer(tag);
+        }
+    }
+
+    #[inline(always)]
+    fn answer(&mut self, tag: Tag) {
+        let Some(mut tenancy) = self.jobs.tenancy(tag) else { return };
+        let job = tenancy.value();
+        let Some(key) = job.key else { return };
+        let (status, filled) = (job.status, job.filled());
+        let bytes = job.extent.map_or(0, |extent| extent.bytes());
+        let statistics = &mut self.statistics;
+        match (status, job.command.code) {
+            (Status::Done, Code::Read) => {
+                statistics.reads += 1;
+                statistics.bytes_read += bytes;
+            }
+            (Status::Done, Code::Write) => {
+                statistics.writes += 1;
+                statistics.bytes_written += bytes;
+            }
+            (Status::Done, Code::Flush | Code::Barrier) => {
+                statistics.flushes += 1;
+                statistics.bytes_written += bytes;
+            }
+            (Status::Done, Code::Discard | Code::SecureDiscard) => statistics.discards += 1,
+            _ => statistics.errors += 1,
+        }
+        tenancy.vacate();
+        self.wire.answer(&mut self.memory, key, status, filled);
+        self.answered = true;
+        if let Some(barrier) = self.barrier {
+            self.after_answer(tag, barrier);
+        }
+    }
+
+    /// The barrier itself is over, or it may begin.
+    #[cold]
+    fn after_answer(&mut self, tag: Tag, barrier: Tag) {
+        if tag == barrier {
+            self.barrier = None;
+        } else if self.jobs.len() == 1
+            && let Some(job) = self.jobs.get(barrier)
+            && !self.exchanging.contains(&barrier)
+            && job.status == Status::Done
+        {
+            self.run(barrier);
+        }
+    }
+
+    /// Answers what the wire refused.
+    #[cold]
+    fn refuse(&mut self, key: W::Key, status: Status) {
+        self.statistics.errors += 1;
+        self.wire.answer(&mut self.memory, key, status, 0);
+        self.answered = true;
+    }
+
+    /// Fetches and gives back memory, a batch at a time, until nobody waits for that.
+    #[inline(never)]
+    fn exchange(&mut self) {
+        while !self.exchanging.is_empty() {
+            self.memory.perform();
+            for _ in 0..self.exchanging.len() {
+                let Some(tag) = self.exchanging.pop_front() else { return };
+                let Some(job) = self.jobs.get_mut(tag) else { continue };
+                match job.exchange {
+                    Exchange::Tables => self.tables_fetched(tag),
+                    Exchange::Segments => {
+                        job.resolve(&mut self.memory);
+                        self.start(tag);
+                    }
+                    Exchange::Return => {
+                        job.release(&mut self.memory);
+                        self.answer(tag);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Asks the peer to notify of its next request, and looks once more. `true` if there is something
+    /// to do now; otherwise the caller may wait, for the peer or for the store.
+    ///
+    /// # Errors
+    ///
+    /// [`Violation`], as for [`poll`](Self::poll).
+    pub fn sleep(&mut self) -> Result<bool, Violation> {
+        if let Some(violation) = self.violation {
+            return Err(violation);
+        }
+        // What cannot be taken now is looked for when the store has completed something.
+        if !self.takes() {
+            return Ok(false);
+        }
+        self.wire.sleep().inspect_err(|violation| self.violation = Some(*violation))
+    }
+
+    /// Gives up memory of the peer that was kept at hand and is not used, as far as the settings
+    /// say. Call it now and then; `now` is a time in nanoseconds.
+    pub fn tidy(&mut self, now: u64) {
+        let age = |job: &Job<W::Key>| self.round.wrapping_sub(job.round);
+        let oldest = self.jobs.tags().filter_map(|tag| self.jobs.get(tag)).map(age).max();
+        let oldest = match oldest {
+            Some(age) => self.round.wrapping_sub(age),
+            None => self.round.wrapping_add(1),
+        };
+        self.memory.tidy(oldest, now);
+    }
+
+    /// How many requests are in progress.
+    pub fn in_progress(&self) -> usize {
+        self.jobs.len()
+    }
+
+    /// The shape of the disk, as requests are checked against it.
+    pub fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    /// Asks the store for its shape again after it was resized. Requests in progress are not checked
+    /// again.
+    pub fn refresh(&mut self) -> Geometry {
+        self.geometry = self.store.geometry();
+        self.geometry
+    }
+
+    /// What the disk does besides reading and writing; features that the store took back are gone.
+    pub fn features(&self) -> Features {
+        self.features
+    }
+
+    /// What the engine has done so far.
+    pub fn statistics(&self) -> Statistics {
+        self.statistics
+    }
+
+    /// The wire.
+    pub fn wire(&self) -> &W {
+        &self.wire
+    }
+
+    /// The peer's memory.
+    pub fn memory(&self) -> &M {
+        &self.memory
+    }
+
+    /// The store.
+    pub fn store(&self) -> &S {
+        &self.store
+    }
+
+    /// The store, to wait for it or to set it up.
+    pub fn store_mut(&mut self) -> &mut S {
+        &mut self.store
+    }
+}
+
+impl<W: Wire, M: PeerMemory<Handle = W::Handle>, S: Store> Drop for Backend<W, M, S> {
+    fn drop(&mut self) {
+        // The memory of what is in flight goes with the engine.
+        self.store.quiesce(&InFlight(&self.jobs));
+    }
+}

@@ -52,6 +52,9 @@ impl From<Overrun> for Violation {
     }
 }
 
+/// What came off the wire, if anything did.
+pub type Taken<W> = Result<Option<Incoming<<W as Wire>::Key, <W as Wire>::Handle>>, Violation>;
+
 /// The backend's half of a wire: a ring of requests and answers, and their encoding.
 ///
 /// The engine calls [`take`](Self::take) and [`answer`](Self::answer) any number of times,
@@ -69,10 +72,7 @@ pub trait Wire {
     /// # Errors
     ///
     /// [`Violation`] if the ring says what it cannot say.
-    fn take(
-        &mut self,
-        memory: &mut impl PeerMemory<Handle = Self::Handle>,
-    ) -> Result<Option<Incoming<Self::Key, Self::Handle>>, Violation>;
+    fn take(&mut self, memory: &mut impl PeerMemory<Handle = Self::Handle>) -> Taken<Self>;
 
     /// A segment of the request that was taken last.
     ///
@@ -86,10 +86,7 @@ pub trait Wire {
     /// # Errors
     ///
     /// [`Malformed`].
-    fn entry(
-        table: &SharedRegion<'_>,
-        index: usize,
-    ) -> Result<Segment<Self::Handle>, Malformed>;
+    fn entry(table: &SharedRegion<'_>, index: usize) -> Result<Segment<Self::Handle>, Malformed>;
 
     /// Writes an answer where the peer does not look yet. `filled` is how many bytes of the
     /// request's memory hold data now.

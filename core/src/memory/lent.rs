@@ -84,9 +84,9 @@ impl<'a> Lent<'a> {
     #[inline(always)]
     pub fn regions(&self) -> impl ExactSizeIterator<Item = SharedRegion<'a>> + use<'a> {
         // SAFETY: the promise of `new`, for as long as the borrow of the list lasts.
-        self.pieces.iter().map(|piece| unsafe {
-            SharedRegion::new_aligned(piece.base, piece.bytes)
-        })
+        self.pieces
+            .iter()
+            .map(|piece| unsafe { SharedRegion::new_aligned(piece.base, piece.bytes) })
     }
 
     /// How many bytes there are in all.

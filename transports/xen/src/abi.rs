@@ -10,7 +10,7 @@
 
 use core::mem::offset_of;
 
-use pvblk::memory::SharedRegion;
+use pvblk::memory::{PAGE_BYTES, SharedRegion, Word};
 use pvblk::plan::Segment;
 use zerocopy::little_endian::{I16, U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, transmute};
@@ -88,6 +88,95 @@ impl SegmentEntry {
     }
 }
 
+/// What a segment entry cannot say: sectors outside of the page, or none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a segment of sectors that no page has")]
+pub struct BadSegment;
+
+/// The upper half of an entry that covers a whole page.
+const WHOLE_PAGE: u64 = 7 << 40;
+
+impl SegmentEntry {
+    /// An entry for nothing.
+    pub const EMPTY: Self = Self { gref: U32::ZERO, first_sect: 0, last_sect: 0, pad: U16::ZERO };
+
+    /// The entry that a word of memory holds.
+    #[inline(always)]
+    pub fn from_word(word: u64) -> Self {
+        transmute!(word)
+    }
+
+    /// The segment, if it is one: `0 <= first <= last <= 7`. The padding may hold anything.
+    ///
+    /// # Errors
+    ///
+    /// [`BadSegment`].
+    #[inline(always)]
+    pub fn segment(self) -> Result<Segment<GrantRef>, BadSegment> {
+        let [word] = self.to_words();
+        // Most are whole pages, and one look tells.
+        if cfg!(target_endian = "little") && word >> 32 == WHOLE_PAGE >> 32 {
+            return Ok(Segment { handle: GrantRef(word as u32), offset: 0, bytes: 4096 });
+        }
+        let Self { gref, first_sect: first, last_sect: last, .. } = self;
+        if first > last || last > 7 {
+            return Err(BadSegment);
+        }
+        Ok(Segment {
+            handle: GrantRef(gref.get()),
+            offset: u32::from(first) * 512,
+            bytes: u32::from(last - first + 1) * 512,
+        })
+    }
+}
+
+/// The part of a request that comes first in all of them, copied out of its slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RequestHead {
+    /// One of [`operation`], or anything.
+    pub operation: u8,
+    /// The byte after it: the number of segments, the flag of a discard, or the inner operation of
+    /// an indirect request.
+    pub detail: u8,
+    /// The next two bytes: the number of segments of an indirect request.
+    pub indirect_segments: u16,
+    /// To be echoed in the response.
+    pub id: u64,
+    /// The first sector.
+    pub sector: u64,
+}
+
+/// The pages of a ring: the backend has them where its platform maps them.
+#[derive(Clone, Copy, Debug)]
+pub struct RingPages<'a, R: Fn(usize) -> SharedRegion<'a>>(pub R);
+
+impl<'a, R: Fn(usize) -> SharedRegion<'a>> RingPages<'a, R> {
+    /// Copies `N` words out, once. A slot may lie in two pages, but no word does.
+    #[inline(always)]
+    pub fn read<T: Word, const N: usize>(&self, at: usize) -> [T; N] {
+        if at % PAGE_BYTES + N * size_of::<T>() <= PAGE_BYTES {
+            return (self.0)(at / PAGE_BYTES).read(at % PAGE_BYTES);
+        }
+        core::array::from_fn(|i| {
+            let at = at + i * size_of::<T>();
+            let [word] = (self.0)(at / PAGE_BYTES).read(at % PAGE_BYTES);
+            word
+        })
+    }
+
+    /// Copies words in.
+    #[inline(always)]
+    pub fn write<T: Word, const N: usize>(&self, at: usize, words: [T; N]) {
+        if at % PAGE_BYTES + N * size_of::<T>() <= PAGE_BYTES {
+            return (self.0)(at / PAGE_BYTES).write(at % PAGE_BYTES, &words);
+        }
+        for (i, word) in words.into_iter().enumerate() {
+            let at = at + i * size_of::<T>();
+            (self.0)(at / PAGE_BYTES).write(at % PAGE_BYTES, &[word]);
+        }
+    }
+}
+
 /// A response, copied out of its slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Response {
@@ -136,6 +225,38 @@ pub trait Abi: 'static {
 
     /// Copies a response out, once.
     fn read_response(ring: &SharedRegion<'_>, at: usize) -> Response;
+
+    /// Copies the head of a request out, once.
+    fn read_head<'a>(
+        ring: &RingPages<'a, impl Fn(usize) -> SharedRegion<'a>>,
+        at: usize,
+    ) -> RequestHead;
+
+    /// Copies the first segments of a direct request out, once each.
+    fn read_segments<'a>(
+        ring: &RingPages<'a, impl Fn(usize) -> SharedRegion<'a>>,
+        at: usize,
+        into: &mut [SegmentEntry],
+    );
+
+    /// Copies the number of sectors of a discard out, once.
+    fn read_discard_sectors<'a>(
+        ring: &RingPages<'a, impl Fn(usize) -> SharedRegion<'a>>,
+        at: usize,
+    ) -> u64;
+
+    /// Copies the pages of an indirect request out, once.
+    fn read_indirect_pages<'a>(
+        ring: &RingPages<'a, impl Fn(usize) -> SharedRegion<'a>>,
+        at: usize,
+    ) -> [GrantRef; INDIRECT_PAGES];
+
+    /// Writes a response, padding and all (Xen advisory 216).
+    fn write_response<'a>(
+        ring: &RingPages<'a, impl Fn(usize) -> SharedRegion<'a>>,
+        at: usize,
+        response: Response,
+    );
 }
 
 /// The layout of this machine.
@@ -324,6 +445,68 @@ macro_rules! layout {
                     operation: response.operation,
                     status: response.status.get(),
                 }
+            }
+
+            #[inline(always)]
+            fn read_head<'a>(
+                ring: &RingPages<'a, impl Fn(usize) -> SharedRegion<'a>>,
+                at: usize,
+            ) -> RequestHead {
+                let words: [$word; $module::DIRECT_WORDS] = ring.read(at);
+                let direct: $module::Direct = transmute!(words);
+                RequestHead {
+                    operation: direct.operation,
+                    detail: direct.nr_segments,
+                    indirect_segments: direct.handle.get(),
+                    id: direct.id.get(),
+                    sector: direct.sector_number.get(),
+                }
+            }
+
+            #[inline(always)]
+            fn read_segments<'a>(
+                ring: &RingPages<'a, impl Fn(usize) -> SharedRegion<'a>>,
+                at: usize,
+                into: &mut [SegmentEntry],
+            ) {
+                for (i, entry) in into.iter_mut().enumerate() {
+                    let words: [$word; 8 / size_of::<$word>()] = ring.read(at + $segments + i * 8);
+                    *entry = transmute!(words);
+                }
+            }
+
+            fn read_discard_sectors<'a>(
+                ring: &RingPages<'a, impl Fn(usize) -> SharedRegion<'a>>,
+                at: usize,
+            ) -> u64 {
+                let words: [$word; 8 / size_of::<$word>()] = ring.read(at + $sectors);
+                let sectors: U64 = transmute!(words);
+                sectors.get()
+            }
+
+            fn read_indirect_pages<'a>(
+                ring: &RingPages<'a, impl Fn(usize) -> SharedRegion<'a>>,
+                at: usize,
+            ) -> [GrantRef; INDIRECT_PAGES] {
+                let words: [u32; INDIRECT_PAGES] = ring.read(at + $grefs);
+                let pages: [U32; INDIRECT_PAGES] = transmute!(words);
+                pages.map(|page| GrantRef(page.get()))
+            }
+
+            #[inline(always)]
+            fn write_response<'a>(
+                ring: &RingPages<'a, impl Fn(usize) -> SharedRegion<'a>>,
+                at: usize,
+                response: Response,
+            ) {
+                let words: [$word; $module::RESPONSE_WORDS] = transmute!($module::Response {
+                    id: U64::new(response.id),
+                    operation: response.operation,
+                    pad: 0,
+                    status: I16::new(response.status),
+                    tail: [0; $response_tail],
+                });
+                ring.write(at, words);
             }
         }
     };

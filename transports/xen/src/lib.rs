@@ -4,7 +4,11 @@
 extern crate alloc;
 
 pub mod abi;
+pub mod back;
+pub mod foreign;
 pub mod grants;
+mod kept;
+pub mod mapped;
 pub mod platform;
 pub mod store;
 pub mod wire;

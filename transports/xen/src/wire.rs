@@ -15,7 +15,7 @@ use crate::abi::{
 use crate::platform::GrantRef;
 
 /// Where the shared indices are (`xen/include/public/io/ring.h`, `struct name##_sring`).
-mod index {
+pub(crate) mod index {
     pub const REQ_PROD: usize = 0;
     pub const REQ_EVENT: usize = 4;
     pub const RSP_PROD: usize = 8;
@@ -23,7 +23,7 @@ mod index {
 }
 
 /// One of the shared indices.
-struct IndexAt<'a>(SharedRegion<'a>, usize);
+pub(crate) struct IndexAt<'a>(pub SharedRegion<'a>, pub usize);
 
 impl SharedIndex<u32> for IndexAt<'_> {
     #[inline(always)]

@@ -1,0 +1,270 @@
+//! The backend's half of a blkif ring, as the core's engine sees it.
+
+use pvblk::backend::{Incoming, List, Malformed, PeerMemory, Taken, Violation, Wire};
+use pvblk::command::{Code, Command, Status};
+use pvblk::memory::SharedRegion;
+use pvblk::plan::Segment;
+use pvblk::ring::{Consumer, Overrun, Producer, SharedIndex};
+
+use crate::abi::{
+    Abi, Abi32, Abi64, DIRECT_SEGMENTS, DISCARD_SECURE, ENTRIES_PER_PAGE, INDIRECT_SEGMENTS,
+    RING_HEADER_BYTES, RequestHead, Response, RingPages, SegmentEntry, operation, ring_slots,
+    status,
+};
+use crate::mapped::MappedPages;
+use crate::platform::{ForeignGrants, GrantRef};
+use crate::wire::{IndexAt, index};
+
+/// Which layout of slots the frontend uses. It is known only when it connects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// [`Abi64`].
+    Bits64,
+    /// [`Abi32`].
+    Bits32,
+}
+
+impl Layout {
+    /// The layout of a backend's own machine.
+    pub const NATIVE: Self = if cfg!(target_arch = "x86") { Self::Bits32 } else { Self::Bits64 };
+
+    /// Bytes from one slot to the next.
+    const fn stride(self) -> usize {
+        match self {
+            Self::Bits64 => Abi64::STRIDE,
+            Self::Bits32 => Abi32::STRIDE,
+        }
+    }
+}
+
+/// What an answer needs of its request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Key {
+    id: u64,
+    /// For an indirect request the inner one: Linux's frontend closes its disk at anything else.
+    operation: u8,
+}
+
+/// What a ring lets a frontend ask for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offer {
+    /// The most segments in an indirect request; 0 if there are none.
+    pub indirect_segments: usize,
+    /// Whether the flag of a discard counts that asks for a secure one. It is ignored otherwise, as
+    /// `blkif.h` has it.
+    pub secure_discard: bool,
+}
+
+/// A blkif ring, seen from the backend.
+pub struct BackRing<P: ForeignGrants> {
+    pages: MappedPages<P>,
+    requests: Consumer<u32>,
+    responses: Producer<u32>,
+    /// The number of slots, a power of two, less one.
+    mask: u32,
+    layout: Layout,
+    offer: Offer,
+    /// The segments of the request that was taken last.
+    segments: [SegmentEntry; DIRECT_SEGMENTS],
+}
+
+impl<P: ForeignGrants> BackRing<P> {
+    /// Takes up a ring whose pages the frontend granted: 1, 2, 4, 8, ... of them.
+    ///
+    /// On a new ring the indices are 0. On one that was in use by another backend, which is gone, work
+    /// begins with the first request that has no response: where that backend had answered out of
+    /// order, a request may be lost to the frontend. See [`crate::back`].
+    ///
+    /// # Errors
+    ///
+    /// [`Violation`] if the frontend claims more requests than the ring holds.
+    pub fn attach(pages: MappedPages<P>, layout: Layout, offer: Offer) -> Result<Self, Violation> {
+        let slots = ring_slots(pages.count().max(1), layout.stride()) as u32;
+        let header = pages.region(0);
+        let start = IndexAt(header, index::RSP_PROD).load();
+        let produced = IndexAt(header, index::REQ_PROD).load();
+        if produced.wrapping_sub(start) > slots {
+            return Err(Overrun.into());
+        }
+        Ok(Self {
+            requests: Consumer::new(start),
+            responses: Producer::new(start),
+            mask: slots - 1,
+            layout,
+            offer: Offer {
+                indirect_segments: offer.indirect_segments.min(INDIRECT_SEGMENTS),
+                ..offer
+            },
+            segments: [SegmentEntry::EMPTY; DIRECT_SEGMENTS],
+            pages,
+        })
+    }
+
+    /// How many requests the ring holds.
+    pub fn slots(&self) -> u32 {
+        self.mask + 1
+    }
+
+    #[inline(always)]
+    fn at(&self, index: u32) -> usize {
+        RING_HEADER_BYTES + (index & self.mask) as usize * self.layout.stride()
+    }
+
+    /// How many more requests there can be: as many as slots that hold neither a request that was
+    /// taken nor an answer that was not published.
+    #[inline(always)]
+    fn room(&self) -> u32 {
+        (self.mask + 1).wrapping_sub(self.requests.next().wrapping_sub(self.responses.staged()))
+    }
+
+    /// Copies a request out of its slot.
+    #[inline(always)]
+    fn read<A: Abi>(&mut self, at: usize) -> Incoming<Key, GrantRef> {
+        let Self { pages, segments, offer, .. } = self;
+        let ring = RingPages(|page| pages.region(page));
+        let head = A::read_head(&ring, at);
+        let RequestHead { operation, detail, id, sector, .. } = head;
+        let code = match operation {
+            operation::READ => Code::Read,
+            operation::WRITE => Code::Write,
+            operation::FLUSH_DISKCACHE => Code::Flush,
+            operation::WRITE_BARRIER => Code::Barrier,
+            _ => return Self::read_other::<A>(&ring, at, head, *offer),
+        };
+        let command = Command { code, sector, sectors: 0 };
+        let count = usize::from(detail);
+        let key = Key { id, operation };
+        match segments.get_mut(..count) {
+            Some(segments) => {
+                A::read_segments(&ring, at, segments);
+                Incoming { key, command: Ok(command), list: List::Direct(count) }
+            }
+            None => refused(key, Status::Failed),
+        }
+    }
+
+    /// Copies the rest of a request out of its slot that has no segments there.
+    #[inline(never)]
+    fn read_other<'a, A: Abi>(
+        ring: &RingPages<'a, impl Fn(usize) -> SharedRegion<'a>>,
+        at: usize,
+        head: RequestHead,
+        offer: Offer,
+    ) -> Incoming<Key, GrantRef> {
+        let RequestHead { operation, detail, indirect_segments, id, sector } = head;
+        let key = Key { id, operation };
+        match operation {
+            operation::DISCARD => {
+                let secure = offer.secure_discard && detail & DISCARD_SECURE != 0;
+                let code = if secure { Code::SecureDiscard } else { Code::Discard };
+                let sectors = A::read_discard_sectors(ring, at);
+                let command = Command { code, sector, sectors };
+                Incoming { key, command: Ok(command), list: List::Direct(0) }
+            }
+            operation::INDIRECT if offer.indirect_segments > 0 => {
+                let key = Key { id, operation: detail };
+                let code = match detail {
+                    operation::READ => Code::Read,
+                    operation::WRITE => Code::Write,
+                    _ => return refused(key, Status::Failed),
+                };
+                let segments = usize::from(indirect_segments);
+                if segments == 0 || segments > offer.indirect_segments {
+                    return refused(key, Status::Failed);
+                }
+                let pages = A::read_indirect_pages(ring, at);
+                let tables = pages.into_iter().take(segments.div_ceil(ENTRIES_PER_PAGE)).collect();
+                let command = Command { code, sector, sectors: 0 };
+                let list = List::Indirect { segments, tables };
+                Incoming { key, command: Ok(command), list }
+            }
+            _ => refused(key, Status::NotSupported),
+        }
+    }
+
+    #[inline(always)]
+    fn write<A: Abi>(&self, at: usize, response: Response) {
+        A::write_response(&RingPages(|page| self.pages.region(page)), at, response);
+    }
+}
+
+/// A request that is answered at once.
+#[cold]
+fn refused(key: Key, status: Status) -> Incoming<Key, GrantRef> {
+    Incoming { key, command: Err(status), list: List::Direct(0) }
+}
+
+impl<P: ForeignGrants> Wire for BackRing<P> {
+    type Handle = GrantRef;
+    type Key = Key;
+    const ENTRY_BYTES: usize = size_of::<SegmentEntry>();
+
+    #[inline(always)]
+    fn take(&mut self, _memory: &mut impl PeerMemory<Handle = GrantRef>) -> Taken<Self> {
+        let mut next = self.requests.take();
+        if next.is_none() {
+            let room = self.room();
+            let producer = IndexAt(self.pages.region(0), index::REQ_PROD);
+            if !self.requests.look(&producer, room)? {
+                return Ok(None);
+            }
+            next = self.requests.take();
+        }
+        let Some(next) = next else { return Ok(None) };
+        let at = self.at(next);
+        Ok(Some(match self.layout {
+            Layout::Bits64 => self.read::<Abi64>(at),
+            Layout::Bits32 => self.read::<Abi32>(at),
+        }))
+    }
+
+    #[inline(always)]
+    fn segment(&self, index: usize) -> Result<Segment<GrantRef>, Malformed> {
+        let entry = self.segments.get(index).ok_or(Malformed)?;
+        entry.segment().map_err(|_| Malformed)
+    }
+
+    #[inline(always)]
+    fn entry(table: &SharedRegion<'_>, index: usize) -> Result<Segment<GrantRef>, Malformed> {
+        let [word] = table.read(index * Self::ENTRY_BYTES);
+        SegmentEntry::from_word(word).segment().map_err(|_| Malformed)
+    }
+
+    #[inline(always)]
+    fn answer(
+        &mut self,
+        _memory: &mut impl PeerMemory<Handle = GrantRef>,
+        key: Key,
+        status: Status,
+        _filled: u64,
+    ) {
+        let status = match status {
+            Status::Done => status::OKAY,
+            Status::Failed => status::ERROR,
+            Status::NotSupported => status::EOPNOTSUPP,
+        };
+        let response = Response { id: key.id, operation: key.operation, status };
+        let next = self.responses.stage();
+        let at = self.at(next);
+        match self.layout {
+            Layout::Bits64 => self.write::<Abi64>(at, response),
+            Layout::Bits32 => self.write::<Abi32>(at, response),
+        }
+    }
+
+    #[inline(always)]
+    fn commit(&mut self) -> bool {
+        let header = self.pages.region(0);
+        self.responses
+            .publish(&IndexAt(header, index::RSP_PROD), &IndexAt(header, index::RSP_EVENT))
+    }
+
+    #[inline]
+    fn sleep(&mut self) -> Result<bool, Violation> {
+        let room = self.room();
+        let header = self.pages.region(0);
+        let producer = IndexAt(header, index::REQ_PROD);
+        let event = IndexAt(header, index::REQ_EVENT);
+        Ok(self.requests.sleep(&producer, &event, 1, room)?)
+    }
+}
