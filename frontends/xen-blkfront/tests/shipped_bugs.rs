@@ -535,11 +535,11 @@ fn check_7_a_page_is_taken_back_in_one_step_or_never() {
             queues[0].commit();
             let request = backend.requests(0).remove(0);
             let reference = GrantRef(request.number32(24));
-            let mapping = backend.back.map(FRONT, reference, access).unwrap();
+            let mapping = backend.back.map_page(FRONT, reference, access).unwrap();
             drop(mapping);
             backend.answer(0, &request);
             assert_eq!(queues[0].poll().unwrap().unwrap().result, Ok(()));
-            assert!(backend.back.map(FRONT, reference, Access::Read).is_err());
+            assert!(backend.back.map_page(FRONT, reference, Access::Read).is_err());
         }
     });
     // And the other way: it is answered, but still mapped.
@@ -553,7 +553,7 @@ fn check_7_a_page_is_taken_back_in_one_step_or_never() {
         queues[0].commit();
         let request = backend.requests(0).remove(0);
         let reference = GrantRef(request.number32(24));
-        let mut mapping = backend.back.map(FRONT, reference, Access::ReadWrite).unwrap();
+        let mut mapping = backend.back.map_page(FRONT, reference, Access::ReadWrite).unwrap();
         backend.answer(0, &request);
         assert_eq!(queues[0].poll().unwrap().unwrap().result, Err(IoError::BufferLost));
         assert_eq!(queues[0].poll().err(), Some(Violation::HeldMemory));

@@ -10,14 +10,20 @@ use pvblk_xen::platform::{
 };
 
 use crate::faults::{FaultState, Faults};
-use crate::host::{DomainState, Host, Inner, Statistics};
+use crate::host::{DomainState, Host, Inner, State, Statistics};
 use crate::mapping::{MapError, Mapping};
 use crate::memory::Page;
 
 /// One domain of a [`Host`]. Clones are the same domain.
+///
+/// It is what the program that runs in the domain got when it started. Once that program was killed
+/// ([`Host::kill_program`], [`Host::crash_domain`]), nothing that it does has an effect any more:
+/// what it releases, ends, closes or unmaps is gone already, and XenStore is broken.
 #[derive(Clone)]
 pub struct Domain {
     pub(crate) id: DomainId,
+    /// Which of the programs that ran here this is a handle of.
+    pub(crate) incarnation: u32,
     pub(crate) inner: Arc<Inner>,
 }
 
@@ -30,6 +36,19 @@ impl std::fmt::Debug for Domain {
 impl Domain {
     pub(crate) fn with<R>(&self, f: impl FnOnce(&mut DomainState) -> R) -> R {
         self.inner.with(|state| f(state.domain(self.id)))
+    }
+
+    /// Runs `f` if the program of this handle was not killed; gives `dead` if it was.
+    pub(crate) fn if_alive<R>(&self, dead: R, f: impl FnOnce(&mut State) -> R) -> R {
+        self.inner.with(|state| {
+            let alive = state.domain(self.id).is_alive(self.incarnation);
+            if alive { f(state) } else { dead }
+        })
+    }
+
+    /// Whether the program of this handle was not killed.
+    pub fn is_alive(&self) -> bool {
+        self.if_alive(false, |_| true)
     }
 
     /// The domain's number.
@@ -47,7 +66,8 @@ impl Domain {
         self.with(|domain| domain.statistics())
     }
 
-    /// Asserts that nothing is left: no page, no grant, no port. Also looks for late writes.
+    /// Asserts that nothing is left: no page, no grant, no foreign page, no port. Also looks for
+    /// late writes.
     ///
     /// # Panics
     ///
@@ -56,10 +76,11 @@ impl Domain {
         self.check_released_pages();
         let left = self.statistics();
         assert!(
-            left.pages == 0 && left.grants == 0 && left.ports == 0,
-            "{self:?} leaks {} page(s), {} grant(s), {} port(s)",
+            left.pages == 0 && left.grants == 0 && left.foreign_pages == 0 && left.ports == 0,
+            "{self:?} leaks {} page(s), {} grant(s), {} foreign page(s), {} port(s)",
             left.pages,
             left.grants,
+            left.foreign_pages,
             left.ports
         );
     }
@@ -88,6 +109,11 @@ impl Domain {
         self.with(|domain| domain.grants.limit = entries);
     }
 
+    /// How many foreign pages may be mapped at once; there is no limit at first.
+    pub fn set_map_limit(&self, pages: usize) {
+        self.with(|domain| domain.foreign.limit = pages);
+    }
+
     /// How many event channels may be open at once; 4095 at first.
     pub fn set_port_limit(&self, ports: usize) {
         self.with(|domain| domain.events.limit = ports);
@@ -98,13 +124,13 @@ impl Domain {
     /// # Errors
     ///
     /// [`MapError`].
-    pub fn map(
+    pub fn map_page(
         &self,
         owner: DomainId,
         reference: GrantRef,
         access: Access,
     ) -> Result<Mapping, MapError> {
-        Mapping::new(&self.inner, self.id, owner, reference, access, false)
+        Mapping::new(self, owner, reference, access, false)
     }
 
     /// Maps a page of `owner` as a copy that is written back when the mapping is dropped. Catches
@@ -119,7 +145,7 @@ impl Domain {
         reference: GrantRef,
         access: Access,
     ) -> Result<Mapping, MapError> {
-        Mapping::new(&self.inner, self.id, owner, reference, access, true)
+        Mapping::new(self, owner, reference, access, true)
     }
 
     /// Has the hypervisor copy bytes out of a granted page.
@@ -136,7 +162,7 @@ impl Domain {
     ) -> Result<(), MapError> {
         let length = bytes.len();
         let copy = |page: Page| page.read(offset, bytes);
-        self.copy(owner, reference, Access::Read, (offset, length), copy)
+        self.copy_granted(owner, reference, Access::Read, (offset, length), copy)
     }
 
     /// Has the hypervisor copy bytes into a granted page.
@@ -152,10 +178,10 @@ impl Domain {
         bytes: &[u8],
     ) -> Result<(), MapError> {
         let copy = |page: Page| page.write(offset, bytes);
-        self.copy(owner, reference, Access::ReadWrite, (offset, bytes.len()), copy)
+        self.copy_granted(owner, reference, Access::ReadWrite, (offset, bytes.len()), copy)
     }
 
-    fn copy(
+    fn copy_granted(
         &self,
         owner: DomainId,
         reference: GrantRef,
@@ -166,13 +192,9 @@ impl Domain {
         if offset.checked_add(length).is_none_or(|end| end > PAGE_BYTES) {
             return Err(MapError::CrossesPage);
         }
-        // Under the lock, so that the grant cannot end half-way.
-        self.inner.with(|state| {
-            let table = &state.domains.get(&owner).ok_or(MapError::NoDomain)?.grants;
-            let page = table.look_up(self.id, reference, access)?;
-            copy(page);
-            state.domain(self.id).copies += 1;
-            Ok(())
+        self.if_alive(Err(MapError::NoDomain), |state| {
+            state.domain(self.id).foreign.copy_calls += 1;
+            state.copy_foreign(self.id, owner, reference, access, copy)
         })
     }
 
@@ -228,41 +250,42 @@ impl Domain {
 
 impl EventChannels for Domain {
     fn allocate_unbound(&self, peer: DomainId) -> Result<Port, EventError> {
-        self.inner.with(|state| state.allocate_unbound(self.id, peer))
+        self.if_alive(Err(EventError::Refused), |state| state.allocate_unbound(self.id, peer))
     }
 
     fn bind_interdomain(&self, peer: DomainId, remote: Port) -> Result<Port, EventError> {
-        self.inner.with(|state| state.bind_interdomain(self.id, peer, remote))
+        let dead = Err(EventError::Refused);
+        self.if_alive(dead, |state| state.bind_interdomain(self.id, peer, remote))
     }
 
     fn close(&self, port: Port) {
-        self.inner.with(|state| state.close_port(self.id, port));
+        self.if_alive((), |state| state.close_port(self.id, port));
     }
 
     fn notify(&self, port: Port) {
-        self.inner.with(|state| state.notify(self.id, port));
+        self.if_alive((), |state| state.notify(self.id, port));
     }
 
     fn unmask(&self, port: Port) {
-        self.inner.with(|state| state.unmask(self.id, port));
+        self.if_alive((), |state| state.unmask(self.id, port));
     }
 
     fn take(&self, port: Port) -> bool {
-        self.with(|domain| domain.events.take(port))
+        self.if_alive(false, |state| state.domain(self.id).events.take(port))
     }
 
     fn wait(&self, deadline: Option<u64>) {
-        self.inner.wait(self.id, deadline, false);
+        self.inner.wait(self, deadline, false);
     }
 
     fn set_waker(&self, port: Port, waker: &Waker) {
-        self.with(|domain| domain.events.set_waker(port, waker));
+        self.if_alive((), |state| state.domain(self.id).events.set_waker(port, waker));
     }
 }
 
 impl StoreTransport for Domain {
     fn send(&self, bytes: &[u8]) -> Result<usize, StoreBroken> {
-        self.inner.with(|state| {
+        self.if_alive(Err(StoreBroken), |state| {
             let count = state.domain(self.id).faults.short(bytes.len());
             let sent = state.store.send(self.id, &bytes[..count])?;
             // A short transfer that nothing else would end: there is room already.
@@ -277,7 +300,7 @@ impl StoreTransport for Domain {
     }
 
     fn receive(&self, bytes: &mut [u8]) -> Result<usize, StoreBroken> {
-        self.inner.with(|state| {
+        self.if_alive(Err(StoreBroken), |state| {
             let count = state.domain(self.id).faults.short(bytes.len());
             let bytes = &mut bytes[..count];
             if state.store.is_empty(self.id) || state.eager_store {
@@ -291,11 +314,11 @@ impl StoreTransport for Domain {
     }
 
     fn wait_store(&self, deadline: Option<u64>) {
-        self.inner.wait(self.id, deadline, true);
+        self.inner.wait(self, deadline, true);
     }
 
     fn set_store_waker(&self, waker: &Waker) {
-        self.with(|domain| domain.store_waker = Some(waker.clone()));
+        self.if_alive((), |state| state.domain(self.id).store_waker = Some(waker.clone()));
     }
 }
 

@@ -50,6 +50,10 @@ pub struct Faults {
     pub seed: u64,
     /// Every n-th grant is refused (`TableFull`).
     pub refuse_grant_every: u32,
+    /// Every n-th mapping of a foreign page fails (`GNTST_no_space`).
+    pub refuse_map_every: u32,
+    /// Every n-th grant copy fails (`GNTST_bad_gntref`).
+    pub refuse_copy_every: u32,
     /// Every n-th new event channel is refused.
     pub refuse_event_channel_every: u32,
     /// Every n-th allocation of pages is refused.
@@ -72,6 +76,8 @@ pub(crate) struct FaultState {
     pub(crate) faults: Faults,
     pub(crate) random: Random,
     grants: u32,
+    maps: u32,
+    copies: u32,
     event_channels: u32,
     pages: u32,
     commits: u32,
@@ -80,11 +86,28 @@ pub(crate) struct FaultState {
 impl FaultState {
     pub(crate) fn new(faults: Faults) -> Self {
         let random = Random::new(faults.seed);
-        Self { faults, random, grants: 0, event_channels: 0, pages: 0, commits: 0 }
+        Self {
+            faults,
+            random,
+            grants: 0,
+            maps: 0,
+            copies: 0,
+            event_channels: 0,
+            pages: 0,
+            commits: 0,
+        }
     }
 
     pub(crate) fn refuse_grant(&mut self) -> bool {
         nth(&mut self.grants, self.faults.refuse_grant_every)
+    }
+
+    pub(crate) fn refuse_map(&mut self) -> bool {
+        nth(&mut self.maps, self.faults.refuse_map_every)
+    }
+
+    pub(crate) fn refuse_copy(&mut self) -> bool {
+        nth(&mut self.copies, self.faults.refuse_copy_every)
     }
 
     pub(crate) fn refuse_event_channel(&mut self) -> bool {

@@ -25,9 +25,12 @@ struct Entry {
     frame: Option<Page>,
     readers: u32,
     writers: u32,
+    /// Its owner is gone: nobody may map it any more, and it ends when the last mapping does.
+    orphaned: bool,
 }
 
-const EMPTY: Entry = Entry { flags: 0, peer: DomainId(0), frame: None, readers: 0, writers: 0 };
+const EMPTY: Entry =
+    Entry { flags: 0, peer: DomainId(0), frame: None, readers: 0, writers: 0, orphaned: false };
 
 pub(crate) struct GrantTable {
     entries: Vec<Entry>,
@@ -84,10 +87,7 @@ impl GrantTable {
             return Err(StillMapped);
         }
         let page = entry.frame.expect("a permitted entry has a frame");
-        *entry = EMPTY;
-        self.free.push(reference.0);
-        self.live -= 1;
-        self.ended += 1;
+        self.free(reference.0);
         Ok(page)
     }
 
@@ -99,7 +99,7 @@ impl GrantTable {
         access: Access,
     ) -> Result<Page, MapError> {
         let entry = self.entries.get(reference.0 as usize).ok_or(MapError::BadReference)?;
-        if entry.flags & PERMIT_ACCESS == 0 {
+        if entry.flags & PERMIT_ACCESS == 0 || entry.orphaned {
             return Err(MapError::BadReference);
         }
         if entry.peer != peer {
@@ -150,6 +150,30 @@ impl GrantTable {
             entry.flags &= !WRITING;
         }
         self.mapped -= 1;
+        if entry.orphaned && entry.readers == 0 {
+            self.free(reference.0);
+        }
+    }
+
+    fn free(&mut self, reference: u32) {
+        self.entries[reference as usize] = EMPTY;
+        self.free.push(reference);
+        self.live -= 1;
+        self.ended += 1;
+    }
+
+    /// Ends every grant whose page nobody has mapped, and the others as soon as nobody has.
+    pub(crate) fn orphan(&mut self) {
+        for reference in 0..self.entries.len() {
+            let entry = &mut self.entries[reference];
+            if entry.flags & PERMIT_ACCESS == 0 {
+                continue;
+            }
+            entry.orphaned = true;
+            if entry.readers == 0 {
+                self.free(reference as u32);
+            }
+        }
     }
 
     /// The references in use, for dumps: reference, peer, read-only, mapped.
@@ -185,7 +209,7 @@ impl DomainState {
         }
         let read_only = if access == Access::Read { READ_ONLY } else { 0 };
         let flags = PERMIT_ACCESS | read_only;
-        let entry = Entry { flags, peer, frame: Some(page), readers: 0, writers: 0 };
+        let entry = Entry { flags, peer, frame: Some(page), ..EMPTY };
         let reference = self.grants.insert(entry)?;
         self.pages.count_grants(page, 1);
         Ok(reference)
@@ -225,10 +249,11 @@ mod tests {
         let (front, back) = (host.domain(DomainId(1)), host.domain(DomainId(0)));
         let page = front.allocate_pages(1).unwrap();
         let reference = front.grant(DomainId(0), page, Access::Read).unwrap();
-        let map = |domain: &crate::Domain, access| domain.map(DomainId(1), reference, access).err();
+        let map =
+            |domain: &crate::Domain, access| domain.map_page(DomainId(1), reference, access).err();
         assert_eq!(map(&back, Access::ReadWrite), Some(MapError::ReadOnly));
         assert_eq!(map(&host.domain(DomainId(2)), Access::Read), Some(MapError::OtherDomain));
-        let mapping = back.map(DomainId(1), reference, Access::Read).unwrap();
+        let mapping = back.map_page(DomainId(1), reference, Access::Read).unwrap();
         assert_eq!(front.try_end(reference), Err(StillMapped));
         drop(mapping);
         assert_eq!(front.try_end(reference), Ok(()));

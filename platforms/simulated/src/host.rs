@@ -12,6 +12,7 @@ use pvblk_xen::platform::DomainId;
 use crate::Domain;
 use crate::events::EventState;
 use crate::faults::{FaultState, Faults, Random};
+use crate::foreign::ForeignState;
 use crate::grants::GrantTable;
 use crate::memory::Pages;
 use crate::store::{Store, StoreError, StoreWatch};
@@ -46,10 +47,22 @@ pub struct Statistics {
     pub grant_ends_refused: u64,
     /// Mappings that peers hold of this domain's pages now.
     pub mapped_by_peers: u32,
+    /// Pages of other domains that this one has mapped now.
+    pub foreign_pages: usize,
+    /// The most foreign pages ever mapped at once.
+    pub most_foreign_pages: usize,
     /// Foreign pages mapped.
     pub maps: u64,
+    /// Hypercalls that mapped foreign pages, one or many at a time.
+    pub map_calls: u64,
+    /// Foreign pages unmapped.
+    pub unmaps: u64,
+    /// Hypercalls that unmapped foreign pages, each with a flush of the TLB.
+    pub unmap_calls: u64,
     /// Grant copies done.
     pub copies: u64,
+    /// Hypercalls that copied, one or many at a time.
+    pub copy_calls: u64,
     /// Event channels open now.
     pub ports: usize,
     /// Signals sent.
@@ -105,8 +118,12 @@ pub(crate) struct DomainState {
     pub(crate) store_waker: Option<Waker>,
     /// Something was delivered since the last wait returned.
     pub(crate) fresh: bool,
-    pub(crate) maps: u64,
-    pub(crate) copies: u64,
+    pub(crate) foreign: ForeignState,
+    /// Counts the programs that were killed here.
+    pub(crate) incarnation: u32,
+    /// The domain is no more.
+    pub(crate) dead: bool,
+    pub(crate) waits_in_vain: u32,
     pub(crate) waits: u64,
     pub(crate) deadlines_reached: u64,
 }
@@ -120,11 +137,18 @@ impl DomainState {
             faults: FaultState::new(Faults::default()),
             store_waker: None,
             fresh: false,
-            maps: 0,
-            copies: 0,
+            foreign: ForeignState::new(),
+            incarnation: 0,
+            dead: false,
+            waits_in_vain: 0,
             waits: 0,
             deadlines_reached: 0,
         }
+    }
+
+    /// Whether the program of this incarnation was not killed.
+    pub(crate) fn is_alive(&self, incarnation: u32) -> bool {
+        !self.dead && self.incarnation == incarnation
     }
 
     pub(crate) fn statistics(&self) -> Statistics {
@@ -137,8 +161,14 @@ impl DomainState {
             grants_ended: self.grants.ended,
             grant_ends_refused: self.grants.refused_ends,
             mapped_by_peers: self.grants.mapped,
-            maps: self.maps,
-            copies: self.copies,
+            foreign_pages: self.foreign.mapped,
+            most_foreign_pages: self.foreign.most,
+            maps: self.foreign.maps,
+            map_calls: self.foreign.map_calls,
+            unmaps: self.foreign.unmaps,
+            unmap_calls: self.foreign.unmap_calls,
+            copies: self.foreign.copies,
+            copy_calls: self.foreign.copy_calls,
             ports: self.events.open(),
             events_sent: self.events.sent,
             events_received: self.events.received,
@@ -284,13 +314,14 @@ impl Host {
 
     /// A domain, made at the first call for its number.
     pub fn domain(&self, id: DomainId) -> Domain {
-        self.inner.with(|state| {
+        let incarnation = self.inner.with(|state| {
             if let Entry::Vacant(entry) = state.domains.entry(id) {
                 entry.insert(DomainState::new());
                 state.store.introduce(id);
             }
+            state.domain(id).incarnation
         });
-        Domain { id, inner: self.inner.clone() }
+        Domain { id, incarnation, inner: self.inner.clone() }
     }
 
     /// Has `step` called, in a seeded order among all actors, whenever a domain waits. It does a
@@ -358,23 +389,6 @@ impl Host {
     /// What a domain did so far.
     pub fn statistics(&self, id: DomainId) -> Statistics {
         self.domain(id).statistics()
-    }
-
-    /// Gives a domain what it finds after a migration or a resume: an empty grant table, no event
-    /// channel, a new connection to XenStore without watches. Its memory stays.
-    pub fn migrate_domain(&self, id: DomainId) {
-        self.inner.with(|state| {
-            let ports = state.domain(id).events.open_ports();
-            for port in ports {
-                state.close_port(id, port);
-            }
-            let domain = state.domain(id);
-            domain.grants.reset();
-            domain.pages.forget_grants();
-            domain.fresh = true;
-            state.store.reconnect(id);
-            state.signal = true;
-        });
     }
 
     /// Writes a XenStore node, as the toolstack (domain 0) would.

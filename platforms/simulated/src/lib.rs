@@ -1,15 +1,17 @@
 //! Grant table, event channels and XenStore of a Xen host, simulated in one process.
 //!
 //! What every host test runs on. A [`Host`] holds domains; a [`Domain`] is the platform that a
-//! driver gets (`PageAllocator`, `Grants`, `EventChannels`, `StoreTransport`, `Clock`), and has
-//! the peer's side of it besides: [`Domain::map`], [`Domain::copy_from`]. [`blkback::Backend`] is
+//! driver gets (`PageAllocator`, `Grants`, `ForeignGrants`, `EventChannels`, `StoreTransport`,
+//! `Clock`), of a frontend as well as of a backend. [`Domain::map_page`] and [`Domain::copy_from`] are
+//! for scripts that play a peer. [`blkback::Backend`] is
 //! a strict, scriptable, if wanted hostile block backend that shares no code with the driver under
 //! test.
 //!
 //! # Fakes that punish mistakes
 //!
 //! * A page that is released while granted, released twice, or written after its release: panic.
-//! * A grant that is ended twice, a closed port that is signalled: panic.
+//! * A grant that is ended twice, a mapping that is unmapped twice, a copy that crosses the end of
+//!   a page, a closed port that is signalled: panic.
 //! * A driver that forgets to notify: nobody can go on, and [`Domain`]'s `wait` panics with "every
 //!   domain sleeps: a wake-up was lost", and says who waits for what.
 //! * Data that changes while the peer uses it: [`Host::incidents`].
@@ -25,12 +27,15 @@ pub mod blkback;
 mod domain;
 mod events;
 mod faults;
+mod foreign;
 mod grants;
 mod host;
+mod life;
 mod mapping;
 #[allow(unsafe_code)]
 mod memory;
 mod store;
+mod toolstack;
 mod waiting;
 
 pub use domain::Domain;
@@ -38,3 +43,4 @@ pub use faults::{Faults, Random};
 pub use host::{ActorId, Host, Statistics};
 pub use mapping::{MapError, Mapping};
 pub use store::{StoreError, StoreWatch};
+pub use toolstack::Vbd;

@@ -1,19 +1,18 @@
 //! The peer's side of the grant table: pages mapped and copied.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use pvblk::memory::{Access, PAGE_BYTES};
 use pvblk_xen::platform::{DomainId, GrantRef};
 
-use crate::host::Inner;
+use crate::Domain;
 use crate::memory::Page;
 
 /// Why a foreign page could not be mapped or copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum MapError {
-    /// There is no such domain.
+    /// There is no such domain, or it is dead.
     #[error("no such domain")]
     NoDomain,
     /// The reference grants nothing.
@@ -28,15 +27,19 @@ pub enum MapError {
     /// A copy may not cross the end of a page.
     #[error("a copy crosses the end of a page")]
     CrossesPage,
+    /// The domain has as many foreign pages mapped as it may.
+    #[error("no room for one more mapped page")]
+    NoRoom,
 }
 
 /// A granted page of another domain, until it is dropped.
 ///
-/// Made by [`Domain::map`](crate::Domain::map) (really shared memory) or
-/// [`Domain::map_snapshot`](crate::Domain::map_snapshot) (a copy: what the owner changes later is
-/// not seen, and what is written here arrives when the mapping is dropped).
+/// Made by [`Domain::map_page`] (really shared memory) or [`Domain::map_snapshot`] (a copy: what
+/// the owner changes later is not seen, and what is written here arrives when the mapping is
+/// dropped).
 pub struct Mapping {
-    inner: Arc<Inner>,
+    mapper: Domain,
+    token: u64,
     owner: DomainId,
     reference: GrantRef,
     access: Access,
@@ -54,25 +57,23 @@ struct Snapshot {
 
 impl Mapping {
     pub(crate) fn new(
-        inner: &Arc<Inner>,
-        mapper: DomainId,
+        mapper: &Domain,
         owner: DomainId,
         reference: GrantRef,
         access: Access,
         copy: bool,
     ) -> Result<Self, MapError> {
-        let page = inner.with(|state| {
-            let table = &mut state.domains.get_mut(&owner).ok_or(MapError::NoDomain)?.grants;
-            let page = table.map(mapper, reference, access)?;
-            state.domain(mapper).maps += 1;
-            Ok(page)
+        let (token, page) = mapper.if_alive(Err(MapError::NoDomain), |state| {
+            state.domain(mapper.id).foreign.map_calls += 1;
+            state.map_foreign(mapper.id, owner, reference, access)
         })?;
         let snapshot = copy.then(|| {
             let mut bytes = vec![0; PAGE_BYTES].into_boxed_slice();
             page.read(0, &mut bytes);
             Snapshot { bytes, read: Vec::new(), written: Vec::new() }
         });
-        Ok(Self { inner: inner.clone(), owner, reference, access, page, snapshot, leaked: false })
+        let mapper = mapper.clone();
+        Ok(Self { mapper, token, owner, reference, access, page, snapshot, leaked: false })
     }
 
     /// The reference that was mapped.
@@ -87,7 +88,7 @@ impl Mapping {
 
     /// Whether the owner granted the page for reading only.
     pub fn is_read_only_grant(&self) -> bool {
-        self.inner.with(|state| state.domain(self.owner).grants.is_read_only(self.reference))
+        self.mapper.inner.with(|state| state.domain(self.owner).grants.is_read_only(self.reference))
     }
 
     /// Reads a 32-bit number of shared memory.
@@ -174,17 +175,17 @@ impl Drop for Mapping {
         }
         let (owner, reference) = (self.owner, self.reference);
         let changed = changed.copied();
-        self.inner.with(|state| {
+        self.mapper.inner.with(|state| {
             if let Some((offset, length)) = changed {
                 state.incidents.push(format!(
                     "{owner:?} changed bytes {offset}..{} of {reference:?} while the peer used them",
                     offset + length
                 ));
             }
-            if let Some(domain) = state.domains.get_mut(&owner)
-                && !self.leaked
-            {
-                domain.grants.unmap(reference, self.page, self.access);
+            if !self.leaked {
+                state.domain(self.mapper.id).foreign.unmap_calls += 1;
+                // It is gone already if the mapper was killed meanwhile.
+                state.unmap_foreign(self.mapper.id, self.token);
             }
         });
     }

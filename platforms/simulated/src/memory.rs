@@ -6,7 +6,10 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use pvblk::memory::{Access, PAGE_BYTES, PageAllocator};
-use pvblk_xen::platform::{DomainId, GrantError, GrantRef, Grants, StillMapped};
+use pvblk_xen::platform::{
+    CopyOperation, DomainId, ForeignError, ForeignGrants, GrantError, GrantRef, Grants,
+    MapOperation, MappedPage, StillMapped,
+};
 
 use crate::Domain;
 
@@ -33,6 +36,10 @@ unsafe impl Send for Page {}
 unsafe impl Sync for Page {}
 
 impl Page {
+    pub(crate) fn pointer(self) -> NonNull<u8> {
+        self.0
+    }
+
     pub(crate) fn address(self) -> usize {
         self.0.as_ptr().addr()
     }
@@ -166,6 +173,8 @@ pub(crate) struct Pages {
     live: BTreeMap<usize, Allocation>,
     resting: VecDeque<Allocation>,
     resting_pages: usize,
+    /// Of programs that were killed: nobody gets these again, but others may have them mapped.
+    buried: Vec<Allocation>,
     pub(crate) used: usize,
     pub(crate) most: usize,
     pub(crate) quota: usize,
@@ -177,6 +186,7 @@ impl Pages {
             live: BTreeMap::new(),
             resting: VecDeque::new(),
             resting_pages: 0,
+            buried: Vec::new(),
             used: 0,
             most: 0,
             quota: usize::MAX,
@@ -229,6 +239,12 @@ impl Pages {
         }
     }
 
+    /// Takes all pages from a program that was killed. They stay valid memory.
+    pub(crate) fn bury(&mut self) {
+        self.buried.extend(std::mem::take(&mut self.live).into_values());
+        self.used = 0;
+    }
+
     /// Checks that no released page was written to.
     pub(crate) fn check_released(&self) {
         assert!(
@@ -269,14 +285,15 @@ impl Pages {
 // stay valid until the host goes, and a `Domain` keeps its host alive.
 unsafe impl PageAllocator for Domain {
     fn allocate_pages(&self, count: usize) -> Option<NonNull<u8>> {
-        self.with(|domain| {
+        self.if_alive(None, |state| {
+            let domain = state.domain(self.id);
             let refused = domain.faults.refuse_pages();
             if refused { None } else { domain.pages.allocate(count) }
         })
     }
 
     unsafe fn release_pages(&self, base: NonNull<u8>, count: usize) {
-        self.with(|domain| domain.pages.release(base, count));
+        self.if_alive((), |state| state.domain(self.id).pages.release(base, count));
     }
 }
 
@@ -289,11 +306,37 @@ unsafe impl Grants for Domain {
         page: NonNull<u8>,
         access: Access,
     ) -> Result<GrantRef, GrantError> {
-        self.with(|domain| domain.grant(peer, page.as_ptr().addr(), access))
+        self.if_alive(Err(GrantError::TableFull), |state| {
+            state.domain(self.id).grant(peer, page.as_ptr().addr(), access)
+        })
     }
 
     fn try_end(&self, reference: GrantRef) -> Result<(), StillMapped> {
-        self.with(|domain| domain.end_grant(reference))
+        self.if_alive(Ok(()), |state| state.domain(self.id).end_grant(reference))
+    }
+}
+
+// SAFETY: a mapping is the owner's page itself. Its memory stays allocated until the host goes
+// (see `Page`), and is not used for anything else while it is mapped: `GrantTable::end` refuses,
+// so the page cannot be released, and what a killed program had is never handed out again. A copy
+// is done by `Page::read` and `Page::write`, which check their bounds.
+unsafe impl ForeignGrants for Domain {
+    fn map(&self, peer: DomainId, operations: &mut [MapOperation]) {
+        for operation in &mut *operations {
+            operation.result = Err(ForeignError::Refused);
+        }
+        self.if_alive((), |state| state.map_batch(self.id, peer, operations));
+    }
+
+    unsafe fn unmap(&self, pages: &[MappedPage]) {
+        self.if_alive((), |state| state.unmap_batch(self.id, pages));
+    }
+
+    unsafe fn copy(&self, peer: DomainId, operations: &mut [CopyOperation]) {
+        for operation in &mut *operations {
+            operation.result = Err(ForeignError::Refused);
+        }
+        self.if_alive((), |state| state.copy_batch(self.id, peer, operations));
     }
 }
 

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use pvblk_xen::platform::DomainId;
 
+use crate::Domain;
 use crate::host::{ActorSlot, Inner, State};
 
 /// So many rounds in which actors are busy and nothing comes of it are no work but a loop.
@@ -12,6 +13,9 @@ const BUSY_ROUNDS: u32 = 2_000_000;
 
 /// So many waits in a row that end at once, while nobody else has anything to do, are a loop, too.
 const IDLE_WAITS: u32 = 1_000_000;
+
+/// So many waits after its death, and a program will never notice it.
+const WAITS_IN_VAIN: u32 = 100_000;
 
 /// What a round of actors takes on the simulated clock, in nanoseconds.
 const ROUND: u64 = 1_000;
@@ -27,7 +31,12 @@ impl State {
 }
 
 impl Inner {
-    pub(crate) fn wait(&self, id: DomainId, deadline: Option<u64>, store: bool) {
+    pub(crate) fn wait(&self, domain: &Domain, deadline: Option<u64>, store: bool) {
+        if !domain.is_alive() {
+            self.wait_in_vain(domain.id);
+            return;
+        }
+        let id = domain.id;
         let early = self.with(|state| {
             let domain = state.domain(id);
             domain.waits += 1;
@@ -43,6 +52,16 @@ impl Inner {
         } else {
             self.wait_stepping(id, deadline, store);
         }
+    }
+
+    /// A killed program that was not told yet may wait now and then, but must notice.
+    fn wait_in_vain(&self, id: DomainId) {
+        let waits = self.with(|state| {
+            state.domain(id).waits_in_vain += 1;
+            state.domain(id).waits_in_vain
+        });
+        assert!(waits <= WAITS_IN_VAIN, "a program of {id:?} goes on after it was killed");
+        std::thread::yield_now();
     }
 
     /// Steps every actor once, in a seeded order, and `xenstored`.

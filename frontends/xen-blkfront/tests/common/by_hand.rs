@@ -108,7 +108,7 @@ impl ByHand {
             let at = if queues.is_some() { format!("queue-{number}/") } else { String::new() };
             let reference = GrantRef(read(format!("{at}ring-ref")).expect("a ring"));
             let remote = Port(read(format!("{at}event-channel")).expect("an event channel"));
-            let page = self.back.map(FRONT, reference, Access::ReadWrite).expect("granted");
+            let page = self.back.map_page(FRONT, reference, Access::ReadWrite).expect("granted");
             let port = self.back.bind_interdomain(FRONT, remote).expect("offered to us");
             self.rings.push(Ring { page, port, consumed: 0, produced: 0 });
         }

@@ -106,7 +106,7 @@ impl Peer {
             };
             let references = names.iter().filter_map(|name| self.node(name)).map(GrantRef);
             let pages: Vec<_> = references
-                .filter_map(|page| self.domain.map(FRONT, page, Access::ReadWrite).ok())
+                .filter_map(|page| self.domain.map_page(FRONT, page, Access::ReadWrite).ok())
                 .collect();
             if pages.is_empty() {
                 continue;
@@ -158,7 +158,7 @@ impl Peer {
             5 => {
                 let access = [Access::Read, Access::ReadWrite][script.below(2)];
                 let reference = GrantRef(script.number32());
-                self.pages.extend(self.domain.map(FRONT, reference, access).ok());
+                self.pages.extend(self.domain.map_page(FRONT, reference, access).ok());
             }
             _ if count == 0 => {
                 self.attach();
@@ -208,7 +208,7 @@ impl Peer {
             _ => {
                 let Some(&(_, _, reference)) = ring.taken.last() else { return };
                 let access = [Access::Read, Access::ReadWrite][script.below(2)];
-                if let Ok(mut mapping) = self.domain.map(FRONT, GrantRef(reference), access) {
+                if let Ok(mut mapping) = self.domain.map_page(FRONT, GrantRef(reference), access) {
                     if access == Access::ReadWrite {
                         mapping.write_bytes(script.below(4096), &[script.byte()]);
                     }

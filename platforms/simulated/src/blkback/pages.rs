@@ -92,7 +92,9 @@ impl Core {
         }
         let access = if written { Access::ReadWrite } else { Access::Read };
         let reach = match self.config.data_path {
-            DataPath::Map => Reach::Mapped(self.domain.map(self.frontend, reference, access)?),
+            DataPath::Map => {
+                Reach::Mapped(self.domain.map_page(self.frontend, reference, access)?)
+            }
             DataPath::Snapshot => {
                 Reach::Mapped(self.domain.map_snapshot(self.frontend, reference, access)?)
             }
@@ -127,7 +129,8 @@ impl Core {
             return Ok(Part { segment, frame, reach: Reach::Persistent });
         }
         // A persistent page may be used in both directions later, so it has to be writable.
-        let mapping = self.domain.map(self.frontend, GrantRef(reference), Access::ReadWrite)?;
+        let mapping =
+            self.domain.map_page(self.frontend, GrantRef(reference), Access::ReadWrite)?;
         if queue.persistent.len() >= self.config.persistent_limit {
             let unused = queue.persistent.iter().filter(|(_, kept)| kept.in_use == 0);
             let oldest = unused.min_by_key(|(_, kept)| kept.last_use).map(|(key, _)| *key);

@@ -9,6 +9,7 @@ use super::config::{CloseAt, Handshake, Hostility};
 use super::layout::{Abi, REQ_EVENT, REQ_PROD, RSP_EVENT, RSP_PROD};
 use super::ring::Queue;
 use super::{Core, Feature};
+use crate::Vbd;
 
 pub(super) const INITIALISING: u32 = 1;
 pub(super) const INIT_WAIT: u32 = 2;
@@ -20,35 +21,16 @@ pub(super) const CLOSED: u32 = 6;
 impl Core {
     /// What the toolstack writes when it adds a disk.
     pub(super) fn create_nodes(&self) {
-        let number = self.frontend.0.to_string();
-        let device_type = if self.config.cdrom { "cdrom" } else { "disk" };
-        let mode = if self.config.read_only { "r" } else { "w" };
-        let digit = |flag: bool| if flag { "1" } else { "0" };
-        let (back, front) = (&self.path, &self.frontend_path);
-        let mut nodes = vec![
-            (format!("{back}/frontend"), front.clone()),
-            (format!("{back}/frontend-id"), number),
-            (format!("{back}/online"), digit(self.config.online).into()),
-            (format!("{back}/mode"), mode.into()),
-            (format!("{back}/type"), "phy".into()),
-            (format!("{back}/dev"), "xvda".into()),
-            (format!("{back}/params"), "simulated".into()),
-            (format!("{back}/device-type"), device_type.into()),
-            (format!("{back}/removable"), digit(self.config.removable).into()),
-            (format!("{back}/bootable"), "1".into()),
-            (format!("{back}/discard-enable"), digit(self.config.discard).into()),
-            (format!("{back}/hotplug-status"), "connected".into()),
-            (format!("{front}/backend"), back.clone()),
-            (format!("{front}/backend-id"), self.domain.id().0.to_string()),
-            (format!("{front}/virtual-device"), self.vdev.to_string()),
-            (format!("{front}/device-type"), device_type.into()),
-        ];
-        if let Some(trusted) = self.config.trusted {
-            nodes.push((format!("{front}/trusted"), digit(trusted).into()));
-        }
-        nodes.push((format!("{back}/state"), "1".into()));
-        nodes.push((format!("{front}/state"), "1".into()));
-        self.write_nodes(&nodes);
+        let mut vbd = Vbd::new(self.domain.id(), self.frontend, self.vdev);
+        vbd.read_only = self.config.read_only;
+        vbd.cdrom = self.config.cdrom;
+        vbd.removable = self.config.removable;
+        vbd.discard = Some(self.config.discard);
+        vbd.trusted = self.config.trusted;
+        vbd.online = self.config.online;
+        self.host.attach_vbd(&vbd);
+        // What the hotplug script says when the disk itself is there.
+        self.host.store_write(&format!("{}/hotplug-status", self.path), "connected");
     }
 
     fn write_nodes(&self, nodes: &[(String, String)]) {
@@ -314,7 +296,7 @@ impl Core {
             let reference = GrantRef(number(name)?);
             let page = self
                 .domain
-                .map(self.frontend, reference, Access::ReadWrite)
+                .map_page(self.frontend, reference, Access::ReadWrite)
                 .map_err(|error| format!("{directory}{name}: {error}"))?;
             if !frames.insert(page.frame()) {
                 return Err(format!("{directory}{name} names a ring page that is in use"));

@@ -140,9 +140,17 @@ impl Store {
     pub(crate) fn introduce(&mut self, id: DomainId) {
         self.connections.insert(id, Connection::new());
         self.write(&home(id), b"");
+        self.fire("@introduceDomain");
     }
 
-    /// A new connection for a domain that was migrated.
+    /// Ends the connection of a domain that died.
+    pub(crate) fn release(&mut self, id: DomainId) {
+        self.reconnect(id);
+        self.connections.remove(&id);
+        self.fire("@releaseDomain");
+    }
+
+    /// A new connection for a domain that was migrated, or whose program was killed.
     pub(crate) fn reconnect(&mut self, id: DomainId) {
         self.connections.insert(id, Connection::new());
         self.watches.retain(|watch| watch.owner != id);
