@@ -1,0 +1,166 @@
+//! One queue of an exported disk: its ring, its event channel, its way to the frontend's memory.
+
+use alloc::vec::Vec;
+
+use pvblk::backend::{Backend, Store, Violation};
+use pvblk::memory::Access;
+use pvblk_xen::abi::DIRECT_SEGMENTS;
+use pvblk_xen::back::{BackRing, Layout, Offer};
+use pvblk_xen::foreign::{Counts, ForeignMemory, Reach};
+use pvblk_xen::mapped::MappedPages;
+use pvblk_xen::platform::{
+    DomainId, EventChannels, EventError, ForeignError, ForeignGrants, GrantRef, Port,
+};
+
+/// Requests that are taken in one round of work. Between rounds its owner can look after others.
+const BUDGET: usize = 64;
+
+/// What a frontend published for one queue. All of it is an allegation until the queue is open.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct QueuePlan {
+    /// Which of the disk's queues it is.
+    pub number: usize,
+    /// The frontend's domain.
+    pub peer: DomainId,
+    /// The pages of the ring, in order: 1, 2, 4, 8, ... of them.
+    pub references: Vec<GrantRef>,
+    /// The frontend's end of the event channel.
+    pub port: Port,
+    /// The layout of the ring's slots.
+    pub layout: Layout,
+    /// What requests may ask for.
+    pub offer: Offer,
+    /// How the frontend's memory is reached.
+    pub reach: Reach,
+}
+
+impl QueuePlan {
+    /// A plan.
+    pub fn new(
+        number: usize,
+        peer: DomainId,
+        references: Vec<GrantRef>,
+        port: Port,
+        layout: Layout,
+        offer: Offer,
+        reach: Reach,
+    ) -> Self {
+        Self { number, peer, references, port, layout, offer, reach }
+    }
+}
+
+/// Why a queue could not be opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// The ring's pages could not be mapped.
+    #[error("mapping the ring: {0}")]
+    Ring(ForeignError),
+    /// The event channel could not be bound.
+    #[error("binding the event channel: {0}")]
+    Event(#[from] EventError),
+    /// The ring is in a state that no ring can be in.
+    #[error(transparent)]
+    Violation(#[from] Violation),
+    /// There is no memory to copy the frontend's data to.
+    #[error("out of memory: {0} pages for requests in progress")]
+    OutOfMemory(usize),
+}
+
+/// The engine of a queue.
+pub type Engine<'t, T, S> = Backend<BackRing<&'t T>, ForeignMemory<&'t T>, S>;
+
+/// A queue that is connected to its frontend. The ring is unmapped and the event channel closed when
+/// it is dropped.
+pub struct Queue<'t, T: ForeignGrants + EventChannels, S: Store> {
+    engine: Engine<'t, T, S>,
+    line: Line<'t, T>,
+    /// Whether the frontend may have asked for something since the last round found nothing.
+    is_busy: bool,
+}
+
+/// The event channel, closed when it is dropped.
+struct Line<'t, T: EventChannels> {
+    platform: &'t T,
+    port: Port,
+}
+
+impl<T: EventChannels> Drop for Line<'_, T> {
+    fn drop(&mut self) {
+        self.platform.close(self.port);
+    }
+}
+
+impl<'t, T: ForeignGrants + EventChannels, S: Store> Queue<'t, T, S> {
+    /// Maps the ring and binds the event channel. `platform` is that of whoever will work the queue.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`]; nothing stays mapped or bound then.
+    pub fn open(platform: &'t T, plan: &QueuePlan, store: S) -> Result<Self, OpenError> {
+        let pages = MappedPages::map(platform, plan.peer, &plan.references, Access::ReadWrite)
+            .map_err(OpenError::Ring)?;
+        let ring = BackRing::attach(pages, plan.layout, plan.offer)?;
+        let memory = ForeignMemory::new(platform, plan.peer, &plan.reach)
+            .ok_or(OpenError::OutOfMemory(plan.reach.room))?;
+        let port = platform.bind_interdomain(plan.peer, plan.port)?;
+        let line = Line { platform, port };
+        // At most 512 slots, and 4096 segments.
+        let slots = ring.slots() as u16;
+        let longest = plan.offer.indirect_segments.max(DIRECT_SEGMENTS);
+        let engine = Backend::new(ring, memory, store, slots, longest);
+        // What came before the channel was bound notified nobody; and the frontend may wait for
+        // answers that an earlier backend owed it.
+        platform.notify(port);
+        Ok(Self { engine, line, is_busy: true })
+    }
+
+    /// The queue's event channel.
+    pub fn port(&self) -> Port {
+        self.line.port
+    }
+
+    /// The engine.
+    pub fn engine(&self) -> &Engine<'t, T, S> {
+        &self.engine
+    }
+
+    /// The engine, to set its store up or to tidy it.
+    pub fn engine_mut(&mut self) -> &mut Engine<'t, T, S> {
+        &mut self.engine
+    }
+
+    /// What was done to reach the frontend's memory.
+    pub fn counts(&self) -> Counts {
+        self.engine.memory().counts()
+    }
+
+    /// Does a bounded amount of work: takes requests, answers those that are done, and notifies the
+    /// frontend at most once. `true` if there is more to do now; otherwise the next event of the
+    /// channel, or a completion of the store, is the time to call again.
+    ///
+    /// # Errors
+    ///
+    /// [`Violation`] if the frontend broke the rules of the ring: drop the queue, close the device.
+    pub fn work(&mut self) -> Result<bool, Violation> {
+        let (platform, port) = (self.line.platform, self.line.port);
+        // Taken, not looked at: what counts is the ring.
+        platform.take(port);
+        let round = self.engine.poll(BUDGET)?;
+        if round.notify {
+            platform.notify(port);
+        }
+        self.is_busy = round.more || self.engine.sleep()?;
+        if !self.is_busy {
+            // Not before: a frontend that notifies without end is heard once a round.
+            platform.unmask(port);
+        }
+        Ok(self.is_busy)
+    }
+
+    /// Whether [`work`](Self::work) said that there is more to do.
+    pub fn is_busy(&self) -> bool {
+        self.is_busy
+    }
+}
