@@ -1,9 +1,34 @@
 //! A Xen virtual block device (vbd) backend: the life cycle and the queues of an exported disk.
+//!
+//! [`Backends`] finds the devices that the toolstack gives this domain to serve, [`Vbd`] follows
+//! one of them through XenStore, and says when there are queues to open ([`QueuePlan`]). Neither
+//! waits for a frontend: both are polled, by a driver domain with one thread as by a daemon whose
+//! workers serve the queues.
+//!
+//! The protocol is `xen/include/public/io/blkif.h`; what the toolstack does is libxl's
+//! `libxl_disk.c` and `libxl_device.c`. What it needs of the operating system are the traits of
+//! [`pvblk_xen::platform`].
 #![no_std]
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 extern crate alloc;
 
-mod queue;
+// First: the macro is used by the others.
+mod fmt;
 
-pub use queue::{Engine, OpenError, Queue, QueuePlan};
+mod backends;
+mod config;
+mod device;
+mod disk;
+mod error;
+mod offer;
+mod publish;
+mod vbd;
+
+pub use backends::{Address, Backends, Change, Quota};
+pub use config::{Config, DataPath, Hotplug};
+pub use device::{Device, Medium};
+pub use disk::{Disk, Feature};
+pub use error::{Error, ErrorKind};
+pub use offer::{Layout, QueuePlan, Refusal};
+pub use vbd::{Event, Negotiated, Vbd};

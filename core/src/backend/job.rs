@@ -161,7 +161,11 @@ impl<K> Job<K> {
                         self.is_fetched = true;
                         self.leases.fill(Lease::NONE);
                     }
-                    self.leases[count] = memory.fetch(&segment, access);
+                    let Some(lease) = memory.fetch(&segment, access) else {
+                        self.status = Status::Failed;
+                        break;
+                    };
+                    self.leases[count] = lease;
                     Piece::EMPTY.base()
                 }
             };

@@ -42,8 +42,9 @@ pub unsafe trait PeerMemory {
     /// How many segments can be fetched now.
     fn room(&self) -> usize;
 
-    /// Begins to fetch a segment (with `Read`, what is in it, too). There is [`room`](Self::room).
-    fn fetch(&mut self, segment: &Segment<Self::Handle>, access: Access) -> Lease;
+    /// Begins to fetch a segment (with `Read`, what is in it, too). `None` if there is no
+    /// [`room`](Self::room).
+    fn fetch(&mut self, segment: &Segment<Self::Handle>, access: Access) -> Option<Lease>;
 
     /// Begins to give back what was fetched. `filled` says that it holds data for the peer.
     fn give_back(&mut self, lease: Lease, filled: bool);

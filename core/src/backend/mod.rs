@@ -77,6 +77,8 @@ pub struct Backend<W: Wire, M: PeerMemory<Handle = W::Handle>, S: Store> {
     jobs: Slots<Job<W::Key>>,
     /// Jobs whose memory is being fetched or given back.
     exchanging: VecDeque<Tag>,
+    /// Segments of requests whose tables are being fetched: there must be room for them, too.
+    reserved: usize,
     /// The barrier that everything taken before it must go before.
     barrier: Option<Tag>,
     round: u32,
@@ -110,6 +112,7 @@ where
             longest,
             jobs: slots,
             exchanging: VecDeque::with_capacity(capacity),
+            reserved: 0,
             barrier: None,
             round: 0,
             answered: false,
@@ -163,7 +166,7 @@ where
     fn takes(&self) -> bool {
         self.jobs.has_room()
             && self.barrier.is_none()
-            && self.memory.room() >= self.longest + TABLES_MAX
+            && self.memory.room() >= self.reserved + self.longest + TABLES_MAX
     }
 
     /// Begins a request.
@@ -258,9 +261,13 @@ where
             return self.list_tables(tag, &pieces);
         }
         for part in &parts {
-            job.add_table(self.memory.fetch(part, Access::Read));
+            match self.memory.fetch(part, Access::Read) {
+                Some(lease) => job.add_table(lease),
+                None => job.status = Status::Failed,
+            }
         }
-        job.listed = segments;
+        job.listed = segments.min(self.longest);
+        self.reserved += job.listed;
         job.exchange = Exchange::Tables;
         self.exchanging.push_back(tag);
     }
@@ -269,7 +276,8 @@ where
     fn tables_fetched(&mut self, tag: Tag) {
         let Some(job) = self.jobs.get_mut(tag) else { return };
         let mut pieces = heapless::Vec::<Piece, TABLES_MAX>::new();
-        let mut left = job.listed.min(self.longest) * W::ENTRY_BYTES;
+        self.reserved -= job.listed;
+        let mut left = job.listed * W::ENTRY_BYTES;
         for lease in &job.tables {
             let bytes = left.min(PAGE_BYTES);
             left -= bytes;

@@ -325,9 +325,9 @@ unsafe impl<P: ForeignGrants> PeerMemory for ForeignMemory<P> {
     }
 
     #[inline(never)]
-    fn fetch(&mut self, segment: &Segment<GrantRef>, access: Access) -> Lease {
+    fn fetch(&mut self, segment: &Segment<GrantRef>, access: Access) -> Option<Lease> {
         let number = self.free;
-        let Some(slot) = self.slots.get_mut(number as usize) else { return Lease::NONE };
+        let slot = self.slots.get_mut(number as usize)?;
         self.free = slot.next;
         self.room -= 1;
         *slot = Slot { segment: *segment, access, how: How::Failed, ..*slot };
@@ -338,7 +338,7 @@ unsafe impl<P: ForeignGrants> PeerMemory for ForeignMemory<P> {
         } else {
             self.begin_once(number);
         }
-        Lease(number)
+        Some(Lease(number))
     }
 
     fn give_back(&mut self, lease: Lease, filled: bool) {

@@ -1,0 +1,250 @@
+//! What a frontend published: where its rings are.
+//!
+//! All of it is an allegation. Every number is bounded before anything is computed from it, and
+//! what cannot be is refused, with the words for the frontend's owner.
+
+use alloc::format;
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+
+use pvblk_xen::abi::{Abi, Abi32, Abi64};
+use pvblk_xen::platform::{DomainId, GrantRef, Port};
+use pvblk_xen::store::{Error as StoreError, Nodes};
+
+use crate::config::{QUEUES_MAX, RING_ORDER_MAX};
+use crate::device::is_peers_doing;
+
+/// The layout of a frontend's requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// That of x86_64 and of both Arm architectures.
+    Abi64,
+    /// That of 32-bit x86.
+    Abi32,
+}
+
+/// What both ends of Arm call it (`xen/include/public/io/protocols.h`). The layout is the 64-bit one.
+const ARM_PROTOCOL: &str = "arm-abi";
+
+impl Layout {
+    /// What Linux's backend takes for a frontend that names none.
+    pub(crate) const UNNAMED: Self =
+        if cfg!(any(target_arch = "x86", target_arch = "x86_64")) { Self::Abi32 } else { Self::Abi64 };
+
+    fn from_protocol(protocol: &str) -> Option<Self> {
+        match protocol {
+            ARM_PROTOCOL => Some(Self::Abi64),
+            _ if protocol == Abi64::PROTOCOL => Some(Self::Abi64),
+            _ if protocol == Abi32::PROTOCOL => Some(Self::Abi32),
+            _ => None,
+        }
+    }
+}
+
+/// One queue that a frontend wants to be served: all that is needed to open it, on any thread.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QueuePlan {
+    /// Which queue of the disk, from 0.
+    pub number: usize,
+    /// The frontend's domain.
+    pub peer: DomainId,
+    /// The pages of the ring, in order: 1, 2, 4, 8 or 16, all different, and none of another queue.
+    pub references: Vec<GrantRef>,
+    /// The frontend's event channel, and no other queue's.
+    pub port: Port,
+    /// The layout of the requests.
+    pub layout: Layout,
+    /// Whether the ring was in use before: an earlier backend served it, and answered as many
+    /// requests as the ring says (`rsp_prod`). Otherwise it is new, and that number is where it begins.
+    pub attach: bool,
+    /// Whether both ends keep pages mapped.
+    pub persistent: bool,
+    /// The most segments that the frontend was told it may put into one request; 0 for no indirect
+    /// requests.
+    pub indirect_segments: u32,
+}
+
+/// Why a frontend is not served.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// A node that must be there is not, or must not be read by us.
+    #[error("{0} is missing")]
+    Missing(String),
+    /// A node holds something that is not a decimal number of 32 bits.
+    #[error("{0} is not a number")]
+    NotANumber(String),
+    /// `protocol` names none that exists.
+    #[error("unknown protocol {0:?}")]
+    Protocol(String),
+    /// There are no queues, or more than were offered.
+    #[error("{asked} queues, where 1 to {most} are possible")]
+    Queues {
+        /// How many there are.
+        asked: u32,
+        /// `multi-queue-max-queues`
+        most: u32,
+    },
+    /// The rings are larger than was offered.
+    #[error("rings of page order {asked}, where at most {most} is possible")]
+    RingOrder {
+        /// Which order they have.
+        asked: u32,
+        /// `max-ring-page-order`
+        most: u32,
+    },
+    /// Two pages of rings are the same.
+    #[error("grant reference {0} is named for two pages of rings")]
+    SamePage(u32),
+    /// Two queues have the same event channel.
+    #[error("event channel {0} is named for two queues")]
+    SamePort(u32),
+    /// The owner of the vbd refused it.
+    #[error("{0}")]
+    Owner(String),
+}
+
+/// The limits that a frontend was told, and what else decides how its nodes are understood.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Terms {
+    pub peer: DomainId,
+    pub queues: u32,
+    pub ring_order: u32,
+    pub indirect_segments: u32,
+    pub persistent: bool,
+    pub missing_protocol: Layout,
+    pub attach: bool,
+}
+
+/// Why a frontend's nodes gave no plan.
+pub(crate) enum Problem {
+    Store(StoreError),
+    Refused(Refusal),
+}
+
+impl From<StoreError> for Problem {
+    fn from(error: StoreError) -> Self {
+        Self::Store(error)
+    }
+}
+
+impl From<Refusal> for Problem {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal)
+    }
+}
+
+/// Reads what the frontend published in `frontend`.
+///
+/// Which form the nodes have is told by which are there, as Linux's backend does it: one queue has
+/// them at the top, several in `queue-N`; a ring is in `ring-ref` unless there is a
+/// `ring-page-order`, even of 0, and then in `ring-refN`.
+pub(crate) fn read(
+    nodes: &impl Nodes,
+    frontend: &str,
+    terms: &Terms,
+) -> Result<Vec<QueuePlan>, Problem> {
+    let reader = Reader { nodes, frontend };
+    let layout = reader.layout(terms.missing_protocol)?;
+    let asked = reader.number("multi-queue-num-queues")?.unwrap_or(1);
+    let most = terms.queues.min(QUEUES_MAX);
+    if asked == 0 || asked > most {
+        return Err(Refusal::Queues { asked, most }.into());
+    }
+    let order = reader.number("ring-page-order")?;
+    let most = terms.ring_order.min(RING_ORDER_MAX);
+    if let Some(asked) = order.filter(|order| *order > most) {
+        return Err(Refusal::RingOrder { asked, most }.into());
+    }
+    let persistent = terms.persistent && reader.flag("feature-persistent")?;
+
+    let mut plans = Vec::new();
+    for number in 0..asked {
+        let at = if asked == 1 { String::new() } else { format!("queue-{number}/") };
+        plans.push(QueuePlan {
+            number: number as usize,
+            peer: terms.peer,
+            references: reader.references(&at, order)?,
+            port: Port(reader.required(&format!("{at}event-channel"))?),
+            layout,
+            attach: terms.attach,
+            persistent,
+            indirect_segments: terms.indirect_segments,
+        });
+    }
+    check_distinct(&plans)?;
+    Ok(plans)
+}
+
+/// A page that is in two rings, or twice in one, would be changed behind the backend's back by
+/// itself.
+fn check_distinct(plans: &[QueuePlan]) -> Result<(), Refusal> {
+    let references = plans.iter().flat_map(|plan| &plan.references).map(|reference| reference.0);
+    if let Some(reference) = repeated(references.collect()) {
+        return Err(Refusal::SamePage(reference));
+    }
+    match repeated(plans.iter().map(|plan| plan.port.0).collect()) {
+        Some(port) => Err(Refusal::SamePort(port)),
+        None => Ok(()),
+    }
+}
+
+fn repeated(mut numbers: Vec<u32>) -> Option<u32> {
+    numbers.sort_unstable();
+    numbers.windows(2).find(|pair| pair[0] == pair[1]).map(|pair| pair[0])
+}
+
+struct Reader<'n, N> {
+    nodes: &'n N,
+    frontend: &'n str,
+}
+
+impl<N: Nodes> Reader<'_, N> {
+    fn path(&self, node: &str) -> String {
+        format!("{}/{node}", self.frontend)
+    }
+
+    fn number(&self, node: &str) -> Result<Option<u32>, Problem> {
+        match self.nodes.read_u32(&self.path(node)) {
+            Err(StoreError::BadValue { .. }) => Err(Refusal::NotANumber(node.into()).into()),
+            Err(error) if is_peers_doing(&error) => Err(Refusal::Missing(node.into()).into()),
+            result => Ok(result?),
+        }
+    }
+
+    fn required(&self, node: &str) -> Result<u32, Problem> {
+        self.number(node)?.ok_or_else(|| Refusal::Missing(node.into()).into())
+    }
+
+    /// A feature that is offered by anything but 0. Nonsense offers nothing.
+    fn flag(&self, node: &str) -> Result<bool, Problem> {
+        match self.nodes.read_u32(&self.path(node)) {
+            Err(error) if is_peers_doing(&error) => Ok(false),
+            result => Ok(result?.unwrap_or(0) != 0),
+        }
+    }
+
+    fn layout(&self, missing: Layout) -> Result<Layout, Problem> {
+        let protocol = match self.nodes.read_optional(&self.path("protocol")) {
+            Err(error) if is_peers_doing(&error) => return Err(Refusal::Protocol("?".into()).into()),
+            result => result?,
+        };
+        let Some(protocol) = protocol else { return Ok(missing) };
+        Layout::from_protocol(&protocol).ok_or_else(|| {
+            // Only the beginning: it goes into an error node and into messages.
+            let shown: String = protocol.chars().take(32).collect();
+            Refusal::Protocol(shown).into()
+        })
+    }
+
+    /// `order` was checked.
+    fn references(&self, at: &str, order: Option<u32>) -> Result<Vec<GrantRef>, Problem> {
+        let pages = 1_u32 << order.unwrap_or(0);
+        (0..pages)
+            .map(|page| {
+                let number = order.map_or_else(String::new, |_| page.to_string());
+                self.required(&format!("{at}ring-ref{number}")).map(GrantRef)
+            })
+            .collect()
+    }
+}
