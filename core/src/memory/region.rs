@@ -43,6 +43,7 @@ impl SharedRegion<'_> {
     ///
     /// For the lifetime of the region the memory is valid for reads and writes, and no Rust
     /// reference to any part of it exists. `base` is aligned to 8 bytes (or this panics).
+    #[inline]
     pub unsafe fn new(base: NonNull<u8>, bytes: usize) -> Self {
         assert!(
             (base.as_ptr() as usize).is_multiple_of(8),
