@@ -5,7 +5,7 @@
 
 use alloc::collections::{BTreeSet, VecDeque};
 use alloc::format;
-use alloc::string::{String, ToString};
+use alloc::string::String;
 use alloc::vec::Vec;
 
 use pvblk_xen::platform::{Clock, DomainId, StoreTransport};
@@ -62,6 +62,8 @@ pub struct Backends<'s, 't, T: StoreTransport + Clock> {
     /// Look, even without an event.
     again: bool,
     known: BTreeSet<(DomainId, u32)>,
+    /// Whether a message said that there are too many.
+    told: bool,
     changes: VecDeque<Change>,
 }
 
@@ -83,6 +85,7 @@ impl<'s, 't, T: StoreTransport + Clock> Backends<'s, 't, T> {
             quota,
             again: true,
             known: BTreeSet::new(),
+            told: false,
             changes: VecDeque::new(),
         })
     }
@@ -92,7 +95,8 @@ impl<'s, 't, T: StoreTransport + Clock> Backends<'s, 't, T> {
     ///
     /// # Errors
     ///
-    /// [`Error::Store`]; nothing is lost then: it may be called again.
+    /// [`Error::Store`]; nothing is lost then: it may be called again. (A list of more than about
+    /// 800 guests is too long for a message of XenStore.)
     pub fn advance(&mut self) -> Result<Option<Change>, Error> {
         if self.changes.is_empty() {
             self.store.poll()?;
@@ -121,6 +125,7 @@ impl<'s, 't, T: StoreTransport + Clock> Backends<'s, 't, T> {
         let gone: Vec<_> = self.known.difference(&present).copied().collect();
         for device in gone {
             self.known.remove(&device);
+            self.told = false;
             self.changes.push_back(Change::Disappeared(self.address(device)));
         }
         for device in present {
@@ -139,11 +144,12 @@ impl<'s, 't, T: StoreTransport + Clock> Backends<'s, 't, T> {
         }
     }
 
-    fn has_room(&self, frontend: DomainId) -> bool {
+    fn has_room(&mut self, frontend: DomainId) -> bool {
         let of_domain = self.known.range((frontend, 0)..=(frontend, u32::MAX)).count();
         let room = of_domain < self.quota.per_domain && self.known.len() < self.quota.total;
-        if !room {
+        if !room && !self.told {
             message!(warn, "{}: too many devices of domain {}", self.root, frontend.0);
+            self.told = true;
         }
         room
     }
@@ -152,10 +158,11 @@ impl<'s, 't, T: StoreTransport + Clock> Backends<'s, 't, T> {
     fn is_there(&self, device: (DomainId, u32)) -> Result<bool, StoreError> {
         let path = self.address(device).path;
         let state = xenbus::read_state(self.store, &path)?;
-        let over = || Ok(optional_text(self.store, &path, "online")?.is_none_or(|flag| flag == "0"));
-        Ok(state != State::Unknown
-            && self.store.exists(&format!("{path}/frontend"))?
-            && !(state == State::Closed && over()?))
+        if state == State::Unknown || !self.store.exists(&format!("{path}/frontend"))? {
+            return Ok(false);
+        }
+        let online = optional_text(self.store, &path, "online")?;
+        Ok(state != State::Closed || online.is_some_and(|flag| flag != "0"))
     }
 
     fn address(&self, (frontend_id, virtual_device): (DomainId, u32)) -> Address {

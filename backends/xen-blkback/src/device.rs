@@ -53,7 +53,9 @@ impl Device {
             .next()
             .and_then(decimal)
             .filter(|_| path.starts_with('/'))
-            .ok_or_else(|| bad("path", path, "an absolute path that ends in a number is expected"))?;
+            .ok_or_else(|| {
+                bad("path", path, "an absolute path that ends in a number is expected")
+            })?;
 
         let id = nodes.read(&format!("{path}/frontend-id"))?;
         let frontend_id = domain_id(&id)
@@ -61,7 +63,11 @@ impl Device {
 
         let frontend_path = nodes.read(&format!("{path}/frontend"))?;
         if !frontend_path.starts_with(&format!("/local/domain/{id}/")) {
-            return Err(bad("frontend", &frontend_path, "a path in the frontend's home is expected"));
+            return Err(bad(
+                "frontend",
+                &frontend_path,
+                "a path in the frontend's home is expected",
+            ));
         }
 
         let text = |node: &str| optional_text(nodes, path, node);

@@ -23,12 +23,14 @@ mod disk;
 mod error;
 mod offer;
 mod publish;
+mod queue;
 mod vbd;
 
 pub use backends::{Address, Backends, Change, Quota};
-pub use config::{Config, DataPath, Hotplug};
+pub use config::{Config, Hotplug};
 pub use device::{Device, Medium};
 pub use disk::{Disk, Feature};
 pub use error::{Error, ErrorKind};
-pub use offer::{Layout, QueuePlan, Refusal};
+pub use offer::Refusal;
+pub use queue::{Engine, OpenError, Queue, QueuePlan};
 pub use vbd::{Event, Negotiated, Vbd};

@@ -8,60 +8,26 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
 use pvblk_xen::abi::{Abi, Abi32, Abi64};
+use pvblk_xen::back::{Layout, Offer};
 use pvblk_xen::platform::{DomainId, GrantRef, Port};
 use pvblk_xen::store::{Error as StoreError, Nodes};
 
-use crate::config::{QUEUES_MAX, RING_ORDER_MAX};
+use crate::config::{Config, QUEUES_MAX, RING_ORDER_MAX};
 use crate::device::is_peers_doing;
+use crate::publish::Limits;
+use crate::queue::QueuePlan;
 
-/// The layout of a frontend's requests.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Layout {
-    /// That of x86_64 and of both Arm architectures.
-    Abi64,
-    /// That of 32-bit x86.
-    Abi32,
-}
-
-/// What both ends of Arm call it (`xen/include/public/io/protocols.h`). The layout is the 64-bit one.
+/// What both ends of Arm call it (`xen/include/public/io/protocols.h`). The layout is the 64-bit
+/// one.
 const ARM_PROTOCOL: &str = "arm-abi";
 
-impl Layout {
-    /// What Linux's backend takes for a frontend that names none.
-    pub(crate) const UNNAMED: Self =
-        if cfg!(any(target_arch = "x86", target_arch = "x86_64")) { Self::Abi32 } else { Self::Abi64 };
-
-    fn from_protocol(protocol: &str) -> Option<Self> {
-        match protocol {
-            ARM_PROTOCOL => Some(Self::Abi64),
-            _ if protocol == Abi64::PROTOCOL => Some(Self::Abi64),
-            _ if protocol == Abi32::PROTOCOL => Some(Self::Abi32),
-            _ => None,
-        }
+fn layout_of(protocol: &str) -> Option<Layout> {
+    match protocol {
+        ARM_PROTOCOL => Some(Layout::Bits64),
+        _ if protocol == Abi64::PROTOCOL => Some(Layout::Bits64),
+        _ if protocol == Abi32::PROTOCOL => Some(Layout::Bits32),
+        _ => None,
     }
-}
-
-/// One queue that a frontend wants to be served: all that is needed to open it, on any thread.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct QueuePlan {
-    /// Which queue of the disk, from 0.
-    pub number: usize,
-    /// The frontend's domain.
-    pub peer: DomainId,
-    /// The pages of the ring, in order: 1, 2, 4, 8 or 16, all different, and none of another queue.
-    pub references: Vec<GrantRef>,
-    /// The frontend's event channel, and no other queue's.
-    pub port: Port,
-    /// The layout of the requests.
-    pub layout: Layout,
-    /// Whether the ring was in use before: an earlier backend served it, and answered as many
-    /// requests as the ring says (`rsp_prod`). Otherwise it is new, and that number is where it begins.
-    pub attach: bool,
-    /// Whether both ends keep pages mapped.
-    pub persistent: bool,
-    /// The most segments that the frontend was told it may put into one request; 0 for no indirect
-    /// requests.
-    pub indirect_segments: u32,
 }
 
 /// Why a frontend is not served.
@@ -104,16 +70,13 @@ pub enum Refusal {
     Owner(String),
 }
 
-/// The limits that a frontend was told, and what else decides how its nodes are understood.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Terms {
+/// How a frontend's nodes are understood.
+pub(crate) struct Terms<'c> {
     pub peer: DomainId,
-    pub queues: u32,
-    pub ring_order: u32,
-    pub indirect_segments: u32,
-    pub persistent: bool,
-    pub missing_protocol: Layout,
-    pub attach: bool,
+    /// What the frontend was told.
+    pub limits: Limits,
+    pub secure_discard: bool,
+    pub config: &'c Config,
 }
 
 /// Why a frontend's nodes gave no plan.
@@ -142,21 +105,24 @@ impl From<Refusal> for Problem {
 pub(crate) fn read(
     nodes: &impl Nodes,
     frontend: &str,
-    terms: &Terms,
+    terms: &Terms<'_>,
 ) -> Result<Vec<QueuePlan>, Problem> {
     let reader = Reader { nodes, frontend };
-    let layout = reader.layout(terms.missing_protocol)?;
+    let layout = reader.layout(terms.config.missing_protocol)?;
     let asked = reader.number("multi-queue-num-queues")?.unwrap_or(1);
-    let most = terms.queues.min(QUEUES_MAX);
+    let most = terms.limits.queues.min(QUEUES_MAX);
     if asked == 0 || asked > most {
         return Err(Refusal::Queues { asked, most }.into());
     }
     let order = reader.number("ring-page-order")?;
-    let most = terms.ring_order.min(RING_ORDER_MAX);
+    let most = terms.limits.ring_order.min(RING_ORDER_MAX);
     if let Some(asked) = order.filter(|order| *order > most) {
         return Err(Refusal::RingOrder { asked, most }.into());
     }
-    let persistent = terms.persistent && reader.flag("feature-persistent")?;
+    let persistent = terms.limits.persistent && reader.flag("feature-persistent")?;
+    let segments = terms.limits.indirect_segments;
+    let offer =
+        Offer { indirect_segments: segments as usize, secure_discard: terms.secure_discard };
 
     let mut plans = Vec::new();
     for number in 0..asked {
@@ -167,9 +133,8 @@ pub(crate) fn read(
             references: reader.references(&at, order)?,
             port: Port(reader.required(&format!("{at}event-channel"))?),
             layout,
-            attach: terms.attach,
-            persistent,
-            indirect_segments: terms.indirect_segments,
+            offer,
+            reach: terms.config.reach(persistent, segments),
         });
     }
     check_distinct(&plans)?;
@@ -226,11 +191,13 @@ impl<N: Nodes> Reader<'_, N> {
 
     fn layout(&self, missing: Layout) -> Result<Layout, Problem> {
         let protocol = match self.nodes.read_optional(&self.path("protocol")) {
-            Err(error) if is_peers_doing(&error) => return Err(Refusal::Protocol("?".into()).into()),
+            Err(error) if is_peers_doing(&error) => {
+                return Err(Refusal::Protocol("?".into()).into());
+            }
             result => result?,
         };
         let Some(protocol) = protocol else { return Ok(missing) };
-        Layout::from_protocol(&protocol).ok_or_else(|| {
+        layout_of(&protocol).ok_or_else(|| {
             // Only the beginning: it goes into an error node and into messages.
             let shown: String = protocol.chars().take(32).collect();
             Refusal::Protocol(shown).into()

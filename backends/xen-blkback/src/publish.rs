@@ -44,12 +44,16 @@ impl Limits {
             queues: config.queues.clamp(1, QUEUES_MAX),
             ring_order: config.ring_order.min(RING_ORDER_MAX),
             indirect_segments: config.indirect_segments.min(INDIRECT_SEGMENTS as u32),
-            persistent: config.persistent,
+            persistent: config.is_persistent(),
         }
     }
 
     /// Reads what an earlier backend of the device published: what its frontend relies on.
-    pub(crate) fn read(nodes: &impl Nodes, path: &str, config: &Config) -> Result<Self, StoreError> {
+    pub(crate) fn read(
+        nodes: &impl Nodes,
+        path: &str,
+        config: &Config,
+    ) -> Result<Self, StoreError> {
         let number = |name: &str| match nodes.read_u32(&format!("{path}/{name}")) {
             Err(StoreError::BadValue { .. }) => Ok(None),
             result => result,
@@ -62,7 +66,7 @@ impl Limits {
                 .min(INDIRECT_SEGMENTS as u32),
             // A frontend that keeps its pages may be served by one who does not, but not the other
             // way round. Before Connected, nothing was promised.
-            persistent: config.persistent && number(node::PERSISTENT)?.unwrap_or(1) != 0,
+            persistent: config.is_persistent() && number(node::PERSISTENT)?.unwrap_or(1) != 0,
         })
     }
 

@@ -16,30 +16,22 @@
 //! removes one, and then, if the backend is in another domain, for the directory to go. It never
 //! reads `hotplug-status`: that is between its script and the backend.
 
+use alloc::format;
+use alloc::string::ToString;
+use alloc::vec::Vec;
+
 use pvblk_xen::platform::{Clock, StoreTransport};
 use pvblk_xen::store::{Error as StoreError, Nodes};
 use pvblk_xen::xenbus::{self, State};
-
-use alloc::format;
-use alloc::string::ToString;
 
 use super::{Event, Held, Vbd};
 use crate::device::{is_peers_doing, optional_text};
 use crate::error::Error;
 use crate::fmt::message;
-use crate::offer::{self, Problem, Terms};
+use crate::offer::{self, Problem, Refusal, Terms};
+use crate::queue::QueuePlan;
 
 impl<'t, T: StoreTransport + Clock> Vbd<'_, 't, T> {
-    /// Whether [`advance`](Self::advance) has something to do. It costs no message to `xenstored`.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Store`].
-    pub fn has_news(&self) -> Result<bool, Error> {
-        // The flags are taken by `advance`, so that a look does not lose them.
-        Ok(self.again | self.store.poll()?)
-    }
-
     /// Follows the frontend and the toolstack: call it when XenStore has events, when
     /// [`deadline`](Self::deadline) has come, and then until it says [`Event::Nothing`]. It never
     /// waits for either of them, and reads a number of nodes at most that the configuration bounds.
@@ -51,20 +43,24 @@ impl<'t, T: StoreTransport + Clock> Vbd<'_, 't, T> {
     /// [`Error::Store`]; nothing is lost then: it may be called again.
     pub fn advance(&mut self, now: u64) -> Result<Event, Error> {
         self.store.poll()?;
-        let news = self.store.take(self.frontend_watch) | self.store.take(self.device_watch);
+        self.republished |= self.store.take(self.frontend_watch);
+        let news = self.republished | self.store.take(self.device_watch);
         let due = self.deadline.is_some_and(|deadline| deadline <= now);
-        if !(news | due | self.again) || self.over {
+        if !(news | due | self.again) || self.leaving || self.over {
+            // Whatever comes while the owner drops the queues is looked at afterwards.
             return Ok(Event::Nothing);
         }
-        // Whatever comes is looked at once the queues are gone.
-        if self.leaving {
+        for _ in 0..STEPS_MAX {
             self.again = false;
-            return Ok(Event::Nothing);
+            self.deadline = None;
+            // The flags are taken: what fails must be looked at again.
+            let event = self.look(now).inspect_err(|_| self.again = true)?;
+            self.republished = false;
+            if event != Event::Nothing || !self.again {
+                return Ok(event);
+            }
         }
-        self.again = false;
-        self.deadline = None;
-        // The flags are taken: what fails must be looked at again.
-        self.look(now).inspect_err(|_| self.again = true)
+        Ok(Event::Nothing)
     }
 
     fn look(&mut self, now: u64) -> Result<Event, Error> {
@@ -82,11 +78,12 @@ impl<'t, T: StoreTransport + Clock> Vbd<'_, 't, T> {
             self.state = state;
         }
         let settled_at = *self.settled_at.get_or_insert(now.saturating_add(self.config.settle));
-        if !self.plugged && optional_text(self.store, path, "hotplug-status")?.as_deref() == Some("connected")
-        {
-            self.plugged = true;
-            self.again = true;
-            return Ok(Event::Plugged);
+        if !self.plugged {
+            let status = optional_text(self.store, path, "hotplug-status")?;
+            if status.as_deref() == Some("connected") {
+                (self.plugged, self.again) = (true, true);
+                return Ok(Event::Plugged);
+            }
         }
         let frontend = self.frontend_state()?;
         let before = core::mem::replace(&mut self.frontend, frontend);
@@ -203,7 +200,8 @@ impl<'t, T: StoreTransport + Clock> Vbd<'_, 't, T> {
     /// The frontend said once more that it has published its rings. Linux's does that when it has
     /// connected; one that has other rings now was resumed, or restarted.
     fn look_twice(&mut self, before: State) -> Result<Event, Error> {
-        if (before, self.frontend) == (State::Initialised, State::Connected) {
+        let expected = (before, self.frontend) == (State::Initialised, State::Connected);
+        if expected || !self.republished {
             return Ok(Event::Nothing);
         }
         let offer = self.read_offer()?;
@@ -214,15 +212,12 @@ impl<'t, T: StoreTransport + Clock> Vbd<'_, 't, T> {
         Ok(if same { Event::Nothing } else { self.leave() })
     }
 
-    fn read_offer(&self) -> Result<Result<alloc::vec::Vec<crate::QueuePlan>, crate::Refusal>, StoreError> {
+    fn read_offer(&self) -> Result<Result<Vec<QueuePlan>, Refusal>, StoreError> {
         let terms = Terms {
             peer: self.device.frontend_id,
-            queues: self.limits.queues,
-            ring_order: self.limits.ring_order,
-            indirect_segments: self.limits.indirect_segments,
-            persistent: self.limits.persistent,
-            missing_protocol: self.config.missing_protocol,
-            attach: self.adopted,
+            limits: self.limits,
+            secure_discard: self.disk().is_some_and(|disk| disk.features.secure_discard),
+            config: &self.config,
         };
         match offer::read(self.store, &self.device.frontend_path, &terms) {
             Ok(plans) => Ok(Ok(plans)),
@@ -245,6 +240,9 @@ impl<'t, T: StoreTransport + Clock> Vbd<'_, 't, T> {
         Ok(online.is_some_and(|flag| flag != "0"))
     }
 }
+
+/// From one state to the last one that follows from it by itself, and to spare.
+const STEPS_MAX: u32 = 8;
 
 /// What Linux calls an argument that makes no sense.
 const EINVAL: u32 = 22;

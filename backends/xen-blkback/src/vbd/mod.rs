@@ -9,10 +9,10 @@
 mod follow;
 
 use alloc::format;
-use alloc::string::ToString;
 use alloc::vec::Vec;
 
 use pvblk::extent::Geometry;
+use pvblk_xen::back::Layout;
 use pvblk_xen::platform::{Clock, StoreTransport};
 use pvblk_xen::store::{Error as StoreError, Nodes, Store, Transaction, WatchId};
 use pvblk_xen::xenbus::{self, State};
@@ -22,8 +22,9 @@ use crate::device::{Device, Medium};
 use crate::disk::{Disk, Feature};
 use crate::error::Error;
 use crate::fmt::message;
-use crate::offer::{Layout, QueuePlan, Refusal};
+use crate::offer::Refusal;
 use crate::publish::{self, Limits};
+use crate::queue::QueuePlan;
 
 /// What [`Vbd::advance`] found.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,6 +87,8 @@ pub struct Vbd<'s, 't, T: StoreTransport + Clock> {
     device_watch: WatchId,
     /// Something is to be done without an event.
     again: bool,
+    /// The frontend wrote its state, and that was not looked at yet.
+    republished: bool,
     /// The state that this end is in.
     state: State,
     /// The state that the frontend was in.
@@ -123,8 +126,7 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
     /// `/local/domain/0/backend/vbd/3/51712`.
     ///
     /// A device that an earlier backend left connected (a daemon that was killed) is taken over as it
-    /// is: once there is a disk, its queues come with [`QueuePlan::attach`], and the frontend need
-    /// not notice.
+    /// is: once there is a disk, there are queues to open, and the frontend need not notice.
     ///
     /// # Errors
     ///
@@ -150,6 +152,7 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
             frontend_watch,
             device_watch,
             again: true,
+            republished: false,
             state,
             frontend: State::Unknown,
             limits: Limits::default(),
@@ -173,6 +176,7 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
     /// [`Error::Store`]; it may be called again then.
     pub fn offer(&mut self) -> Result<(), Error> {
         let frontend = self.frontend_state()?;
+        self.frontend = frontend;
         let new = self.state == State::Initialising;
         let up = !new && !matches!(self.state, State::Closing | State::Closed);
         // Rings that were published while an earlier backend was here follow its limits.
@@ -211,10 +215,9 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
     ///
     /// [`Error::Store`]; it may be called again then.
     pub fn connected(&mut self) -> Result<bool, Error> {
-        let (Some(held), Some(disk), false) = (&self.held, self.disk, self.leaving) else {
+        let (Some(_), Some(disk), false) = (&self.held, self.disk, self.leaving) else {
             return Ok(false);
         };
-        let negotiated = negotiated(&held.plans);
         let (device, persistent) = (&self.device, self.limits.persistent);
         let publish = |nodes: &Transaction<'_, 't, T>| {
             publish::publish_properties(nodes, device, &disk, persistent)
@@ -229,7 +232,7 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
         if let Some(held) = &mut self.held {
             held.open = true;
         }
-        if let Some(negotiated) = negotiated {
+        if let Some(negotiated) = self.negotiated() {
             message!(
                 info,
                 "{}: connected, {} queues of order {}, {} segments, {} sectors",
@@ -353,6 +356,12 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
         negotiated(&held.plans)
     }
 
+    /// Whether the rings of the present connection were served by an earlier backend, so that there
+    /// may be requests on them that it took and did not answer.
+    pub fn is_takeover(&self) -> bool {
+        self.adopted && self.held.is_some()
+    }
+
     fn is_connected(&self) -> bool {
         self.held.as_ref().is_some_and(|held| held.open)
     }
@@ -469,8 +478,8 @@ fn negotiated(plans: &[QueuePlan]) -> Option<Negotiated> {
         queues: plans.len() as u32,
         ring_order: first.references.len().ilog2(),
         layout: first.layout,
-        indirect_segments: first.indirect_segments,
-        persistent: first.persistent,
+        indirect_segments: first.offer.indirect_segments as u32,
+        persistent: first.reach.kept_pages > 0,
     })
 }
 

@@ -1,0 +1,144 @@
+//! A backend that finds a device in the middle of its life: its predecessor was killed.
+#![allow(missing_docs)]
+
+mod xenstore;
+
+use xen_blkback::{Event, Vbd};
+use xenstore::*;
+
+/// Leaves a connected device, as a daemon does that is killed.
+fn killed(rig: &Rig, change: impl FnOnce(&mut xen_blkback::Config)) {
+    let store = rig.store();
+    let mut vbd = offered(rig, &store, &config(change));
+    rig.publish(ONE_RING, "3");
+    connect(&mut vbd);
+    rig.publish(&[], "4");
+    quiet(&mut vbd);
+}
+
+#[test]
+fn a_connected_frontend_does_not_notice() {
+    for state in ["4", "3"] {
+        let rig = Rig::new();
+        killed(&rig, |_| {});
+        rig.set_front("state", state);
+        let watch = rig.host.store_watch(&format!("{}/state", rig.path()));
+        watch.take_changes();
+        let store = rig.store();
+        let mut vbd = Vbd::open(&store, &rig.path(), &config(|_| {})).unwrap();
+        vbd.offer().unwrap();
+        assert!(!watch.take_changes(), "the state is not touched");
+        quiet(&mut vbd);
+        vbd.insert(disk()).unwrap();
+        assert_eq!(connect(&mut vbd), [one_plan()]);
+        assert!(vbd.is_takeover());
+        // Connected once more: the size may be another one.
+        assert!(watch.take_changes());
+        assert_eq!(rig.state(), "4");
+        // The ring is its own again: the next time it is a new one.
+        rig.publish(&[("ring-ref", "20")], "3");
+        disconnect(&mut vbd);
+        connect(&mut vbd);
+        assert!(!vbd.is_takeover());
+    }
+}
+
+#[test]
+fn what_the_predecessor_promised_holds() {
+    let rig = Rig::new();
+    killed(&rig, |c| (c.indirect_segments, c.queues, c.persistent) = (4096, 2, false));
+    let store = rig.store();
+    let config = config(|c| (c.indirect_segments, c.queues, c.persistent) = (32, 8, true));
+    let mut vbd = Vbd::open(&store, &rig.path(), &config).unwrap();
+    vbd.offer().unwrap();
+    vbd.insert(disk()).unwrap();
+    let plans = connect(&mut vbd);
+    assert_eq!(plans[0].offer.indirect_segments, 4096);
+    assert_eq!(plans[0].reach, reach(0, 4096 + 8));
+    assert_eq!(rig.back_node("feature-max-indirect-segments").as_deref(), Some("4096"));
+    // The next frontend is told the new limits.
+    rig.publish(&[], "6");
+    disconnect(&mut vbd);
+    quiet(&mut vbd);
+    rig.publish(&[], "1");
+    quiet(&mut vbd);
+    assert_eq!(rig.back_node("feature-max-indirect-segments").as_deref(), Some("32"));
+    rig.publish(ONE_RING, "3");
+    let plans = connect(&mut vbd);
+    assert_eq!(plans[0].offer.indirect_segments, 32);
+    assert_eq!(plans[0].reach, reach(1056, 512));
+}
+
+#[test]
+fn rings_that_cannot_be_taken_over_are_refused() {
+    let rig = Rig::new();
+    killed(&rig, |_| {});
+    let store = rig.store();
+    let mut vbd = Vbd::open(&store, &rig.path(), &config(|_| {})).unwrap();
+    vbd.offer().unwrap();
+    vbd.insert(disk()).unwrap();
+    assert!(matches!(next(&mut vbd), Event::Connect(_)));
+    vbd.refuse("the ring is full of lies", 22).unwrap();
+    assert_eq!(rig.state(), "5");
+}
+
+/// State of the backend and of the frontend, and what a new backend makes of that: its state after
+/// it was offered, and whether there are queues to open.
+#[test]
+fn every_pair_of_states_has_an_answer() {
+    let cases = [
+        ("1", "1", "2", false),
+        ("1", "3", "2", true),
+        ("2", "1", "2", false),
+        ("2", "3", "2", true),
+        ("2", "6", "6", false),
+        ("3", "4", "3", true),
+        ("4", "1", "2", false),
+        ("4", "2", "2", false),
+        ("4", "3", "4", true),
+        ("4", "4", "4", true),
+        ("4", "5", "5", false),
+        ("4", "6", "6", false),
+        ("4", "", "6", false),
+        ("5", "4", "5", false),
+        ("5", "5", "5", false),
+        ("5", "6", "6", false),
+        ("5", "1", "2", false),
+        ("6", "6", "6", false),
+        ("6", "1", "2", false),
+        ("6", "5", "6", false),
+        ("7", "1", "2", false),
+        ("?", "1", "2", false),
+    ];
+    for (back, front, after, connects) in cases {
+        let rig = Rig::new();
+        rig.publish(ONE_RING, front);
+        rig.set_back("state", back);
+        let store = rig.store();
+        let mut vbd = Vbd::open(&store, &rig.path(), &config(|_| {})).unwrap();
+        vbd.offer().unwrap();
+        vbd.insert(disk()).unwrap();
+        let event = next(&mut vbd);
+        assert_eq!(matches!(event, Event::Connect(_)), connects, "{back} {front}: {event:?}");
+        assert_eq!(rig.state(), after, "{back} {front}");
+    }
+}
+
+#[test]
+fn a_frontend_that_stayed_connected_to_a_closed_backend_must_begin_anew() {
+    let rig = Rig::new();
+    rig.publish(ONE_RING, "4");
+    rig.set_back("state", "6");
+    let store = rig.store();
+    let mut vbd = Vbd::open(&store, &rig.path(), &config(|_| {})).unwrap();
+    vbd.offer().unwrap();
+    vbd.insert(disk()).unwrap();
+    quiet(&mut vbd);
+    rig.publish(&[], "6");
+    quiet(&mut vbd);
+    rig.publish(&[], "1");
+    quiet(&mut vbd);
+    rig.publish(ONE_RING, "3");
+    connect(&mut vbd);
+    assert!(!vbd.is_takeover());
+}
