@@ -16,4 +16,13 @@ extern crate alloc;
 extern crate std;
 
 pub mod disk;
+#[cfg(feature = "file")]
+pub mod file;
 pub mod memory;
+#[cfg(any(feature = "file", feature = "nbd"))]
+mod vector;
+#[cfg(any(feature = "file", feature = "nbd"))]
+mod wakeup;
+
+#[cfg(any(feature = "file", feature = "nbd"))]
+pub use wakeup::Wakeup;
