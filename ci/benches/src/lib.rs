@@ -8,6 +8,7 @@
 //! between two rounds.
 
 pub mod allocations;
+pub mod blkback;
 pub mod blkif;
 pub mod virtio;
 
