@@ -7,6 +7,7 @@ use pvblk_xen::platform::DomainId;
 use pvblk_xen::store::{Error as StoreError, ErrorKind, Nodes, StoreErrno};
 
 use crate::error::Error;
+use crate::restricted::Restrictions;
 
 /// The first number that no domain has (`DOMID_FIRST_RESERVED` of `xen/include/public/xen.h`).
 const FIRST_RESERVED_DOMAIN: u32 = 0x7FF0;
@@ -24,14 +25,12 @@ pub struct Device {
     pub virtual_device: u32,
     /// The name that the guest's owner gave it (`dev`); empty if there is none.
     pub name: String,
-    /// Whether the guest may not write (`mode` has no `w`).
-    pub read_only: bool,
+    /// What the guest may not do: write if `mode` has no `w`, discard if `discard-enable` is 0.
+    pub restrictions: Restrictions,
     /// Whether it is to look like a CD-ROM drive (`device-type`).
     pub cdrom: bool,
     /// Whether it is to look removable (`removable`).
     pub removable: bool,
-    /// Whether the guest may discard (`discard-enable`).
-    pub discard: bool,
 }
 
 /// What the toolstack and its script say about what a device is to be served from.
@@ -74,16 +73,19 @@ impl Device {
         let mode = text("mode")?;
         let removable = text("removable")?;
         let discard = text("discard-enable")?;
+        let restrictions = Restrictions {
+            read_only: !mode.is_some_and(|mode| mode.contains('w')),
+            no_discard: discard.is_some_and(|flag| flag == "0"),
+        };
         Ok(Self {
             path: path.into(),
             frontend_path,
             frontend_id,
             virtual_device,
             name: text("dev")?.unwrap_or_default(),
-            read_only: !mode.is_some_and(|mode| mode.contains('w')),
+            restrictions,
             cdrom: text("device-type")?.as_deref() == Some("cdrom"),
             removable: removable.is_some_and(|flag| flag != "0"),
-            discard: discard.is_none_or(|flag| flag != "0"),
         })
     }
 }

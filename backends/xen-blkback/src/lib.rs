@@ -24,6 +24,7 @@ mod error;
 mod offer;
 mod publish;
 mod queue;
+mod restricted;
 mod vbd;
 
 pub use backends::{Address, Backends, Change, Quota};
@@ -33,4 +34,5 @@ pub use disk::{Disk, Feature};
 pub use error::{Error, ErrorKind};
 pub use offer::Refusal;
 pub use queue::{Engine, OpenError, Queue, QueuePlan};
+pub use restricted::{Restricted, Restrictions};
 pub use vbd::{Event, Negotiated, Vbd};

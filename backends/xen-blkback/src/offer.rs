@@ -16,6 +16,7 @@ use crate::config::{Config, QUEUES_MAX, RING_ORDER_MAX};
 use crate::device::is_peers_doing;
 use crate::publish::Limits;
 use crate::queue::QueuePlan;
+use crate::restricted::Restrictions;
 
 /// What both ends of Arm call it (`xen/include/public/io/protocols.h`). The layout is the 64-bit
 /// one.
@@ -76,6 +77,7 @@ pub(crate) struct Terms<'c> {
     /// What the frontend was told.
     pub limits: Limits,
     pub secure_discard: bool,
+    pub restrictions: Restrictions,
     pub config: &'c Config,
 }
 
@@ -135,6 +137,7 @@ pub(crate) fn read(
             layout,
             offer,
             reach: terms.config.reach(persistent, segments),
+            restrictions: terms.restrictions,
         });
     }
     check_distinct(&plans)?;

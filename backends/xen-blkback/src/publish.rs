@@ -11,7 +11,6 @@ use pvblk_xen::abi::INDIRECT_SEGMENTS;
 use pvblk_xen::store::{Error as StoreError, Nodes};
 
 use crate::config::{Config, QUEUES_MAX, RING_ORDER_MAX};
-use crate::device::Device;
 use crate::disk::{Disk, Feature};
 
 /// The limits of the transport.
@@ -83,52 +82,40 @@ impl Limits {
     }
 }
 
-/// Publishes the properties of a disk.
+/// Publishes the properties of a disk, as its frontend is to see it.
 pub(crate) fn publish_properties(
     nodes: &impl Nodes,
-    device: &Device,
+    path: &str,
     disk: &Disk,
     persistent: bool,
 ) -> Result<(), StoreError> {
-    let path = &device.path;
     let write = |name: &str, number: u64| nodes.write_number(&format!("{path}/{name}"), number);
     let features = &disk.features;
     write(Feature::Flush.node(), features.flush.into())?;
     write(Feature::Barrier.node(), features.barrier.into())?;
     write(node::PERSISTENT, persistent.into())?;
-
-    // In bytes.
-    let units = features.discard.filter(|_| device.discard && !is_read_only(device, disk));
-    if let Some(units) = units {
+    if let Some(units) = features.discard {
+        // In bytes.
         let bytes = |sectors: u32| u64::from(sectors) * u64::from(SECTOR_BYTES);
         write("discard-granularity", bytes(units.granularity))?;
         write("discard-alignment", bytes(units.alignment))?;
     }
-    let secure = units.is_some() && features.secure_discard;
+    let secure = features.discard.is_some() && features.secure_discard;
     write(Feature::SecureDiscard.node(), secure.into())?;
-    write(Feature::Discard.node(), units.is_some().into())?;
-    publish_size(nodes, device, disk)
+    write(Feature::Discard.node(), features.discard.is_some().into())?;
+    publish_size(nodes, path, disk)
 }
 
 /// Publishes what may change while a disk is connected.
-pub(crate) fn publish_size(
-    nodes: &impl Nodes,
-    device: &Device,
-    disk: &Disk,
-) -> Result<(), StoreError> {
-    let path = &device.path;
+pub(crate) fn publish_size(nodes: &impl Nodes, path: &str, disk: &Disk) -> Result<(), StoreError> {
     let write = |name: &str, number: u64| nodes.write_number(&format!("{path}/{name}"), number);
     let bit = |flag: bool, bit: u64| if flag { bit } else { 0 };
-    let info = bit(disk.cdrom || device.cdrom, info::CDROM)
-        | bit(disk.removable || device.removable, info::REMOVABLE)
-        | bit(is_read_only(device, disk), info::READ_ONLY);
+    let info = bit(disk.cdrom, info::CDROM)
+        | bit(disk.removable, info::REMOVABLE)
+        | bit(disk.geometry.read_only, info::READ_ONLY);
     // Of 512 bytes, whatever the logical sector is.
     write("sectors", disk.geometry.sectors)?;
     write("info", info)?;
     write("sector-size", disk.geometry.logical_bytes.into())?;
     write("physical-sector-size", disk.geometry.physical_bytes.into())
-}
-
-pub(crate) fn is_read_only(device: &Device, disk: &Disk) -> bool {
-    device.read_only || disk.geometry.read_only
 }

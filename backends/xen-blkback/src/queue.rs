@@ -12,6 +12,8 @@ use pvblk_xen::platform::{
     DomainId, EventChannels, EventError, ForeignError, ForeignGrants, GrantRef, Port,
 };
 
+use crate::restricted::{Restricted, Restrictions};
+
 /// Requests that are taken in one round of work. Between rounds its owner can look after others.
 const BUDGET: usize = 64;
 
@@ -33,10 +35,12 @@ pub struct QueuePlan {
     pub offer: Offer,
     /// How the frontend's memory is reached.
     pub reach: Reach,
+    /// What the frontend may not do to its disk.
+    pub restrictions: Restrictions,
 }
 
 impl QueuePlan {
-    /// A plan.
+    /// A plan without restrictions.
     pub fn new(
         number: usize,
         peer: DomainId,
@@ -46,7 +50,8 @@ impl QueuePlan {
         offer: Offer,
         reach: Reach,
     ) -> Self {
-        Self { number, peer, references, port, layout, offer, reach }
+        let restrictions = Restrictions::default();
+        Self { number, peer, references, port, layout, offer, reach, restrictions }
     }
 }
 
@@ -69,7 +74,7 @@ pub enum OpenError {
 }
 
 /// The engine of a queue.
-pub type Engine<'t, T, S> = Backend<BackRing<&'t T>, ForeignMemory<&'t T>, S>;
+pub type Engine<'t, T, S> = Backend<BackRing<&'t T>, ForeignMemory<&'t T>, Restricted<S>>;
 
 /// A queue that is connected to its frontend. The ring is unmapped and the event channel closed when
 /// it is dropped.
@@ -109,6 +114,7 @@ impl<'t, T: ForeignGrants + EventChannels, S: Store> Queue<'t, T, S> {
         // At most 512 slots, and 4096 segments.
         let slots = ring.slots() as u16;
         let longest = plan.offer.indirect_segments.max(DIRECT_SEGMENTS);
+        let store = Restricted::new(store, plan.restrictions);
         let engine = Backend::new(ring, memory, store, slots, longest);
         // What came before the channel was bound notified nobody; and the frontend may wait for
         // answers that an earlier backend owed it.

@@ -384,9 +384,11 @@ fn the_toolstacks_word_on_mode_and_kind_counts() {
         let store = rig.store();
         let mut vbd = offered(&rig, &store, &config(|_| {}));
         rig.publish(ONE_RING, "3");
-        connect(&mut vbd);
+        let plans = connect(&mut vbd);
         assert_eq!(rig.back_node("info").as_deref(), Some(info), "{nodes:?}");
         assert_eq!(rig.back_node("feature-discard").as_deref(), Some(discard), "{nodes:?}");
+        assert_eq!(plans[0].restrictions, vbd.device().restrictions);
+        assert_eq!(plans[0].restrictions.read_only, info == "4" || info == "7");
         let seen = vbd.disk().unwrap();
         assert_eq!(seen.geometry.read_only, info == "4" || info == "7");
         assert_eq!(seen.features.discard.is_some(), discard == "1");

@@ -217,6 +217,7 @@ impl<'t, T: StoreTransport + Clock> Vbd<'_, 't, T> {
             peer: self.device.frontend_id,
             limits: self.limits,
             secure_discard: self.disk().is_some_and(|disk| disk.features.secure_discard),
+            restrictions: self.device.restrictions,
             config: &self.config,
         };
         match offer::read(self.store, &self.device.frontend_path, &terms) {

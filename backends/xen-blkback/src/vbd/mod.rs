@@ -215,14 +215,14 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
     ///
     /// [`Error::Store`]; it may be called again then.
     pub fn connected(&mut self) -> Result<bool, Error> {
-        let (Some(_), Some(disk), false) = (&self.held, self.disk, self.leaving) else {
+        let (Some(_), Some(disk), false) = (&self.held, self.disk(), self.leaving) else {
             return Ok(false);
         };
-        let (device, persistent) = (&self.device, self.limits.persistent);
+        let (path, persistent) = (&self.device.path, self.limits.persistent);
         let publish = |nodes: &Transaction<'_, 't, T>| {
-            publish::publish_properties(nodes, device, &disk, persistent)
+            publish::publish_properties(nodes, path, &disk, persistent)
         };
-        match switch(self.store, &device.path, self.state, State::Connected, publish)? {
+        match switch(self.store, path, self.state, State::Connected, publish)? {
             Switched::Done => self.state = State::Connected,
             Switched::Overtaken => {
                 self.again = true;
@@ -285,13 +285,14 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
     pub fn resize(&mut self, geometry: Geometry) -> Result<(), Error> {
         let Some(disk) = &mut self.disk else { return Ok(()) };
         disk.geometry = geometry;
-        let (device, disk) = (&self.device, *disk);
-        if self.state == State::Connected && self.is_connected() {
+        let Some(disk) = self.disk().filter(|_| self.is_connected()) else { return Ok(()) };
+        if self.state == State::Connected {
             // The same state once more: that is how a frontend notices.
+            let path = &self.device.path;
             let publish =
-                |nodes: &Transaction<'_, 't, T>| publish::publish_size(nodes, device, &disk);
-            switch(self.store, &device.path, self.state, State::Connected, publish)?;
-            message!(info, "{}: {} sectors now", self.device.path, geometry.sectors);
+                |nodes: &Transaction<'_, 't, T>| publish::publish_size(nodes, path, &disk);
+            switch(self.store, path, self.state, State::Connected, publish)?;
+            message!(info, "{}: {} sectors now", path, geometry.sectors);
         }
         Ok(())
     }
@@ -371,17 +372,17 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
         &self.device
     }
 
-    /// The disk, as its frontend sees it: with what the toolstack forbids taken away. This is what
-    /// the queues must go by.
+    /// The disk, as its frontend sees it: with what the toolstack forbids taken away.
     pub fn disk(&self) -> Option<Disk> {
-        let mut disk = self.disk?;
-        disk.geometry.read_only = publish::is_read_only(&self.device, &disk);
-        disk.cdrom |= self.device.cdrom;
-        disk.removable |= self.device.removable;
-        if !self.device.discard || disk.geometry.read_only {
-            Feature::Discard.take_from(&mut disk.features);
-        }
-        Some(disk)
+        let disk = self.disk?;
+        let restrictions = self.device.restrictions;
+        let geometry = restrictions.geometry(disk.geometry);
+        Some(Disk {
+            geometry,
+            features: restrictions.features(&geometry, disk.features),
+            cdrom: disk.cdrom || self.device.cdrom,
+            removable: disk.removable || self.device.removable,
+        })
     }
 
     /// What the toolstack and its script say about what the disk is to be served from.
