@@ -83,6 +83,12 @@ impl<'a, T> Vacancy<'a, T> {
         self.slot.tag.inverted()
     }
 
+    /// The value of the free slot, to see whether anybody has to move in at all.
+    #[inline(always)]
+    pub fn value(&mut self) -> &mut T {
+        &mut self.slot.value
+    }
+
     /// Moves in. The value is as the last tenant left it.
     #[inline(always)]
     pub fn occupy(self) -> &'a mut T {

@@ -5,11 +5,11 @@ use core::ptr::NonNull;
 
 use super::memory::{Lease, PeerMemory};
 use super::store::{Operation, Requests, StoreError};
-use super::wire::Malformed;
+use super::wire::Wire;
 use crate::command::{Code, Command, Status};
 use crate::extent::{Extent, Geometry, SECTOR_BYTES};
-use crate::memory::{Access, Lent, Piece};
-use crate::plan::{Segment, TABLES_MAX};
+use crate::memory::{Access, Lent, PAGE_BYTES, Piece};
+use crate::plan::TABLES_MAX;
 use crate::table::{Slots, Tag};
 
 /// What is to be done by the store, lowest bit first.
@@ -45,7 +45,8 @@ impl Steps {
 #[derive(Clone, Copy, Default)]
 pub(super) struct Sum {
     bytes: u64,
-    /// All offsets and lengths, or-ed: what they are all multiples of shows in it.
+    /// All offsets and lengths but those of whole pages, or-ed: what they are all multiples of shows
+    /// in it.
     bits: u32,
 }
 
@@ -137,43 +138,36 @@ impl<K> Job<K> {
     /// is being fetched afterwards, and `is_fetched` says so. A bad segment makes the request one
     /// that failed.
     #[inline(always)]
-    pub fn gather<M: PeerMemory>(
+    pub fn gather<W: Wire<Key = K>>(
         &mut self,
-        memory: &mut M,
+        memory: &mut impl PeerMemory<Handle = W::Handle>,
         sum: &mut Sum,
-        segments: impl Iterator<Item = Result<Segment<M::Handle>, Malformed>>,
+        entries: impl Iterator<Item = W::Entry>,
     ) {
         let access = self.access();
-        let (mut bytes, mut bits) = (sum.bytes, sum.bits);
-        let mut count = self.count;
-        let room = self.pieces.get_mut(count..).unwrap_or_default();
-        for (piece, segment) in room.iter_mut().zip(segments) {
-            let Ok(segment) = segment else {
-                self.status = Status::Failed;
-                break;
-            };
-            bytes += u64::from(segment.bytes);
-            bits |= segment.offset | segment.bytes;
-            let base = match memory.at_hand(&segment, access) {
-                Some(base) => base,
+        let (mut pages, mut others) = (0, 0);
+        let Self { pieces, leases, is_fetched, status, count, .. } = self;
+        let room = pieces.get_mut(*count..).unwrap_or_default();
+        for (piece, entry) in room.iter_mut().zip(entries) {
+            let page = W::whole_page(entry);
+            if let Some(base) = page.and_then(|bits| memory.page_at_hand(bits, access)) {
+                *piece = Piece::new(base, PAGE_BYTES);
+                pages += 1;
+                continue;
+            }
+            let place = *count + pages + others;
+            let leases = (&mut **leases, &mut *is_fetched);
+            match reach::<W>(memory, access, entry, sum, leases, place) {
+                Some(reached) => *piece = reached,
                 None => {
-                    if !self.is_fetched {
-                        self.is_fetched = true;
-                        self.leases.fill(Lease::NONE);
-                    }
-                    let Some(lease) = memory.fetch(&segment, access) else {
-                        self.status = Status::Failed;
-                        break;
-                    };
-                    self.leases[count] = lease;
-                    Piece::EMPTY.base()
+                    *status = Status::Failed;
+                    break;
                 }
-            };
-            *piece = Piece::new(base, segment.bytes as usize);
-            count += 1;
+            }
+            others += 1;
         }
-        self.count = count;
-        *sum = Sum { bytes, bits };
+        *count += pages + others;
+        sum.bytes += (pages * PAGE_BYTES) as u64;
     }
 
     /// All segments are there: checks the whole against the disk. A bad request is one that failed.
@@ -243,6 +237,7 @@ impl<K> Job<K> {
         self.is_fetched = false;
     }
 
+    #[inline(always)]
     fn lent(&self) -> Lent<'_> {
         Lent::by_engine(&self.pieces[..self.count])
     }
@@ -281,15 +276,34 @@ impl<K> Job<K> {
             }
         }
     }
+}
 
-    /// Bytes of the peer's memory that hold data for it.
-    #[inline(always)]
-    pub fn filled(&self) -> u64 {
-        match (self.command.code, self.status, self.extent) {
-            (Code::Read, Status::Done, Some(extent)) => extent.bytes(),
-            _ => 0,
+/// Reaches for a segment that is not a whole page at hand. `leases` are those of all segments, and
+/// whether they say anything yet.
+#[inline(never)]
+fn reach<W: Wire>(
+    memory: &mut impl PeerMemory<Handle = W::Handle>,
+    access: Access,
+    entry: W::Entry,
+    sum: &mut Sum,
+    (leases, is_fetched): (&mut [Lease], &mut bool),
+    place: usize,
+) -> Option<Piece> {
+    let segment = W::segment(entry).ok()?;
+    sum.bytes += u64::from(segment.bytes);
+    sum.bits |= segment.offset | segment.bytes;
+    let base = match memory.at_hand(&segment, access) {
+        Some(base) => base,
+        None => {
+            if !*is_fetched {
+                *is_fetched = true;
+                leases.fill(Lease::NONE);
+            }
+            *leases.get_mut(place)? = memory.fetch(&segment, access)?;
+            Piece::EMPTY.base()
         }
-    }
+    };
+    Some(Piece::new(base, segment.bytes as usize))
 }
 
 /// The jobs, as a store sees them.

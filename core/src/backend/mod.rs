@@ -56,6 +56,33 @@ pub struct Statistics {
     pub notifications: u64,
 }
 
+impl Statistics {
+    /// Counts a request that is done, well or not, and says how many bytes of the peer's memory hold
+    /// data for it.
+    #[inline(always)]
+    fn count<K>(&mut self, job: &Job<K>) -> u64 {
+        let bytes = job.extent.map_or(0, |extent| extent.bytes());
+        match (job.status, job.command.code) {
+            (Status::Done, Code::Read) => {
+                self.reads += 1;
+                self.bytes_read += bytes;
+                return bytes;
+            }
+            (Status::Done, Code::Write) => {
+                self.writes += 1;
+                self.bytes_written += bytes;
+            }
+            (Status::Done, Code::Flush | Code::Barrier) => {
+                self.flushes += 1;
+                self.bytes_written += bytes;
+            }
+            (Status::Done, Code::Discard | Code::SecureDiscard) => self.discards += 1,
+            _ => self.errors += 1,
+        }
+        0
+    }
+}
+
 /// What a round of work came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Round {
@@ -138,7 +165,8 @@ where
         let mut left = budget;
         while left > 0 && self.takes() {
             match self.wire.take(&mut self.memory) {
-                Ok(Some(incoming)) => self.admit(incoming),
+                Ok(Some(Taken::Request(incoming))) => self.admit(incoming),
+                Ok(Some(Taken::Refused(key, status))) => self.refuse(key, status),
                 Ok(None) => break,
                 Err(violation) => {
                     self.violation = Some(violation);
@@ -170,27 +198,51 @@ where
     }
 
     /// Begins a request.
+    ///
+    /// Most are reads and writes whose few segments are at hand, and with some stores they are done
+    /// at once: all of that is here, and nobody moves in.
     #[inline(always)]
-    fn admit(&mut self, incoming: Incoming<W::Key, W::Handle>) {
+    fn admit(&mut self, incoming: Incoming<W::Key>) {
         let Incoming { key, command, list } = incoming;
-        let (Ok(command), Some(vacancy)) = (command, self.jobs.vacancy()) else {
-            return self.refuse(key, command.err().unwrap_or(Status::Failed));
+        let Some(mut vacancy) = self.jobs.vacancy() else {
+            return self.refuse(key, Status::Failed);
         };
         let tag = vacancy.tag();
-        let job = vacancy.occupy();
+        let job = vacancy.value();
         job.begin(key, command, self.round);
-        match (command.code, list) {
-            (Code::Read | Code::Write, List::Direct(count)) => {
-                job.steps = Steps::MAIN;
-                self.list_direct(tag, count);
+        let is_transfer = matches!(command.code, Code::Read | Code::Write);
+        if !is_transfer || !matches!(list, List::Direct(_)) {
+            vacancy.occupy();
+            return self.admit_other(tag, list);
+        }
+        job.steps = Steps::MAIN;
+        let mut sum = Sum::default();
+        let entries = self.wire.direct().iter().copied();
+        job.gather::<W>(&mut self.memory, &mut sum, entries);
+        job.check(&self.geometry, sum);
+        if job.is_fetched || job.status != Status::Done {
+            vacancy.occupy();
+            return self.gathered(tag);
+        }
+        let Some(operation) = job.operation() else { return };
+        match self.store.submit(tag, operation) {
+            Submitted::Done(Ok(())) => {
+                let filled = self.statistics.count(job);
+                self.wire.answer(&mut self.memory, key, Status::Done, filled);
+                self.answered = true;
             }
-            (_, list) => self.admit_other(tag, list),
+            Submitted::Done(result) => {
+                vacancy.occupy();
+                self.note(tag, result);
+                self.run(tag);
+            }
+            Submitted::Pending => drop(vacancy.occupy()),
         }
     }
 
     /// Begins what is not a read or write with segments of its own.
     #[inline(never)]
-    fn admit_other(&mut self, tag: Tag, list: List<W::Handle>) {
+    fn admit_other(&mut self, tag: Tag, list: List) {
         let Some(job) = self.jobs.get_mut(tag) else { return };
         let Features { flush, barrier, discard, secure_discard } = self.features;
         let supported = match job.command.code {
@@ -213,40 +265,33 @@ where
             }
         };
         match list {
-            List::Indirect { segments, tables } => self.reach_tables(tag, segments, &tables),
+            List::Indirect(segments) => self.reach_tables(tag, segments),
             List::Direct(0) => {
                 job.check_command(&self.geometry);
                 self.gathered(tag);
             }
-            List::Direct(count) => {
+            List::Direct(_) => {
                 // A flush or a barrier with data: the data is written in between.
                 job.steps = job.steps.and(Steps::MAIN);
                 if job.command.code == Code::Barrier && flush {
                     job.steps = job.steps.and(Steps::FLUSH_AFTER);
                 }
-                self.list_direct(tag, count);
+                let mut sum = Sum::default();
+                let entries = self.wire.direct().iter().copied();
+                job.gather::<W>(&mut self.memory, &mut sum, entries);
+                job.check(&self.geometry, sum);
+                self.gathered(tag);
             }
         }
     }
 
-    /// Lists the segments that are in the request itself.
-    #[inline(always)]
-    fn list_direct(&mut self, tag: Tag, count: usize) {
-        let Some(job) = self.jobs.get_mut(tag) else { return };
-        let (wire, mut sum) = (&self.wire, Sum::default());
-        let segments = (0..count).map(|index| wire.segment(index));
-        job.gather(&mut self.memory, &mut sum, segments);
-        job.check(&self.geometry, sum);
-        self.gathered(tag);
-    }
-
     /// Lists the segments from the tables if those are all at hand, or begins to fetch the tables.
-    fn reach_tables(&mut self, tag: Tag, segments: usize, tables: &[W::Handle]) {
+    fn reach_tables(&mut self, tag: Tag, segments: usize) {
         let Some(job) = self.jobs.get_mut(tag) else { return };
         self.statistics.indirect += 1;
         let mut pieces = heapless::Vec::<Piece, TABLES_MAX>::new();
         let mut left = segments.min(self.longest) * W::ENTRY_BYTES;
-        let parts = tables.iter().map(|handle| {
+        let parts = self.wire.tables().iter().take(TABLES_MAX).map(|handle| {
             let bytes = left.min(PAGE_BYTES);
             left -= bytes;
             Segment { handle: *handle, offset: 0, bytes: bytes as u32 }
@@ -299,9 +344,8 @@ where
         let Some(job) = self.jobs.get_mut(tag) else { return };
         let mut sum = Sum::default();
         for table in Lent::by_engine(tables).regions() {
-            let entries = 0..table.len() / W::ENTRY_BYTES;
-            let segments = entries.map(|index| W::entry(&table, index));
-            job.gather(&mut self.memory, &mut sum, segments);
+            let entries = W::entries(&table, table.len() / W::ENTRY_BYTES);
+            job.gather::<W>(&mut self.memory, &mut sum, entries);
         }
         job.check(&self.geometry, sum);
         self.gathered(tag);
@@ -388,25 +432,8 @@ where
         let Some(mut tenancy) = self.jobs.tenancy(tag) else { return };
         let job = tenancy.value();
         let Some(key) = job.key else { return };
-        let (status, filled) = (job.status, job.filled());
-        let bytes = job.extent.map_or(0, |extent| extent.bytes());
-        let statistics = &mut self.statistics;
-        match (status, job.command.code) {
-            (Status::Done, Code::Read) => {
-                statistics.reads += 1;
-                statistics.bytes_read += bytes;
-            }
-            (Status::Done, Code::Write) => {
-                statistics.writes += 1;
-                statistics.bytes_written += bytes;
-            }
-            (Status::Done, Code::Flush | Code::Barrier) => {
-                statistics.flushes += 1;
-                statistics.bytes_written += bytes;
-            }
-            (Status::Done, Code::Discard | Code::SecureDiscard) => statistics.discards += 1,
-            _ => statistics.errors += 1,
-        }
+        let status = job.status;
+        let filled = self.statistics.count(job);
         tenancy.vacate();
         self.wire.answer(&mut self.memory, key, status, filled);
         self.answered = true;

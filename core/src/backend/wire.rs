@@ -3,33 +3,38 @@
 use super::memory::PeerMemory;
 use crate::command::{Command, Status};
 use crate::memory::{Handle, SharedRegion};
-use crate::plan::{Segment, TABLES_MAX};
+use crate::plan::Segment;
 use crate::ring::Overrun;
 
 /// A request as it came off the wire, copied out of shared memory. All of it is an allegation.
-#[derive(Clone, Debug)]
-pub struct Incoming<K, H> {
+#[derive(Clone, Copy, Debug)]
+pub struct Incoming<K> {
     /// What the answer has to name.
     pub key: K,
-    /// What is asked for; a status if the wire refuses the request at once.
-    pub command: Result<Command, Status>,
+    /// What is asked for.
+    pub command: Command,
     /// The memory that goes with it.
-    pub list: List<H>,
+    pub list: List,
+}
+
+/// What came off the wire.
+#[derive(Clone, Copy, Debug)]
+pub enum Taken<K> {
+    /// A request.
+    Request(Incoming<K>),
+    /// A request that the wire refuses: it is answered at once.
+    Refused(K, Status),
 }
 
 /// Where the segments of a request are.
-#[derive(Clone, Debug)]
-pub enum List<H> {
-    /// That many, in the request itself: [`Wire::segment`] gives them until the next request is
-    /// taken. None for a request without data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum List {
+    /// That many, in the request itself: [`Wire::direct`] has them until the next request is taken.
+    /// None for a request without data.
     Direct(usize),
-    /// In tables that must be fetched first.
-    Indirect {
-        /// How many segments there are, at least one.
-        segments: usize,
-        /// The tables, in order, each full but the last.
-        tables: heapless::Vec<H, TABLES_MAX>,
-    },
+    /// That many, at least one, in tables that must be fetched first: [`Wire::tables`] names them
+    /// until the next request is taken.
+    Indirect(usize),
 }
 
 /// A segment that no request can have: the request fails, and the disk lives on.
@@ -52,9 +57,6 @@ impl From<Overrun> for Violation {
     }
 }
 
-/// What came off the wire, if anything did.
-pub type Taken<W> = Result<Option<Incoming<<W as Wire>::Key, <W as Wire>::Handle>>, Violation>;
-
 /// The backend's half of a wire: a ring of requests and answers, and their encoding.
 ///
 /// The engine calls [`take`](Self::take) and [`answer`](Self::answer) any number of times,
@@ -64,7 +66,9 @@ pub trait Wire {
     type Handle: Handle;
     /// What an answer needs to know of its request.
     type Key: Copy;
-    /// Bytes of an entry of a table.
+    /// What describes one segment, as it was copied out of a request or a table.
+    type Entry: Copy;
+    /// Bytes of an entry in a table.
     const ENTRY_BYTES: usize;
 
     /// Takes the next request, if there is one. Its slot is copied once.
@@ -72,21 +76,31 @@ pub trait Wire {
     /// # Errors
     ///
     /// [`Violation`] if the ring says what it cannot say.
-    fn take(&mut self, memory: &mut impl PeerMemory<Handle = Self::Handle>) -> Taken<Self>;
+    fn take(
+        &mut self,
+        memory: &mut impl PeerMemory<Handle = Self::Handle>,
+    ) -> Result<Option<Taken<Self::Key>>, Violation>;
 
-    /// A segment of the request that was taken last.
+    /// The segments of the request that was taken last, if they were in the request itself.
+    fn direct(&self) -> &[Self::Entry];
+
+    /// The tables of the request that was taken last, in order, each full but the last. At most
+    /// [`TABLES_MAX`](crate::plan::TABLES_MAX).
+    fn tables(&self) -> &[Self::Handle];
+
+    /// Copies `count` entries out of a table, each once.
+    fn entries(table: &SharedRegion<'_>, count: usize) -> impl Iterator<Item = Self::Entry>;
+
+    /// The [bits](Handle::to_bits) of the page's handle, if the entry is for a whole page. What
+    /// does not fit a handle may stand for "no".
+    fn whole_page(entry: Self::Entry) -> Option<u64>;
+
+    /// The segment that an entry describes.
     ///
     /// # Errors
     ///
     /// [`Malformed`].
-    fn segment(&self, index: usize) -> Result<Segment<Self::Handle>, Malformed>;
-
-    /// Reads an entry of a table, once.
-    ///
-    /// # Errors
-    ///
-    /// [`Malformed`].
-    fn entry(table: &SharedRegion<'_>, index: usize) -> Result<Segment<Self::Handle>, Malformed>;
+    fn segment(entry: Self::Entry) -> Result<Segment<Self::Handle>, Malformed>;
 
     /// Writes an answer where the peer does not look yet. `filled` is how many bytes of the
     /// request's memory hold data now.

@@ -4,6 +4,7 @@ use core::marker::PhantomData;
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU32, Ordering};
 
+use super::PAGE_BYTES;
 use super::copy::copy;
 
 /// A window of memory that a peer may read or write at any moment.
@@ -62,6 +63,16 @@ impl SharedRegion<'_> {
         Self { base, bytes, lifetime: PhantomData }
     }
 
+    /// Makes a window of one page.
+    ///
+    /// # Safety
+    ///
+    /// As for [`new`](Self::new); `base` is aligned to [`PAGE_BYTES`], which is not checked.
+    #[inline(always)]
+    pub unsafe fn of_page(base: NonNull<u8>) -> Self {
+        Self { base, bytes: PAGE_BYTES, lifetime: PhantomData }
+    }
+
     /// The size of the window in bytes.
     pub fn len(&self) -> usize {
         self.bytes
@@ -98,6 +109,15 @@ impl SharedRegion<'_> {
         let base = self.at(offset, N * size_of::<T>(), size_of::<T>()).cast::<T>();
         // SAFETY: `at` checked the bounds and the alignment of all `N` words.
         core::array::from_fn(|i| unsafe { base.add(i).read_volatile() })
+    }
+
+    /// Copies `count` words out, one after the other. `offset` is a multiple of the word's size.
+    #[inline(always)]
+    pub fn words<T: Word>(&self, offset: usize, count: usize) -> impl ExactSizeIterator<Item = T> {
+        let bytes = count.saturating_mul(size_of::<T>());
+        let base = self.at(offset, bytes, size_of::<T>()).cast::<T>();
+        // SAFETY: `at` checked the bounds and the alignment of all `count` words.
+        (0..count).map(move |i| unsafe { base.add(i).read_volatile() })
     }
 
     /// Copies words in. `offset` is a multiple of the word's size.

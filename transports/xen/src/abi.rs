@@ -100,6 +100,13 @@ impl SegmentEntry {
     /// An entry for nothing.
     pub const EMPTY: Self = Self { gref: U32::ZERO, first_sect: 0, last_sect: 0, pad: U16::ZERO };
 
+    /// The reference, if the entry is for a whole page; otherwise a number that is no reference.
+    #[inline(always)]
+    pub fn whole_page(self) -> u64 {
+        let [word] = self.to_words();
+        u64::from_le(word) ^ WHOLE_PAGE
+    }
+
     /// The entry that a word of memory holds.
     #[inline(always)]
     pub fn from_word(word: u64) -> Self {
@@ -113,11 +120,6 @@ impl SegmentEntry {
     /// [`BadSegment`].
     #[inline(always)]
     pub fn segment(self) -> Result<Segment<GrantRef>, BadSegment> {
-        let [word] = self.to_words();
-        // Most are whole pages, and one look tells.
-        if cfg!(target_endian = "little") && word >> 32 == WHOLE_PAGE >> 32 {
-            return Ok(Segment { handle: GrantRef(word as u32), offset: 0, bytes: 4096 });
-        }
         let Self { gref, first_sect: first, last_sect: last, .. } = self;
         if first > last || last > 7 {
             return Err(BadSegment);

@@ -7,9 +7,9 @@ use pvblk::plan::Segment;
 use pvblk::ring::{Consumer, Overrun, Producer, SharedIndex};
 
 use crate::abi::{
-    Abi, Abi32, Abi64, DIRECT_SEGMENTS, DISCARD_SECURE, ENTRIES_PER_PAGE, INDIRECT_SEGMENTS,
-    RING_HEADER_BYTES, RequestHead, Response, RingPages, SegmentEntry, operation, ring_slots,
-    status,
+    Abi, Abi32, Abi64, DIRECT_SEGMENTS, DISCARD_SECURE, ENTRIES_PER_PAGE, INDIRECT_PAGES,
+    INDIRECT_SEGMENTS, RING_HEADER_BYTES, RequestHead, Response, RingPages, SegmentEntry,
+    operation, ring_slots, status,
 };
 use crate::mapped::MappedPages;
 use crate::platform::{ForeignGrants, GrantRef};
@@ -63,9 +63,15 @@ pub struct BackRing<P: ForeignGrants> {
     /// The number of slots, a power of two, less one.
     mask: u32,
     layout: Layout,
+    /// Bytes from one slot to the next.
+    stride: usize,
     offer: Offer,
     /// The segments of the request that was taken last.
     segments: [SegmentEntry; DIRECT_SEGMENTS],
+    /// How many those are.
+    count: usize,
+    /// Its tables.
+    tables: [GrantRef; INDIRECT_PAGES],
 }
 
 impl<P: ForeignGrants> BackRing<P> {
@@ -91,11 +97,14 @@ impl<P: ForeignGrants> BackRing<P> {
             responses: Producer::new(start),
             mask: slots - 1,
             layout,
+            stride: layout.stride(),
             offer: Offer {
                 indirect_segments: offer.indirect_segments.min(INDIRECT_SEGMENTS),
                 ..offer
             },
             segments: [SegmentEntry::EMPTY; DIRECT_SEGMENTS],
+            count: 0,
+            tables: [GrantRef(0); INDIRECT_PAGES],
             pages,
         })
     }
@@ -107,7 +116,7 @@ impl<P: ForeignGrants> BackRing<P> {
 
     #[inline(always)]
     fn at(&self, index: u32) -> usize {
-        RING_HEADER_BYTES + (index & self.mask) as usize * self.layout.stride()
+        RING_HEADER_BYTES + (index & self.mask) as usize * self.stride
     }
 
     /// How many more requests there can be: as many as slots that hold neither a request that was
@@ -119,9 +128,8 @@ impl<P: ForeignGrants> BackRing<P> {
 
     /// Copies a request out of its slot.
     #[inline(always)]
-    fn read<A: Abi>(&mut self, at: usize) -> Incoming<Key, GrantRef> {
-        let Self { pages, segments, offer, .. } = self;
-        let ring = RingPages(|page| pages.region(page));
+    fn read<A: Abi>(&mut self, at: usize) -> Taken<Key> {
+        let ring = RingPages(|page| self.pages.region(page));
         let head = A::read_head(&ring, at);
         let RequestHead { operation, detail, id, sector, .. } = head;
         let code = match operation {
@@ -129,56 +137,52 @@ impl<P: ForeignGrants> BackRing<P> {
             operation::WRITE => Code::Write,
             operation::FLUSH_DISKCACHE => Code::Flush,
             operation::WRITE_BARRIER => Code::Barrier,
-            _ => return Self::read_other::<A>(&ring, at, head, *offer),
+            _ => return self.read_other::<A>(at, head),
         };
-        let command = Command { code, sector, sectors: 0 };
-        let count = usize::from(detail);
         let key = Key { id, operation };
-        match segments.get_mut(..count) {
-            Some(segments) => {
-                A::read_segments(&ring, at, segments);
-                Incoming { key, command: Ok(command), list: List::Direct(count) }
-            }
-            None => refused(key, Status::Failed),
-        }
+        let count = usize::from(detail);
+        let Some(segments) = self.segments.get_mut(..count) else {
+            return Taken::Refused(key, Status::Failed);
+        };
+        A::read_segments(&ring, at, segments);
+        self.count = count;
+        let command = Command { code, sector, sectors: 0 };
+        Taken::Request(Incoming { key, command, list: List::Direct(count) })
     }
 
     /// Copies the rest of a request out of its slot that has no segments there.
     #[inline(never)]
-    fn read_other<'a, A: Abi>(
-        ring: &RingPages<'a, impl Fn(usize) -> SharedRegion<'a>>,
-        at: usize,
-        head: RequestHead,
-        offer: Offer,
-    ) -> Incoming<Key, GrantRef> {
+    fn read_other<A: Abi>(&mut self, at: usize, head: RequestHead) -> Taken<Key> {
+        let ring = RingPages(|page| self.pages.region(page));
         let RequestHead { operation, detail, indirect_segments, id, sector } = head;
+        let offer = self.offer;
         let key = Key { id, operation };
         match operation {
             operation::DISCARD => {
                 let secure = offer.secure_discard && detail & DISCARD_SECURE != 0;
                 let code = if secure { Code::SecureDiscard } else { Code::Discard };
-                let sectors = A::read_discard_sectors(ring, at);
+                let sectors = A::read_discard_sectors(&ring, at);
                 let command = Command { code, sector, sectors };
-                Incoming { key, command: Ok(command), list: List::Direct(0) }
+                self.count = 0;
+                Taken::Request(Incoming { key, command, list: List::Direct(0) })
             }
             operation::INDIRECT if offer.indirect_segments > 0 => {
                 let key = Key { id, operation: detail };
                 let code = match detail {
                     operation::READ => Code::Read,
                     operation::WRITE => Code::Write,
-                    _ => return refused(key, Status::Failed),
+                    _ => return Taken::Refused(key, Status::Failed),
                 };
                 let segments = usize::from(indirect_segments);
                 if segments == 0 || segments > offer.indirect_segments {
-                    return refused(key, Status::Failed);
+                    return Taken::Refused(key, Status::Failed);
                 }
-                let pages = A::read_indirect_pages(ring, at);
-                let tables = pages.into_iter().take(segments.div_ceil(ENTRIES_PER_PAGE)).collect();
+                self.tables = A::read_indirect_pages(&ring, at);
+                self.count = segments.div_ceil(ENTRIES_PER_PAGE);
                 let command = Command { code, sector, sectors: 0 };
-                let list = List::Indirect { segments, tables };
-                Incoming { key, command: Ok(command), list }
+                Taken::Request(Incoming { key, command, list: List::Indirect(segments) })
             }
-            _ => refused(key, Status::NotSupported),
+            _ => Taken::Refused(key, Status::NotSupported),
         }
     }
 
@@ -188,19 +192,17 @@ impl<P: ForeignGrants> BackRing<P> {
     }
 }
 
-/// A request that is answered at once.
-#[cold]
-fn refused(key: Key, status: Status) -> Incoming<Key, GrantRef> {
-    Incoming { key, command: Err(status), list: List::Direct(0) }
-}
-
 impl<P: ForeignGrants> Wire for BackRing<P> {
     type Handle = GrantRef;
     type Key = Key;
+    type Entry = SegmentEntry;
     const ENTRY_BYTES: usize = size_of::<SegmentEntry>();
 
     #[inline(always)]
-    fn take(&mut self, _memory: &mut impl PeerMemory<Handle = GrantRef>) -> Taken<Self> {
+    fn take(
+        &mut self,
+        _memory: &mut impl PeerMemory<Handle = GrantRef>,
+    ) -> Result<Option<Taken<Key>>, Violation> {
         let mut next = self.requests.take();
         if next.is_none() {
             let room = self.room();
@@ -219,15 +221,27 @@ impl<P: ForeignGrants> Wire for BackRing<P> {
     }
 
     #[inline(always)]
-    fn segment(&self, index: usize) -> Result<Segment<GrantRef>, Malformed> {
-        let entry = self.segments.get(index).ok_or(Malformed)?;
-        entry.segment().map_err(|_| Malformed)
+    fn direct(&self) -> &[SegmentEntry] {
+        self.segments.get(..self.count).unwrap_or_default()
+    }
+
+    fn tables(&self) -> &[GrantRef] {
+        self.tables.get(..self.count).unwrap_or_default()
     }
 
     #[inline(always)]
-    fn entry(table: &SharedRegion<'_>, index: usize) -> Result<Segment<GrantRef>, Malformed> {
-        let [word] = table.read(index * Self::ENTRY_BYTES);
-        SegmentEntry::from_word(word).segment().map_err(|_| Malformed)
+    fn entries(table: &SharedRegion<'_>, count: usize) -> impl Iterator<Item = SegmentEntry> {
+        table.words(0, count).map(SegmentEntry::from_word)
+    }
+
+    #[inline(always)]
+    fn whole_page(entry: SegmentEntry) -> Option<u64> {
+        Some(entry.whole_page())
+    }
+
+    #[inline(always)]
+    fn segment(entry: SegmentEntry) -> Result<Segment<GrantRef>, Malformed> {
+        entry.segment().map_err(|_| Malformed)
     }
 
     #[inline(always)]

@@ -2,7 +2,7 @@
 
 use alloc::vec::Vec;
 
-use pvblk::memory::{Access, PAGE_BYTES, SharedRegion};
+use pvblk::memory::{Access, SharedRegion};
 
 use crate::platform::{DomainId, ForeignError, ForeignGrants, GrantRef, MapOperation, MappedPage};
 
@@ -44,8 +44,8 @@ impl<P: ForeignGrants> MappedPages<P> {
     /// One of the pages. Panics if there are not so many.
     #[inline(always)]
     pub fn region(&self, page: usize) -> SharedRegion<'_> {
-        // SAFETY: the page stays mapped until `drop`, and only regions access it.
-        unsafe { SharedRegion::new(self.pages[page].address, PAGE_BYTES) }
+        // SAFETY: the page is one, stays mapped until `drop`, and only regions access it.
+        unsafe { SharedRegion::of_page(self.pages[page].address) }
     }
 }
 
