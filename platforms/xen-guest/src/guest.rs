@@ -2,6 +2,7 @@
 
 use core::ops::Range;
 
+use crate::foreign::Window;
 use crate::grants::GrantTable;
 use crate::store::Store;
 use crate::{PortStatistics, Statistics, clock, events, pages};
@@ -15,6 +16,7 @@ const MAX_RAM_RANGES: usize = 8;
 /// traits of `pvblk-xen` and so is all that a block driver needs.
 pub struct Guest {
     pub(crate) grants: GrantTable,
+    pub(crate) foreign: Window,
     pub(crate) store: Store,
     command_line: &'static str,
     module: Option<&'static [u8]>,
@@ -48,12 +50,23 @@ impl Guest {
         &ranges[..*count]
     }
 
+    /// Makes room for `pages` pages of other domains, besides those that are mapped now: mapping
+    /// them takes no memory then. Without this, room is made as it is needed: a page of memory for
+    /// 1024 mappings.
+    ///
+    /// `false` if there is not enough memory or address space (4 GiB of it are used at most).
+    #[must_use]
+    pub fn reserve_foreign(&self, pages: usize) -> bool {
+        self.foreign.reserve(pages)
+    }
+
     /// What was counted so far.
     #[must_use]
     pub fn statistics(&self) -> Statistics {
         use core::sync::atomic::Ordering::Relaxed;
 
         let (upcalls, events_received, notifications_sent) = events::totals();
+        let foreign = &self.foreign.counts;
         Statistics {
             upcalls,
             events_received,
@@ -61,6 +74,13 @@ impl Guest {
             grants_made: self.grants.counts.granted.load(Relaxed),
             grants_ended: self.grants.counts.ended.load(Relaxed),
             grants_still_mapped: self.grants.counts.still_mapped.load(Relaxed),
+            foreign_pages: self.foreign.in_use(),
+            maps: foreign.maps.load(Relaxed),
+            map_calls: foreign.map_calls.load(Relaxed),
+            unmaps: foreign.unmaps.load(Relaxed),
+            unmap_calls: foreign.unmap_calls.load(Relaxed),
+            copies: foreign.copies.load(Relaxed),
+            copy_calls: foreign.copy_calls.load(Relaxed),
             free_pages: pages::free(),
             hypercalls: xen_hypercalls::count::total(),
         }
@@ -104,12 +124,14 @@ mod start {
     use super::{Guest, MAX_RAM_RANGES};
     use crate::arch::start_info::StartInfo;
     use crate::arch::{descriptors, interrupts, paging};
+    use crate::foreign::{Machine, Window};
     use crate::grants::{ENTRIES_PER_FRAME, GrantTable};
     use crate::pages::PAGE_BYTES;
     use crate::store::Store;
     use crate::{console, events, pages};
 
     const MIB: u64 = 1 << 20;
+    const GIB: u64 = 1 << 30;
     const FOUR_GIB: u64 = 1 << 32;
     /// Firmware tables and the unmapped page 0 are below; none of it is handed out.
     const LOWEST_RAM: u64 = MIB;
@@ -194,8 +216,14 @@ mod start {
         #[cfg(feature = "log")]
         crate::logger::start(super::argument(info.command_line(), "log"));
 
-        let guest =
-            Guest { grants, store, command_line: info.command_line(), module: info.module(), ram };
+        let guest = Guest {
+            grants,
+            foreign: foreign_window(&info),
+            store,
+            command_line: info.command_line(),
+            module: info.module(),
+            ram,
+        };
         // SAFETY: written here, once; shared from now on.
         let guest = unsafe { (*GUEST.0.get()).write(guest) };
         interrupts::enable();
@@ -209,6 +237,22 @@ mod start {
         let frame = TABLE_FRAME.load(core::sync::atomic::Ordering::Relaxed) + u64::from(index);
         // SAFETY: `start` set the frames from there on apart for the grant table.
         unsafe { memory::add_to_physmap(MapSpace::GrantTable, index.into(), frame) }.is_ok()
+    }
+
+    /// The address space above everything in the memory map.
+    fn foreign_window(info: &StartInfo) -> Window {
+        let ends = info.memory_map().map(|(start, bytes, _)| start.saturating_add(bytes));
+        let end = ends.max().unwrap_or(0).clamp(FOUR_GIB, paging::MOST);
+        let machine = Machine { allocate: || pages::allocate(1), map_gib };
+        Window::new(end.next_multiple_of(GIB), paging::end_of_addresses(), machine)
+    }
+
+    fn map_gib(number: u64) -> bool {
+        let Some(directory) = pages::allocate(1) else { return false };
+        // SAFETY: the page was just allocated and is not given back. The window begins above what
+        // is mapped at the start, ends below what the tables can map, and asks for each GiB once.
+        unsafe { paging::map_gib(number, directory.addr().get() as u64) };
+        true
     }
 
     /// Memory is mapped to itself.

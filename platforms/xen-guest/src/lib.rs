@@ -53,7 +53,9 @@ mod critical_section;
 #[cfg(all(target_os = "none", feature = "defmt"))]
 mod defmt_logger;
 mod events;
+mod foreign;
 mod frames;
+mod grant_operations;
 mod grants;
 mod guest;
 #[cfg(all(target_os = "none", feature = "heap"))]

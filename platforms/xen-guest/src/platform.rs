@@ -5,12 +5,12 @@ use core::task::Waker;
 
 use pvblk::memory::{Access, PageAllocator};
 use pvblk_xen::platform::{
-    Clock, DomainId, EventChannels, EventError, GrantError, GrantRef, Grants, Port, StillMapped,
-    StoreBroken, StoreTransport,
+    Clock, CopyOperation, DomainId, EventChannels, EventError, ForeignGrants, GrantError, GrantRef,
+    Grants, MapOperation, MappedPage, Port, StillMapped, StoreBroken, StoreTransport,
 };
 use xen_hypercalls::{Errno, event_channel};
 
-use crate::{Guest, clock, events, pages};
+use crate::{Guest, clock, events, grant_operations, pages};
 
 // SAFETY: the pages come from the guest's RAM, each given out once until it is released, aligned,
 // zeroed and mapped.
@@ -43,6 +43,26 @@ unsafe impl Grants for Guest {
 
     fn try_end(&self, reference: GrantRef) -> Result<(), StillMapped> {
         self.grants.try_end(reference.0).map_err(|_| StillMapped)
+    }
+}
+
+// SAFETY: a page is shown at a place of its own, which is used again only when the hypervisor has
+// said that the mapping is gone; until then the page stays there, whatever becomes of the other
+// domain. A copy names the frame and the bytes of the local memory, and the hypervisor sees to it
+// that it crosses the end of neither page.
+unsafe impl ForeignGrants for Guest {
+    fn map(&self, peer: DomainId, operations: &mut [MapOperation]) {
+        grant_operations::map(&self.foreign, peer, operations);
+    }
+
+    unsafe fn unmap(&self, pages: &[MappedPage]) {
+        // SAFETY: passed on from the caller.
+        unsafe { grant_operations::unmap(&self.foreign, pages) }
+    }
+
+    unsafe fn copy(&self, peer: DomainId, operations: &mut [CopyOperation]) {
+        // SAFETY: passed on from the caller.
+        unsafe { grant_operations::copy(&self.foreign, peer, operations) }
     }
 }
 

@@ -24,6 +24,20 @@ pub struct Statistics {
     pub grants_ended: u64,
     /// Attempts to take a grant back that failed because the peer had the page mapped.
     pub grants_still_mapped: u64,
+    /// Pages of other domains that are mapped now.
+    pub foreign_pages: usize,
+    /// Pages of other domains mapped.
+    pub maps: u64,
+    /// Hypercalls that mapped, one page or many.
+    pub map_calls: u64,
+    /// Pages of other domains unmapped.
+    pub unmaps: u64,
+    /// Hypercalls that unmapped, one page or many.
+    pub unmap_calls: u64,
+    /// Grant copies done.
+    pub copies: u64,
+    /// Hypercalls that copied, once or many times.
+    pub copy_calls: u64,
     /// Pages of 4096 bytes that are free.
     pub free_pages: usize,
     /// All hypercalls, with the feature `count`; else 0. By kind: `xen_hypercalls::count`.
