@@ -287,7 +287,8 @@ impl Daemon {
                 tree.entry(path).or_default();
                 ok
             }
-            1 | 2 | 13 => Err("ENOENT"),
+            14 if exists => ok,
+            1 | 2 | 13 | 14 => Err("ENOENT"),
             _ => Err("ENOSYS"),
         }
     }
@@ -371,6 +372,11 @@ fn every_operation(daemon: &Daemon) {
     store.mkdir("empty").unwrap();
     assert!(store.exists("empty").unwrap());
     assert!(store.directory("empty").unwrap().is_empty());
+    store.set_permissions("empty", DomainId(5), &[DomainId(0)]).unwrap();
+    let asked = daemon.log.borrow().last().cloned().unwrap();
+    assert_eq!((asked.kind, &*asked.payload), (14, &b"empty\0n5\0r0\0"[..]));
+    let missing = store.set_permissions("missing", DomainId(5), &[]).unwrap_err();
+    assert_eq!(missing.kind(), ErrorKind::NotFound);
     assert!(store.remove("empty").unwrap());
     assert!(!store.exists("empty").unwrap());
     assert!(!store.remove("empty").unwrap());

@@ -6,6 +6,7 @@ use alloc::vec::Vec;
 
 use super::error::{Error, StoreErrno, Violation};
 use super::wire::{self, Operation};
+use crate::platform::DomainId;
 
 /// Asks for one thing about one node. What implements this, gets [`Nodes`].
 pub trait Exchange {
@@ -135,6 +136,25 @@ pub trait Nodes: Exchange {
     /// Those of [`Nodes`].
     fn remove(&self, path: &str) -> Result<bool, Error> {
         Ok(present(self.exchange(Operation::Remove, path, &[]))?.is_some())
+    }
+
+    /// Says who may do what with a node: `owner` everything, `readers` read, and all others nothing
+    /// (but a privileged domain everything). Nodes that are made below it later begin with the same.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] with [`StoreErrno::NotFound`] if there is no such node; those of [`Nodes`].
+    fn set_permissions(
+        &self,
+        path: &str,
+        owner: DomainId,
+        readers: &[DomainId],
+    ) -> Result<(), Error> {
+        let mut list = format!("n{}\0", owner.0);
+        for reader in readers {
+            list.push_str(&format!("r{}\0", reader.0));
+        }
+        self.exchange(Operation::SetPermissions, path, list.as_bytes()).map(drop)
     }
 
     /// Whether there is such a node.

@@ -50,6 +50,7 @@ pub enum Operation {
     Write = 11,
     Mkdir = 12,
     Remove = 13,
+    SetPermissions = 14,
 }
 
 /// Whether `xenstored` gets to judge this path. What it would misread is stopped here: a NUL byte
