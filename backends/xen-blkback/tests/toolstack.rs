@@ -183,6 +183,16 @@ fn the_toolstacks_wish_to_close_is_not_overwritten() {
     rig.publish(&[], "6");
     disconnect(&mut vbd);
     assert_eq!(next(&mut vbd), Event::Removed);
+    // Whether the end was seen before the queues were open or not.
+    let rig = Rig::new();
+    let store = rig.store();
+    let mut vbd = offered(&rig, &store, &config(|_| {}));
+    rig.publish(ONE_RING, "3");
+    assert!(matches!(next(&mut vbd), Event::Connect(_)));
+    rig.detach();
+    quiet(&mut vbd);
+    assert!(!vbd.connected().unwrap());
+    assert_eq!(rig.state(), "5");
     // While a resize is on its way, as well.
     let rig = Rig::new();
     let store = rig.store();

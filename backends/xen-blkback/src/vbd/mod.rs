@@ -218,6 +218,10 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
         let (Some(_), Some(disk), false) = (&self.held, self.disk(), self.leaving) else {
             return Ok(false);
         };
+        if matches!(self.state, State::Closing | State::Closed) {
+            // It is to end before it began.
+            return Ok(false);
+        }
         let (path, persistent) = (&self.device.path, self.limits.persistent);
         let publish = |nodes: &Transaction<'_, 't, T>| {
             publish::publish_properties(nodes, path, &disk, persistent)

@@ -77,6 +77,10 @@ impl ModelStore {
         Self { features, ..self }
     }
 
+    pub fn resize(&mut self, geometry: Geometry) {
+        self.geometry = geometry;
+    }
+
     fn perform(&self, tag: Tag, kind: Kind, requests: &dyn Requests) -> Result<(), StoreError> {
         let mut content = self.content.lock().unwrap();
         let range = |extent: Extent| {
