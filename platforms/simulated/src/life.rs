@@ -24,8 +24,8 @@ impl Host {
     }
 
     /// A domain dies. What [`kill_program`](Self::kill_program) says of its program; besides,
-    /// nobody can map or copy its pages any more. What others have mapped stays valid until they
-    /// unmap it.
+    /// nobody can map or copy its pages any more. (Xen would map a page that is mapped already once
+    /// more.) What others have mapped stays valid until they unmap it.
     ///
     /// Its nodes in XenStore are for the toolstack to remove:
     /// [`detach_all_vbds`](Self::detach_all_vbds), [`forget_domain`](Self::forget_domain). A

@@ -266,6 +266,7 @@ mod image {
         guest.notify(port);
         side.hear(port);
         unmaps(side, &mapped);
+        costs(side, &references);
         copies(side, &references);
         guest.notify(port);
         side.hear(port);
@@ -377,6 +378,43 @@ mod image {
         let mut over = [copy(references[5], (4000, 97), local, CopyDirection::FromPeer)];
         side.copy(&mut over);
         side.check("no copy over the end of a page", over[0].result.is_err());
+        // SAFETY: allocated above, and used by nobody.
+        unsafe { side.guest.release_pages(local, PAGES) };
+    }
+
+    /// What each way to reach a page costs: the least of several tries, since others use the
+    /// processor, too.
+    fn costs(side: &Side, references: &[GrantRef]) {
+        let local = side.pages(PAGES);
+        let least = |pages: usize, run: &mut dyn FnMut()| {
+            let time = |run: &mut dyn FnMut()| {
+                let start = side.guest.now();
+                run();
+                side.guest.now() - start
+            };
+            (0..20).map(|_| time(run)).min().unwrap_or(0) / pages as u64
+        };
+        for pages in [1, 11, PAGES] {
+            for bytes in [16, PAGE_BYTES as u16] {
+                let operation = |index: usize| {
+                    let from = CopyDirection::FromPeer;
+                    copy(references[index], (0, bytes), nth(local, index), from)
+                };
+                let mut operations: Vec<_> = (0..pages).map(operation).collect();
+                let each = least(pages, &mut || side.copy(&mut operations));
+                println!("     {pages} at a time: {each} ns for a copy of {bytes} bytes");
+            }
+            let operation = |index: &GrantRef| MapOperation::new(*index, Access::Read);
+            let mut operations: Vec<_> = references[..pages].iter().map(operation).collect();
+            let mut mapped: Vec<MappedPage> = Vec::with_capacity(pages);
+            let each = least(pages, &mut || {
+                side.guest.map(side.peer, &mut operations);
+                mapped.clear();
+                mapped.extend(operations.iter().filter_map(|operation| operation.result.ok()));
+                side.unmap(&mapped);
+            });
+            println!("     {pages} at a time: {each} ns for a mapping and its end");
+        }
         // SAFETY: allocated above, and used by nobody.
         unsafe { side.guest.release_pages(local, PAGES) };
     }
