@@ -18,7 +18,11 @@ extern crate std;
 pub mod disk;
 #[cfg(feature = "file")]
 pub mod file;
+#[cfg(feature = "nbd")]
+mod fmt;
 pub mod memory;
+#[cfg(feature = "nbd")]
+pub mod nbd;
 #[cfg(any(feature = "file", feature = "nbd"))]
 mod vector;
 #[cfg(any(feature = "file", feature = "nbd"))]

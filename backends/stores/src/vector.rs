@@ -11,6 +11,7 @@ const _: () = assert!(align_of::<Piece>() == align_of::<iovec>());
 pub(crate) const VECTOR_MAX: usize = 1024;
 
 /// Memory for one system call.
+#[cfg(feature = "file")]
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Vector<'a> {
     /// A single piece.
@@ -31,6 +32,7 @@ pub(crate) fn tail(piece: Piece, skip: usize) -> Piece {
 }
 
 /// What comes after the first `done` bytes of `pieces`, or the beginning of that. `None` at the end.
+#[cfg(feature = "file")]
 #[inline]
 pub(crate) fn rest(pieces: &[Piece], done: u64) -> Option<Vector<'_>> {
     let mut skip = done;
@@ -50,4 +52,34 @@ pub(crate) fn rest(pieces: &[Piece], done: u64) -> Option<Vector<'_>> {
         });
     }
     None
+}
+
+/// Adds the `bytes` bytes after the first `skip` of `pieces` to `list`, which gets no longer than
+/// [`VECTOR_MAX`]. `true` if all of them fit.
+#[cfg(feature = "nbd")]
+pub(crate) fn push_range(
+    list: &mut std::vec::Vec<Piece>,
+    pieces: &[Piece],
+    mut skip: u64,
+    mut bytes: u64,
+) -> bool {
+    for piece in pieces {
+        if bytes == 0 {
+            return true;
+        }
+        let length = piece.bytes() as u64;
+        if skip >= length {
+            skip -= length;
+            continue;
+        }
+        if list.len() == VECTOR_MAX {
+            return false;
+        }
+        let after = tail(*piece, skip as usize);
+        let count = (after.bytes() as u64).min(bytes);
+        list.push(Piece::new(after.base(), count as usize));
+        bytes -= count;
+        skip = 0;
+    }
+    bytes == 0
 }

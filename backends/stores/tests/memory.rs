@@ -7,7 +7,7 @@ use std::cell::RefCell;
 use std::ptr::NonNull;
 use std::rc::Rc;
 
-use common::{Harness, Step, pattern, read, steps, write};
+use common::{Harness, Step, pattern, steps, write};
 use proptest::prelude::*;
 use pvblk::backend::Store;
 use pvblk::extent::Geometry;
@@ -143,7 +143,7 @@ fn several_threads_use_one_disk() {
                     let step = (number * 8192..(number + 1) * 8192).step_by(1024);
                     for first in step {
                         harness.perform(write(first, 1024, round)).unwrap();
-                        harness.perform(read(first, 1024)).unwrap();
+                        harness.perform(common::read(first, 1024)).unwrap();
                     }
                 }
             });
@@ -159,4 +159,25 @@ fn half_a_gibibyte_that_is_not_touched_takes_no_memory() {
     let mut last = [1; 512];
     disk.read_at((1 << 29) - 512, &mut last).unwrap();
     assert_eq!(last, [0; 512]);
+}
+
+#[test]
+fn a_disk_over_memory_keeps_what_is_there() {
+    let heap = Heap::new(1024, 1024);
+    // Two chunks, the second of them short.
+    let (pages, sectors) = (515, 515 * 8 - 3);
+    let base = heap.allocate_pages(pages).unwrap();
+    // SAFETY: the pages are ours, and stay until the end of the test.
+    let over = || unsafe { MemoryDisk::over(heap.clone(), base, geometry(sectors, 512)) }.unwrap();
+    let place = (2 << 20) - 5;
+    over().write_at(place, b"0123456789").unwrap();
+    let mut bytes = [0; 10];
+    over().read_at(place, &mut bytes).unwrap();
+    assert_eq!(&bytes, b"0123456789");
+    let end = sectors * 512;
+    over().write_at(end - 1, b"z").unwrap();
+    assert_eq!(over().write_at(end - 1, b"zz"), Err(OutOfRange));
+    // SAFETY: allocated above, and no disk is left.
+    unsafe { heap.release_pages(base, pages) };
+    assert_eq!(*heap.left.borrow(), 1024);
 }

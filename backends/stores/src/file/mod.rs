@@ -156,6 +156,12 @@ impl FileDisk {
         self.target.geometry()
     }
 
+    /// What the disk does besides reading and writing. No secure discard: no file system and few
+    /// devices erase every copy.
+    pub fn features(&self) -> Features {
+        self.target.features()
+    }
+
     /// Asks the host once more how large the file is, and returns the shape of the disk now. All
     /// stores of the disk see it.
     ///

@@ -118,6 +118,14 @@ impl<A: PageAllocator> Pages<A> {
         Ok(pages)
     }
 
+    /// `bytes` bytes at `base`, which belong to `allocator` already and go with it.
+    fn over(allocator: A, base: NonNull<u8>, bytes: usize) -> Self {
+        // SAFETY: every chunk begins inside of the memory.
+        let chunk = |at| unsafe { base.add(at) };
+        let chunks = (0..bytes).step_by(RUN_BYTES).map(chunk).collect();
+        Self { allocator, runs: Vec::new(), chunks, chunk_order: RUN_BYTES.ilog2(), bytes }
+    }
+
     /// The chunk with the byte `at` of the disk in it, and where it is there; `None` past the end.
     #[inline(always)]
     fn chunk(&self, at: u64) -> Option<(SharedRegion<'_>, usize)> {
@@ -193,6 +201,13 @@ impl<A: PageAllocator> Pages<A> {
     }
 }
 
+/// How much memory a disk is, in bytes.
+fn memory_bytes(geometry: Geometry) -> Result<usize, MemoryError> {
+    let bytes = geometry.sectors.checked_mul(u64::from(SECTOR_BYTES));
+    let bytes = bytes.and_then(|bytes| isize::try_from(bytes).ok());
+    Ok(bytes.ok_or(MemoryError::TooLarge(geometry.sectors))? as usize)
+}
+
 /// Where an extent starts, in bytes. It may have been checked against another disk.
 #[inline(always)]
 fn start(extent: Extent) -> Result<u64, OutOfRange> {
@@ -215,10 +230,28 @@ impl<A: PageAllocator> MemoryDisk<A> {
     ///
     /// [`MemoryError`].
     pub fn new(allocator: A, geometry: Geometry) -> Result<Self, MemoryError> {
-        let bytes = geometry.sectors.checked_mul(u64::from(SECTOR_BYTES));
-        let bytes = bytes.and_then(|bytes| isize::try_from(bytes).ok());
-        let bytes = bytes.ok_or(MemoryError::TooLarge(geometry.sectors))?;
-        Ok(Self { disk: Arc::new(Pages::new(allocator, bytes as usize)?), geometry })
+        let pages = Pages::new(allocator, memory_bytes(geometry)?)?;
+        Ok(Self { disk: Arc::new(pages), geometry })
+    }
+
+    /// A disk of what is in the memory at `base` already: of a file that is mapped, for example.
+    /// `owner`, which is asked for no pages, is dropped when the last clone of the disk is.
+    ///
+    /// # Errors
+    ///
+    /// [`MemoryError::TooLarge`].
+    ///
+    /// # Safety
+    ///
+    /// The memory is aligned to a page and as large as the disk. Until `owner` is dropped it is
+    /// valid for reads and writes, and no Rust reference to any part of it exists.
+    pub unsafe fn over(
+        owner: A,
+        base: NonNull<u8>,
+        geometry: Geometry,
+    ) -> Result<Self, MemoryError> {
+        let pages = Pages::over(owner, base, memory_bytes(geometry)?);
+        Ok(Self { disk: Arc::new(pages), geometry })
     }
 
     /// Copies `bytes` to the disk, from byte `offset` on; to a read-only one, too.
