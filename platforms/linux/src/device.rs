@@ -21,7 +21,8 @@ pub(crate) fn open(device: Device) -> Result<OwnedFd, OpenError> {
 /// # Safety
 ///
 /// The type is `repr(C)`, without references. It is what the driver of group
-/// [`GROUP`](Self::GROUP) takes, by address, for the call of number [`NUMBER`](Self::NUMBER). The
+/// [`GROUP`](Self::GROUP) takes, by address, for the call of number [`NUMBER`](Self::NUMBER) and
+/// size [`BYTES`](Self::BYTES). The
 /// driver writes to nothing but to it, which it leaves a valid value, and to what it points to,
 /// for which whoever makes the call vouches.
 pub(crate) unsafe trait Argument {
@@ -29,6 +30,8 @@ pub(crate) unsafe trait Argument {
     const GROUP: u8;
     /// The call's number.
     const NUMBER: u8;
+    /// What the call's number says of the argument's size, which may end in a list.
+    const BYTES: usize;
 }
 
 /// A call, ready to be made. Its output is what the call returned.
@@ -42,7 +45,7 @@ unsafe impl<T: Argument> Ioctl for Call<'_, T> {
     const IS_MUTATING: bool = true;
 
     fn opcode(&self) -> Opcode {
-        opcode::from_components(Direction::None, T::GROUP, T::NUMBER, size_of::<T>())
+        opcode::from_components(Direction::None, T::GROUP, T::NUMBER, T::BYTES)
     }
 
     fn as_ptr(&mut self) -> *mut c_void {

@@ -57,26 +57,31 @@ const _: () = assert!(size_of::<BindInterdomain>() == 8 && size_of::<Reset>() ==
 unsafe impl Argument for BindInterdomain {
     const GROUP: u8 = b'E';
     const NUMBER: u8 = 1;
+    const BYTES: usize = size_of::<Self>();
 }
 // SAFETY: as above.
 unsafe impl Argument for BindUnboundPort {
     const GROUP: u8 = b'E';
     const NUMBER: u8 = 2;
+    const BYTES: usize = size_of::<Self>();
 }
 // SAFETY: as above.
 unsafe impl Argument for Unbind {
     const GROUP: u8 = b'E';
     const NUMBER: u8 = 3;
+    const BYTES: usize = size_of::<Self>();
 }
 // SAFETY: as above.
 unsafe impl Argument for Notify {
     const GROUP: u8 = b'E';
     const NUMBER: u8 = 4;
+    const BYTES: usize = size_of::<Self>();
 }
 // SAFETY: as above.
 unsafe impl Argument for Reset {
     const GROUP: u8 = b'E';
     const NUMBER: u8 = 5;
+    const BYTES: usize = size_of::<Self>();
 }
 
 /// The ports of one thread.

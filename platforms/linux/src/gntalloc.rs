@@ -52,11 +52,13 @@ const _: () = assert!(size_of::<AllocGref>() == 24 && size_of::<DeallocGref>() =
 unsafe impl Argument for AllocGref {
     const GROUP: u8 = b'G';
     const NUMBER: u8 = 5;
+    const BYTES: usize = size_of::<Self>();
 }
 // SAFETY: as above; the driver only reads it.
 unsafe impl Argument for DeallocGref {
     const GROUP: u8 = b'G';
     const NUMBER: u8 = 6;
+    const BYTES: usize = size_of::<Self>();
 }
 
 #[derive(Clone, Copy, Debug)]

@@ -1,18 +1,25 @@
 //! Other domains' pages by `/dev/xen/gntdev`.
 
+use core::cell::RefCell;
+use core::mem::offset_of;
 use core::ptr::{self, NonNull};
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 
 use pvblk::memory::{Access, PAGE_BYTES};
 use pvblk_xen::platform::{
-    CopyDirection, CopyOperation, DomainId, ForeignError, GrantRef, MapOperation, MappedPage,
+    CopyDirection, CopyOperation, DomainId, ForeignError, MapOperation, MappedPage,
 };
 use rustix::io::Errno;
 use rustix::ioctl::ioctl;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
+use crate::budget;
 use crate::device::{self, Argument, Call};
 use crate::error::{Device, OpenError};
+
+/// Pages that are mapped in one go at most.
+const GROUP_MOST: usize = 256;
 
 /// Copies that one call of the driver makes at most. The driver cuts them into hypercalls itself.
 const COPY_BATCH: usize = 64;
@@ -25,13 +32,21 @@ const GNTST_NO_SPACE: i16 = -13;
 const GNTCOPY_SOURCE_GREF: u16 = 1;
 const GNTCOPY_DEST_GREF: u16 = 2;
 
-/// `struct ioctl_gntdev_map_grant_ref`, for one page.
+/// `struct ioctl_gntdev_map_grant_ref`.
 #[repr(C)]
 struct MapGrantRef {
     count: u32,
     pad: u32,
-    /// Out: where in the device the page is.
+    /// Out: where in the device the pages are.
     index: u64,
+    /// As many as `count` says.
+    names: [GrantName; GROUP_MOST],
+}
+
+/// `struct ioctl_gntdev_grant_ref`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct GrantName {
     domain: u32,
     reference: u32,
 }
@@ -78,7 +93,8 @@ struct GrantCopy {
     segments: *mut CopySegment,
 }
 
-const _: () = assert!(size_of::<MapGrantRef>() == 24 && size_of::<UnmapGrantRef>() == 16);
+const _: () = assert!(offset_of!(MapGrantRef, names) == 16 && size_of::<GrantName>() == 8);
+const _: () = assert!(size_of::<UnmapGrantRef>() == 16);
 #[cfg(target_pointer_width = "64")]
 const _: () = assert!(size_of::<CopySegment>() == 24 && size_of::<GrantCopy>() == 16);
 
@@ -86,17 +102,21 @@ const _: () = assert!(size_of::<CopySegment>() == 24 && size_of::<GrantCopy>() =
 unsafe impl Argument for MapGrantRef {
     const GROUP: u8 = b'G';
     const NUMBER: u8 = 0;
+    // The list is declared with one name.
+    const BYTES: usize = offset_of!(Self, names) + size_of::<GrantName>();
 }
 // SAFETY: as above; the driver only reads it.
 unsafe impl Argument for UnmapGrantRef {
     const GROUP: u8 = b'G';
     const NUMBER: u8 = 1;
+    const BYTES: usize = size_of::<Self>();
 }
 // SAFETY: layout and number as above; the driver writes to the segments' statuses, and to local
 // memory as they say.
 unsafe impl Argument for GrantCopy {
     const GROUP: u8 = b'G';
     const NUMBER: u8 = 8;
+    const BYTES: usize = size_of::<Self>();
 }
 
 impl CopySegment {
@@ -121,10 +141,14 @@ impl CopySegment {
     }
 }
 
-/// The device. It has no state here, and its driver locks what it has.
+/// The device of one thread.
 #[derive(Debug)]
 pub(crate) struct GrantDevice {
     file: OwnedFd,
+    /// The most pages that are mapped as a group.
+    group_most: usize,
+    /// Groups of which some pages were unmapped, with how many are left.
+    broken: RefCell<BTreeMap<u64, usize>>,
 }
 
 impl GrantDevice {
@@ -133,41 +157,73 @@ impl GrantDevice {
         if bytes != PAGE_BYTES {
             return Err(OpenError::PageSize { bytes });
         }
-        Ok(Self { file: device::open(Device::GrantMapping)? })
+        Ok(Self {
+            file: device::open(Device::GrantMapping)?,
+            group_most: if can_unmap_parts() { GROUP_MOST } else { 1 },
+            broken: RefCell::default(),
+        })
     }
 
     pub(crate) fn map(&self, peer: DomainId, operations: &mut [MapOperation]) {
-        for operation in operations {
-            operation.result = self.map_page(peer, operation.reference, operation.access);
+        for alike in operations.chunk_by_mut(|one, next| one.access == next.access) {
+            for group in alike.chunks_mut(self.group_most) {
+                self.map_group(peer, group);
+            }
         }
     }
 
-    /// Maps one page, as a mapping of its own: only so can it be unmapped alone, and only so does
-    /// a bad reference fail nothing else.
-    fn map_page(
+    /// Maps pages with the same access as a group: two calls of the system, and one hypercall.
+    /// The driver maps all or none, so after a bad reference each is tried alone.
+    fn map_group(&self, peer: DomainId, group: &mut [MapOperation]) {
+        match self.try_map(peer, group) {
+            Ok((base, token)) => {
+                for (index, operation) in group.iter_mut().enumerate() {
+                    // SAFETY: within the pages that were mapped.
+                    let address = unsafe { base.add(index * PAGE_BYTES) };
+                    operation.result = Ok(MappedPage { address, token });
+                }
+            }
+            Err(ForeignError::Refused) if group.len() > 1 => {
+                group.chunks_mut(1).for_each(|alone| self.map_group(peer, alone));
+            }
+            Err(error) => group.iter_mut().for_each(|operation| operation.result = Err(error)),
+        }
+    }
+
+    /// Maps all or nothing; gives the first page's address, and the token of all.
+    fn try_map(
         &self,
         peer: DomainId,
-        reference: GrantRef,
-        access: Access,
-    ) -> Result<MappedPage, ForeignError> {
-        let domain = peer.0.into();
-        let mut name = MapGrantRef { count: 1, pad: 0, index: 0, domain, reference: reference.0 };
-        // SAFETY: `Argument` promises what the driver does.
-        unsafe { ioctl(&self.file, Call(&mut name)) }.map_err(foreign_error)?;
-        let protection = match access {
+        group: &[MapOperation],
+    ) -> Result<(NonNull<u8>, u64), ForeignError> {
+        let Some(first) = group.first() else { return Err(ForeignError::Refused) };
+        let reserved = budget::take(group.len()).ok_or(ForeignError::Exhausted)?;
+        let none = GrantName { domain: 0, reference: 0 };
+        let count = group.len() as u32;
+        let mut names = MapGrantRef { count, pad: 0, index: 0, names: [none; GROUP_MOST] };
+        for (name, operation) in names.names.iter_mut().zip(group) {
+            *name = GrantName { domain: peer.0.into(), reference: operation.reference.0 };
+        }
+        // SAFETY: `Argument` promises what the driver does; there are as many names as it is told.
+        unsafe { ioctl(&self.file, Call(&mut names)) }.map_err(foreign_error)?;
+        let protection = match first.access {
             Access::Read => ProtFlags::READ,
             Access::ReadWrite => ProtFlags::READ | ProtFlags::WRITE,
         };
+        let (bytes, index) = (group.len() * PAGE_BYTES, names.index);
         // SAFETY: a new mapping, at an address that the kernel finds free.
-        let page = unsafe {
-            mmap(ptr::null_mut(), PAGE_BYTES, protection, MapFlags::SHARED, &self.file, name.index)
+        let base = unsafe {
+            mmap(ptr::null_mut(), bytes, protection, MapFlags::SHARED, &self.file, index)
         };
-        let page = page.map(|page| NonNull::new(page.cast()));
-        match page {
-            Ok(Some(address)) => Ok(MappedPage { address, token: name.index }),
+        let token = token(index, group.len());
+        match base.map(|base| NonNull::new(base.cast())) {
+            Ok(Some(base)) => {
+                reserved.keep();
+                Ok((base, token))
+            }
             Ok(None) => Err(ForeignError::Refused),
             Err(errno) => {
-                self.forget(name.index);
+                self.forget(token);
                 Err(foreign_error(errno))
             }
         }
@@ -177,18 +233,46 @@ impl GrantDevice {
     ///
     /// They came from [`map`](Self::map), were not unmapped yet, and nobody uses the memory.
     pub(crate) unsafe fn unmap(&self, pages: &[MappedPage]) {
-        for page in pages {
-            // SAFETY: the caller's promise. A mapping as a whole can always be unmapped.
-            let _ = unsafe { munmap(page.address.as_ptr().cast(), PAGE_BYTES) };
-            self.forget(page.token);
+        // Those that were mapped one after the other in a group go together.
+        let follows = |one: &MappedPage, next: &MappedPage| {
+            let end = one.address.as_ptr().wrapping_add(PAGE_BYTES);
+            one.token == next.token && next.address.as_ptr() == end
+        };
+        for run in pages.chunk_by(follows) {
+            let Some(first) = run.first() else { continue };
+            // SAFETY: the caller's promise. The budget sees to it that the kernel has room to
+            // split a mapping.
+            let _ = unsafe { munmap(first.address.as_ptr().cast(), run.len() * PAGE_BYTES) };
+            budget::give_back(run.len());
+            if self.are_all(first.token, run.len()) {
+                self.forget(first.token);
+            }
         }
     }
 
-    /// Tells the driver that the page at `index` is not going to be mapped any more.
-    fn forget(&self, index: u64) {
+    /// Whether, with these `count` pages, all of a group are unmapped.
+    fn are_all(&self, token: u64, count: usize) -> bool {
+        let (_, whole) = parts(token);
+        if count == whole {
+            return true;
+        }
+        let mut broken = self.broken.borrow_mut();
+        let left = broken.entry(token).or_insert(whole);
+        *left = left.saturating_sub(count);
+        let all = *left == 0;
+        if all {
+            broken.remove(&token);
+        }
+        all
+    }
+
+    /// Tells the driver that a group is not going to be mapped any more.
+    fn forget(&self, token: u64) {
+        let (index, count) = parts(token);
+        let mut group = UnmapGrantRef { index, count: count as u32, pad: 0 };
         // It fails only for what is not there.
         // SAFETY: `Argument` promises what the driver does.
-        let _ = unsafe { ioctl(&self.file, Call(&mut UnmapGrantRef { index, count: 1, pad: 0 })) };
+        let _ = unsafe { ioctl(&self.file, Call(&mut group)) };
     }
 
     /// # Safety
@@ -197,7 +281,10 @@ impl GrantDevice {
     /// meanwhile.
     pub(crate) unsafe fn copy(&self, peer: DomainId, operations: &mut [CopyOperation]) {
         let mut segments = [CopySegment::NONE; COPY_BATCH];
-        for batch in operations.chunks_mut(COPY_BATCH) {
+        // One direction a call: the driver notes for all local pages of a hypercall together whether
+        // they were written to.
+        let alike = operations.chunk_by_mut(|one, next| one.direction == next.direction);
+        for batch in alike.flat_map(|alike| alike.chunks_mut(COPY_BATCH)) {
             let mut count = 0;
             for operation in batch.iter_mut() {
                 // The driver fails the whole call for a copy that leaves its page.
@@ -233,6 +320,25 @@ impl GrantDevice {
         // SAFETY: the segments are there for the call, and the caller vouches for what they name.
         unsafe { ioctl(&self.file, Call(&mut call)) }.map(drop)
     }
+}
+
+/// A group's name: where in the device it is, a multiple of a page's bytes, and its pages.
+fn token(index: u64, count: usize) -> u64 {
+    index | count as u64
+}
+
+/// Where a group is, and how many pages it has.
+fn parts(token: u64) -> (u64, usize) {
+    let low = PAGE_BYTES as u64 - 1;
+    (token & !low, (token & low) as usize)
+}
+
+const _: () = assert!(GROUP_MOST < PAGE_BYTES);
+
+/// Whether a part of a group is unmapped when it is told, and not only with the rest: so it is in
+/// a PV domain, where the driver hears of every page that leaves the address space.
+fn can_unmap_parts() -> bool {
+    std::fs::read("/sys/hypervisor/guest_type").is_ok_and(|kind| kind.trim_ascii() == b"PV")
 }
 
 fn result_of(status: i16) -> Result<(), ForeignError> {

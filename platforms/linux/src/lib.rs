@@ -40,19 +40,21 @@
 //! # What the system is asked for
 //!
 //! On the way of a request: one call to notify, one to unmask a port that was delivered, two for a
-//! sleep and what ended it, one for 64 grant copies, two for a page to be mapped, two to unmap it.
-//! Whether a port was delivered is known without a call.
+//! sleep and what ended it, one for 64 grant copies, two for up to 256 pages to be mapped, two to
+//! unmap them. Whether a port was delivered is known without a call.
 //!
 //! # Limits
 //!
-//! * Mappings: each mapped page is one of the process's `vm.max_map_count` (65530), and takes a
-//!   handle of Xen's maptrack table. What is too much fails with
-//!   [`Exhausted`](pvblk_xen::platform::ForeignError::Exhausted); whether it is Xen's table that is
-//!   full, the driver does not say, and it is [`Refused`](pvblk_xen::platform::ForeignError::Refused).
+//! * Mapped pages: `vm.max_map_count` (65530) less 8192 for the rest of the process, all threads
+//!   together; each takes one or two handles of Xen's maptrack table besides. What is too much fails
+//!   with [`Exhausted`](pvblk_xen::platform::ForeignError::Exhausted); but that Xen's table is full
+//!   the driver does not say, and it is
+//!   [`Refused`](pvblk_xen::platform::ForeignError::Refused). Copies have no such limit.
 //! * Grants of our own: the parameter `limit` of `xen-gntalloc`, 1024 pages in all.
 //! * Pages of 4096 bytes; Linux 4.14 or later.
 #![cfg(target_os = "linux")]
 
+mod budget;
 mod clock;
 mod control;
 mod device;

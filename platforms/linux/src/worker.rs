@@ -79,20 +79,24 @@ unsafe impl PageAllocator for Worker {
     }
 }
 
-// SAFETY: a page is a mapping of its own until it is unmapped, and the kernel keeps what is mapped,
-// even after the device is closed. The driver copies what it is told to, and no more.
+// SAFETY: a page is mapped until it is unmapped, alone or with others; the kernel keeps what is
+// mapped, even after the device is closed. The driver copies what it is told to, and no more.
 unsafe impl ForeignGrants for Worker {
-    /// Two calls of the system and one hypercall a page.
+    /// Two calls of the system and one hypercall for up to 256 pages that follow each other with the
+    /// same access, if all references are good; else, and outside of PV domains, for each page.
     fn map(&self, peer: DomainId, operations: &mut [MapOperation]) {
         self.grants.map(peer, operations);
     }
 
+    /// Two calls of the system, one hypercall and one flush for what was mapped so, if it comes back
+    /// in the same order.
     unsafe fn unmap(&self, pages: &[MappedPage]) {
         // SAFETY: passed on from the caller.
         unsafe { self.grants.unmap(pages) }
     }
 
-    /// One call of the system for 64 copies, and a hypercall for 16.
+    /// One call of the system for up to 64 copies that follow each other in the same direction, and a
+    /// hypercall for 16 of them.
     unsafe fn copy(&self, peer: DomainId, operations: &mut [CopyOperation]) {
         // SAFETY: passed on from the caller.
         unsafe { self.grants.copy(peer, operations) }
