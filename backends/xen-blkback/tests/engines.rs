@@ -189,7 +189,7 @@ fn every_way_to_the_memory_carries_every_request() {
         for (order, segments) in [(0, 0), (0, 32), (2, 256), (4, 4096)] {
             for late in [false, true] {
                 let setup = Setup { order, segments, kept, path, late, seed: 5 };
-                let ends = hammer(setup, 600);
+                let ends = hammer(setup, 200);
                 assert!(ends.host.incidents().is_empty(), "{setup:?}: {:?}", ends.host.incidents());
                 let statistics = ends.queue.engine().statistics();
                 assert_eq!(statistics.errors, 0, "{setup:?}");

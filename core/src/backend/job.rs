@@ -134,40 +134,46 @@ impl<K> Job<K> {
         if self.command.code == Code::Read { Access::ReadWrite } else { Access::Read }
     }
 
-    /// Reaches for each of the segments, and adds them to those that are there. What is not at hand
-    /// is being fetched afterwards, and `is_fetched` says so. A bad segment makes the request one
-    /// that failed.
+    /// Reaches for each of `listed` segments, and adds them to those that are there. What is not at
+    /// hand is being fetched afterwards, and `is_fetched` says so. A bad segment makes the request
+    /// one that failed. `entry` gives each entry, and is asked once for each.
     #[inline(always)]
     pub fn gather<W: Wire<Key = K>>(
         &mut self,
         memory: &mut impl PeerMemory<Handle = W::Handle>,
         sum: &mut Sum,
-        entries: impl Iterator<Item = W::Entry>,
+        listed: usize,
+        entry: impl Fn(usize) -> W::Entry,
     ) {
         let access = self.access();
-        let (mut pages, mut others) = (0, 0);
         let Self { pieces, leases, is_fetched, status, count, .. } = self;
-        let room = pieces.get_mut(*count..).unwrap_or_default();
-        for (piece, entry) in room.iter_mut().zip(entries) {
-            let page = W::whole_page(entry);
-            if let Some(base) = page.and_then(|bits| memory.page_at_hand(bits, access)) {
-                *piece = Piece::new(base, PAGE_BYTES);
-                pages += 1;
-                continue;
-            }
-            let place = *count + pages + others;
-            let leases = (&mut **leases, &mut *is_fetched);
-            match reach::<W>(memory, access, entry, sum, leases, place) {
-                Some(reached) => *piece = reached,
-                None => {
-                    *status = Status::Failed;
-                    break;
+        let pieces = pieces.get_mut(*count..).unwrap_or_default();
+        let listed = listed.min(pieces.len());
+        let mut rest = pieces[..listed].iter_mut();
+        let (mut place, mut others) = (0, 0);
+        loop {
+            let mut find = memory.pages_at_hand(access);
+            let missed = loop {
+                let Some(piece) = rest.next() else { break None };
+                let entry = entry(place);
+                place += 1;
+                match W::whole_page(entry).and_then(&mut find) {
+                    Some(base) => *piece = Piece::new(base, PAGE_BYTES),
+                    None => break Some((piece, entry)),
                 }
-            }
+            };
+            drop(find);
+            let Some((piece, entry)) = missed else { break };
+            let leases = (&mut **leases, &mut *is_fetched);
+            let reached = reach::<W>(memory, access, entry, sum, leases, *count + place - 1);
+            *piece = reached.unwrap_or_else(|| {
+                *status = Status::Failed;
+                Piece::EMPTY
+            });
             others += 1;
         }
-        *count += pages + others;
-        sum.bytes += (pages * PAGE_BYTES) as u64;
+        *count += listed;
+        sum.bytes += ((listed - others) * PAGE_BYTES) as u64;
     }
 
     /// All segments are there: checks the whole against the disk. A bad request is one that failed.
@@ -242,6 +248,16 @@ impl<K> Job<K> {
         Lent::by_engine(&self.pieces[..self.count])
     }
 
+    /// What the store is to do for a read or write that is good.
+    #[inline(always)]
+    pub fn transfer(&self) -> Option<Operation<'_>> {
+        let (extent, memory) = (self.extent?, self.lent());
+        Some(match self.command.code {
+            Code::Read => Operation::Read { extent, memory },
+            _ => Operation::Write { extent, memory },
+        })
+    }
+
     /// What the store is to do now; `None` if nothing is left.
     #[inline(always)]
     pub fn operation(&self) -> Option<Operation<'_>> {
@@ -249,14 +265,11 @@ impl<K> Job<K> {
             Steps::NONE => None,
             Steps::MAIN => {
                 let extent = self.extent?;
-                Some(match self.command.code {
-                    Code::Read => Operation::Read { extent, memory: self.lent() },
-                    Code::Discard => Operation::Discard { extent, secure: false },
-                    Code::SecureDiscard => Operation::Discard { extent, secure: true },
-                    Code::Write | Code::Flush | Code::Barrier => {
-                        Operation::Write { extent, memory: self.lent() }
-                    }
-                })
+                match self.command.code {
+                    Code::Discard => Some(Operation::Discard { extent, secure: false }),
+                    Code::SecureDiscard => Some(Operation::Discard { extent, secure: true }),
+                    Code::Read | Code::Write | Code::Flush | Code::Barrier => self.transfer(),
+                }
             }
             _ => Some(Operation::Flush),
         }

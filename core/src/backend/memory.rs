@@ -39,9 +39,9 @@ pub unsafe trait PeerMemory {
     /// it: `Read` for what is to be written to the disk.
     fn at_hand(&mut self, segment: &Segment<Self::Handle>, access: Access) -> Option<NonNull<u8>>;
 
-    /// The whole page whose handle has these [bits](Handle::to_bits), as [`at_hand`](Self::at_hand).
-    /// Bits that are no handle's are at nobody's hand.
-    fn page_at_hand(&mut self, bits: u64, access: Access) -> Option<NonNull<u8>>;
+    /// Looks many whole pages up, as [`at_hand`](Self::at_hand), by the [bits](Handle::to_bits) of
+    /// their handles. Bits that are no handle's are at nobody's hand.
+    fn pages_at_hand(&mut self, access: Access) -> impl FnMut(u64) -> Option<NonNull<u8>>;
 
     /// How many segments can be fetched now.
     fn room(&self) -> usize;

@@ -165,9 +165,9 @@ where
         let mut left = budget;
         while left > 0 && self.takes() {
             match self.wire.take(&mut self.memory) {
-                Ok(Some(Taken::Request(incoming))) => self.admit(incoming),
-                Ok(Some(Taken::Refused(key, status))) => self.refuse(key, status),
-                Ok(None) => break,
+                Ok(Taken::Request) => self.admit(),
+                Ok(Taken::Refused(status)) => self.refuse(status),
+                Ok(Taken::Nothing) => break,
                 Err(violation) => {
                     self.violation = Some(violation);
                     return Err(violation);
@@ -202,11 +202,9 @@ where
     /// Most are reads and writes whose few segments are at hand, and with some stores they are done
     /// at once: all of that is here, and nobody moves in.
     #[inline(always)]
-    fn admit(&mut self, incoming: Incoming<W::Key>) {
-        let Incoming { key, command, list } = incoming;
-        let Some(mut vacancy) = self.jobs.vacancy() else {
-            return self.refuse(key, Status::Failed);
-        };
+    fn admit(&mut self) {
+        let Some(mut vacancy) = self.jobs.vacancy() else { return self.refuse(Status::Failed) };
+        let Incoming { key, command, list } = *self.wire.incoming();
         let tag = vacancy.tag();
         let job = vacancy.value();
         job.begin(key, command, self.round);
@@ -217,14 +215,14 @@ where
         }
         job.steps = Steps::MAIN;
         let mut sum = Sum::default();
-        let entries = self.wire.direct().iter().copied();
-        job.gather::<W>(&mut self.memory, &mut sum, entries);
+        let direct = self.wire.direct();
+        job.gather::<W>(&mut self.memory, &mut sum, direct.len(), |place| direct[place]);
         job.check(&self.geometry, sum);
         if job.is_fetched || job.status != Status::Done {
             vacancy.occupy();
             return self.gathered(tag);
         }
-        let Some(operation) = job.operation() else { return };
+        let Some(operation) = job.transfer() else { return };
         match self.store.submit(tag, operation) {
             Submitted::Done(Ok(())) => {
                 let filled = self.statistics.count(job);
@@ -277,8 +275,8 @@ where
                     job.steps = job.steps.and(Steps::FLUSH_AFTER);
                 }
                 let mut sum = Sum::default();
-                let entries = self.wire.direct().iter().copied();
-                job.gather::<W>(&mut self.memory, &mut sum, entries);
+                let direct = self.wire.direct();
+                job.gather::<W>(&mut self.memory, &mut sum, direct.len(), |place| direct[place]);
                 job.check(&self.geometry, sum);
                 self.gathered(tag);
             }
@@ -344,8 +342,9 @@ where
         let Some(job) = self.jobs.get_mut(tag) else { return };
         let mut sum = Sum::default();
         for table in Lent::by_engine(tables).regions() {
-            let entries = W::entries(&table, table.len() / W::ENTRY_BYTES);
-            job.gather::<W>(&mut self.memory, &mut sum, entries);
+            let count = table.len() / W::ENTRY_BYTES;
+            let entry = W::entries(&table, count);
+            job.gather::<W>(&mut self.memory, &mut sum, count, entry);
         }
         job.check(&self.geometry, sum);
         self.gathered(tag);
@@ -458,7 +457,8 @@ where
 
     /// Answers what the wire refused.
     #[cold]
-    fn refuse(&mut self, key: W::Key, status: Status) {
+    fn refuse(&mut self, status: Status) {
+        let key = self.wire.incoming().key;
         self.statistics.errors += 1;
         self.wire.answer(&mut self.memory, key, status, 0);
         self.answered = true;

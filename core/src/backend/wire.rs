@@ -18,12 +18,14 @@ pub struct Incoming<K> {
 }
 
 /// What came off the wire.
-#[derive(Clone, Copy, Debug)]
-pub enum Taken<K> {
-    /// A request.
-    Request(Incoming<K>),
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Taken {
+    /// Nothing: there is none.
+    Nothing,
+    /// A request, which [`Wire::incoming`] has now.
+    Request,
     /// A request that the wire refuses: it is answered at once.
-    Refused(K, Status),
+    Refused(Status),
 }
 
 /// Where the segments of a request are.
@@ -79,7 +81,10 @@ pub trait Wire {
     fn take(
         &mut self,
         memory: &mut impl PeerMemory<Handle = Self::Handle>,
-    ) -> Result<Option<Taken<Self::Key>>, Violation>;
+    ) -> Result<Taken, Violation>;
+
+    /// The request that was taken last. Of one that was refused only the key says something.
+    fn incoming(&self) -> &Incoming<Self::Key>;
 
     /// The segments of the request that was taken last, if they were in the request itself.
     fn direct(&self) -> &[Self::Entry];
@@ -88,8 +93,8 @@ pub trait Wire {
     /// [`TABLES_MAX`](crate::plan::TABLES_MAX).
     fn tables(&self) -> &[Self::Handle];
 
-    /// Copies `count` entries out of a table, each once.
-    fn entries(table: &SharedRegion<'_>, count: usize) -> impl Iterator<Item = Self::Entry>;
+    /// A way to copy `count` entries out of a table. Each is asked for once.
+    fn entries(table: &SharedRegion<'_>, count: usize) -> impl Fn(usize) -> Self::Entry;
 
     /// The [bits](Handle::to_bits) of the page's handle, if the entry is for a whole page. What
     /// does not fit a handle may stand for "no".

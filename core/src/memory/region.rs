@@ -111,13 +111,17 @@ impl SharedRegion<'_> {
         core::array::from_fn(|i| unsafe { base.add(i).read_volatile() })
     }
 
-    /// Copies `count` words out, one after the other. `offset` is a multiple of the word's size.
+    /// A way to copy `count` words out one by one. `offset` is a multiple of the word's size. What is
+    /// returned panics if it is asked for a word past the last.
     #[inline(always)]
-    pub fn words<T: Word>(&self, offset: usize, count: usize) -> impl ExactSizeIterator<Item = T> {
+    pub fn words<T: Word>(&self, offset: usize, count: usize) -> impl Fn(usize) -> T {
         let bytes = count.saturating_mul(size_of::<T>());
         let base = self.at(offset, bytes, size_of::<T>()).cast::<T>();
-        // SAFETY: `at` checked the bounds and the alignment of all `count` words.
-        (0..count).map(move |i| unsafe { base.add(i).read_volatile() })
+        move |place| {
+            assert!(place < count, "outside the words");
+            // SAFETY: `at` checked the bounds and the alignment of all `count` words.
+            unsafe { base.add(place).read_volatile() }
+        }
     }
 
     /// Copies words in. `offset` is a multiple of the word's size.

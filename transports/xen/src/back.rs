@@ -66,7 +66,8 @@ pub struct BackRing<P: ForeignGrants> {
     /// Bytes from one slot to the next.
     stride: usize,
     offer: Offer,
-    /// The segments of the request that was taken last.
+    /// The request that was taken last, and its segments.
+    incoming: Incoming<Key>,
     segments: [SegmentEntry; DIRECT_SEGMENTS],
     /// How many those are.
     count: usize,
@@ -102,6 +103,11 @@ impl<P: ForeignGrants> BackRing<P> {
                 indirect_segments: offer.indirect_segments.min(INDIRECT_SEGMENTS),
                 ..offer
             },
+            incoming: Incoming {
+                key: Key { id: 0, operation: 0 },
+                command: Command { code: Code::Read, sector: 0, sectors: 0 },
+                list: List::Direct(0),
+            },
             segments: [SegmentEntry::EMPTY; DIRECT_SEGMENTS],
             count: 0,
             tables: [GrantRef(0); INDIRECT_PAGES],
@@ -128,61 +134,63 @@ impl<P: ForeignGrants> BackRing<P> {
 
     /// Copies a request out of its slot.
     #[inline(always)]
-    fn read<A: Abi>(&mut self, at: usize) -> Taken<Key> {
+    fn read<A: Abi>(&mut self, at: usize) -> Taken {
         let ring = RingPages(|page| self.pages.region(page));
         let head = A::read_head(&ring, at);
         let RequestHead { operation, detail, id, sector, .. } = head;
-        let code = match operation {
+        self.incoming.key = Key { id, operation };
+        self.incoming.command.sector = sector;
+        self.incoming.command.code = match operation {
             operation::READ => Code::Read,
             operation::WRITE => Code::Write,
             operation::FLUSH_DISKCACHE => Code::Flush,
             operation::WRITE_BARRIER => Code::Barrier,
             _ => return self.read_other::<A>(at, head),
         };
-        let key = Key { id, operation };
-        let count = usize::from(detail);
-        let Some(segments) = self.segments.get_mut(..count) else {
-            return Taken::Refused(key, Status::Failed);
+        self.count = usize::from(detail);
+        let Some(segments) = self.segments.get_mut(..self.count) else {
+            return Taken::Refused(Status::Failed);
         };
         A::read_segments(&ring, at, segments);
-        self.count = count;
-        let command = Command { code, sector, sectors: 0 };
-        Taken::Request(Incoming { key, command, list: List::Direct(count) })
+        self.incoming.command.sectors = 0;
+        self.incoming.list = List::Direct(self.count);
+        Taken::Request
     }
 
     /// Copies the rest of a request out of its slot that has no segments there.
     #[inline(never)]
-    fn read_other<A: Abi>(&mut self, at: usize, head: RequestHead) -> Taken<Key> {
+    fn read_other<A: Abi>(&mut self, at: usize, head: RequestHead) -> Taken {
         let ring = RingPages(|page| self.pages.region(page));
-        let RequestHead { operation, detail, indirect_segments, id, sector } = head;
-        let offer = self.offer;
-        let key = Key { id, operation };
+        let RequestHead { operation, detail, indirect_segments, .. } = head;
+        let Self { incoming, offer, .. } = self;
         match operation {
             operation::DISCARD => {
                 let secure = offer.secure_discard && detail & DISCARD_SECURE != 0;
                 let code = if secure { Code::SecureDiscard } else { Code::Discard };
                 let sectors = A::read_discard_sectors(&ring, at);
-                let command = Command { code, sector, sectors };
+                incoming.command = Command { code, sectors, ..incoming.command };
+                incoming.list = List::Direct(0);
                 self.count = 0;
-                Taken::Request(Incoming { key, command, list: List::Direct(0) })
+                Taken::Request
             }
             operation::INDIRECT if offer.indirect_segments > 0 => {
-                let key = Key { id, operation: detail };
+                incoming.key.operation = detail;
                 let code = match detail {
                     operation::READ => Code::Read,
                     operation::WRITE => Code::Write,
-                    _ => return Taken::Refused(key, Status::Failed),
+                    _ => return Taken::Refused(Status::Failed),
                 };
                 let segments = usize::from(indirect_segments);
                 if segments == 0 || segments > offer.indirect_segments {
-                    return Taken::Refused(key, Status::Failed);
+                    return Taken::Refused(Status::Failed);
                 }
+                incoming.command = Command { code, sectors: 0, ..incoming.command };
+                incoming.list = List::Indirect(segments);
                 self.tables = A::read_indirect_pages(&ring, at);
                 self.count = segments.div_ceil(ENTRIES_PER_PAGE);
-                let command = Command { code, sector, sectors: 0 };
-                Taken::Request(Incoming { key, command, list: List::Indirect(segments) })
+                Taken::Request
             }
-            _ => Taken::Refused(key, Status::NotSupported),
+            _ => Taken::Refused(Status::NotSupported),
         }
     }
 
@@ -202,22 +210,27 @@ impl<P: ForeignGrants> Wire for BackRing<P> {
     fn take(
         &mut self,
         _memory: &mut impl PeerMemory<Handle = GrantRef>,
-    ) -> Result<Option<Taken<Key>>, Violation> {
+    ) -> Result<Taken, Violation> {
         let mut next = self.requests.take();
         if next.is_none() {
             let room = self.room();
             let producer = IndexAt(self.pages.region(0), index::REQ_PROD);
             if !self.requests.look(&producer, room)? {
-                return Ok(None);
+                return Ok(Taken::Nothing);
             }
             next = self.requests.take();
         }
-        let Some(next) = next else { return Ok(None) };
+        let Some(next) = next else { return Ok(Taken::Nothing) };
         let at = self.at(next);
-        Ok(Some(match self.layout {
+        Ok(match self.layout {
             Layout::Bits64 => self.read::<Abi64>(at),
             Layout::Bits32 => self.read::<Abi32>(at),
-        }))
+        })
+    }
+
+    #[inline(always)]
+    fn incoming(&self) -> &Incoming<Key> {
+        &self.incoming
     }
 
     #[inline(always)]
@@ -230,8 +243,9 @@ impl<P: ForeignGrants> Wire for BackRing<P> {
     }
 
     #[inline(always)]
-    fn entries(table: &SharedRegion<'_>, count: usize) -> impl Iterator<Item = SegmentEntry> {
-        table.words(0, count).map(SegmentEntry::from_word)
+    fn entries(table: &SharedRegion<'_>, count: usize) -> impl Fn(usize) -> SegmentEntry {
+        let word = table.words(0, count);
+        move |place| SegmentEntry::from_word(word(place))
     }
 
     #[inline(always)]

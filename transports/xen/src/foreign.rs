@@ -42,7 +42,7 @@ pub struct Reach {
     /// The most pages that are kept mapped; 0 unless both ends have agreed on persistent grants.
     pub kept_pages: usize,
     /// Grant references from here on are never kept. A frontend's are below the size of its grant
-    /// table: 32,768 as Xen is shipped. Each takes 12 bytes here.
+    /// table: 32,768 as Xen is shipped. Each takes 16 bytes here.
     pub kept_references: usize,
     /// How long a kept page may be unused, in nanoseconds.
     pub kept_unused: u64,
@@ -254,7 +254,7 @@ impl<P: ForeignGrants> ForeignMemory<P> {
                     // Two segments of a batch were in the same page.
                     Err(page) => {
                         self.unmaps.push(page);
-                        self.kept.find(reference.0.into(), round)
+                        self.kept.finder(round)(reference.0.into())
                     }
                 }
             }
@@ -314,14 +314,14 @@ unsafe impl<P: ForeignGrants> PeerMemory for ForeignMemory<P> {
 
     #[inline(always)]
     fn at_hand(&mut self, segment: &Segment<GrantRef>, _access: Access) -> Option<NonNull<u8>> {
-        let page = self.kept.find(segment.handle.0.into(), self.round)?;
+        let page = self.kept.finder(self.round)(segment.handle.0.into())?;
         // SAFETY: a segment of this wire lies in its page.
         Some(unsafe { page.add(segment.offset as usize) })
     }
 
     #[inline(always)]
-    fn page_at_hand(&mut self, bits: u64, _access: Access) -> Option<NonNull<u8>> {
-        self.kept.find(bits, self.round)
+    fn pages_at_hand(&mut self, _access: Access) -> impl FnMut(u64) -> Option<NonNull<u8>> {
+        self.kept.finder(self.round)
     }
 
     #[inline(always)]

@@ -9,14 +9,19 @@ use crate::platform::{GrantRef, MappedPage};
 /// Moments at which the unused age: a page is given up at most a sixteenth of the time-out late.
 const MARKS: usize = 16;
 
+#[derive(Clone, Copy)]
+struct Entry {
+    page: Option<NonNull<u8>>,
+    /// The last round of work in which it was used.
+    round: u32,
+}
+
 /// Pages by their grant reference.
 ///
 /// The table has an entry for every reference that may be kept, so that looking one up is a load
 /// and a comparison; a frontend's references are small numbers, as small as its grant table.
 pub(crate) struct Kept {
-    pages: Box<[Option<NonNull<u8>>]>,
-    /// The last round of work in which each was used; as many as there are pages.
-    rounds: Box<[u32]>,
+    entries: Box<[Entry]>,
     /// What is kept, in no order, with what the platform wants to unmap it.
     members: Vec<(GrantRef, u64)>,
     limit: usize,
@@ -37,8 +42,7 @@ impl Kept {
         let limit = limit.min(references);
         let references = if limit == 0 { 0 } else { references };
         Self {
-            pages: core::iter::repeat_n(None, references).collect(),
-            rounds: core::iter::repeat_n(0, references).collect(),
+            entries: core::iter::repeat_n(Entry { page: None, round: 0 }, references).collect(),
             members: Vec::with_capacity(limit),
             limit,
             overflowed: false,
@@ -47,21 +51,21 @@ impl Kept {
         }
     }
 
-    /// The page with this reference, if it is one, which counts as used in `round`.
+    /// Looks pages up by their reference; what is found counts as used in `round`.
     #[inline(always)]
-    pub fn find(&mut self, reference: u64, round: u32) -> Option<NonNull<u8>> {
-        // All 64 bits: what is too large for a reference must not look like a small one.
-        let reference = usize::try_from(reference).ok()?;
-        let page = (*self.pages.get(reference)?)?;
-        if let Some(used) = self.rounds.get_mut(reference) {
-            *used = round;
+    pub fn finder(&mut self, round: u32) -> impl FnMut(u64) -> Option<NonNull<u8>> + use<'_> {
+        let entries = &mut *self.entries;
+        move |reference| {
+            // All 64 bits: what is too large for a reference must not look like a small one.
+            let entry = entries.get_mut(usize::try_from(reference).ok()?)?;
+            entry.round = round;
+            entry.page
         }
-        Some(page)
     }
 
     /// Whether one more page would be kept, of which `coming` are on their way already.
     pub fn wants(&mut self, reference: GrantRef, coming: usize) -> bool {
-        if reference.0 as usize >= self.pages.len() {
+        if reference.0 as usize >= self.entries.len() {
             return false;
         }
         let full = self.members.len() + coming >= self.limit;
@@ -76,10 +80,9 @@ impl Kept {
         page: MappedPage,
         round: u32,
     ) -> Result<NonNull<u8>, MappedPage> {
-        let place = reference.0 as usize;
-        match (self.pages.get_mut(place), self.rounds.get_mut(place)) {
-            (Some(free @ None), Some(used)) => {
-                (*free, *used) = (Some(page.address), round);
+        match self.entries.get_mut(reference.0 as usize) {
+            Some(entry) if entry.page.is_none() => {
+                *entry = Entry { page: Some(page.address), round };
                 self.members.push((reference, page.token));
                 Ok(page.address)
             }
@@ -97,26 +100,28 @@ impl Kept {
     /// the round `oldest` or later stays.
     pub fn tidy(&mut self, round: u32, oldest: u32, now: u64, mut give_up: impl FnMut(MappedPage)) {
         let stale = self.stale(round, now);
-        let Self { pages, rounds, members, overflowed, .. } = self;
+        let Self { entries, members, overflowed, .. } = self;
         // In rounds: 0 is the present one.
-        let age = |reference: GrantRef| {
-            rounds.get(reference.0 as usize).map_or(0, |used| round.wrapping_sub(*used))
+        let age = |entries: &[Entry], reference: GrantRef| {
+            entries.get(reference.0 as usize).map_or(0, |entry| round.wrapping_sub(entry.round))
         };
         // Nothing is in use if `oldest` is the round to come.
         let in_use = round.wrapping_sub(oldest).wrapping_add(1);
         let mut surplus = 0;
         if core::mem::take(overflowed) {
             surplus = members.len().div_ceil(20);
-            members.sort_unstable_by_key(|(member, _)| age(*member));
+            members.sort_unstable_by_key(|(member, _)| age(entries, *member));
         }
         let first = members.len() - surplus;
         // From the end: what takes the place of one that goes was looked at before.
         for index in (0..members.len()).rev() {
             let (reference, token) = members[index];
-            let age = age(reference);
+            let age = age(entries, reference);
             if age >= in_use && (stale.is_some_and(|stale| age >= stale) || index >= first) {
                 members.swap_remove(index);
-                if let Some(address) = pages.get_mut(reference.0 as usize).and_then(Option::take) {
+                if let Some(entry) = entries.get_mut(reference.0 as usize)
+                    && let Some(address) = entry.page.take()
+                {
                     give_up(MappedPage { address, token });
                 }
             }
@@ -142,8 +147,8 @@ impl Kept {
     /// Gives up everything.
     pub fn clear(&mut self, mut give_up: impl FnMut(MappedPage)) {
         for (reference, token) in self.members.drain(..) {
-            let page = self.pages.get_mut(reference.0 as usize);
-            if let Some(address) = page.and_then(Option::take) {
+            let entry = self.entries.get_mut(reference.0 as usize);
+            if let Some(address) = entry.and_then(|entry| entry.page.take()) {
                 give_up(MappedPage { address, token });
             }
         }
