@@ -22,13 +22,6 @@ loop_device() {
 	/sbin/losetup $4 -b "$2" "$1" "$3" 2>&9 || say "dom0: losetup $1 failed"
 }
 
-# emulator_fault DOMAIN: whether it ended by a fault of the emulator: a triple fault in which Xen
-# finds its own code segment and its own instruction pointer as the guest's. QEMU 7.2 now and then
-# enters a guest half way; no guest, ours or Linux, can bring such a state about.
-emulator_fault() {
-	[ "$ended" = reboot ] && xl dmesg | grep -A 5 "Dumping Dom$1 vcpu" | grep -q 'e008:\[<ffff82d0'
-}
-
 one_case() { # NAME SECTOR PERSISTENT SECONDS live|later|bytes
 	say "CASE $1"
 	attempt "$@"

@@ -3,8 +3,10 @@
 mod bare;
 mod bench;
 mod check;
+mod foreign;
 mod fuzz;
 mod guests;
+mod host;
 mod matrix;
 mod metadata;
 mod project;
@@ -26,7 +28,7 @@ enum Command {
     Run(run::Options),
     /// Test everything: on this machine, then on real Xen
     Test(test::Options),
-    /// Negotiate a disk in every way, on real Xen
+    /// Run every frontend on every backend, and negotiate in every way, on real Xen
     Matrix(matrix::Options),
     /// Check formatting, lints, docs, features, the oldest compiler and the packages
     Check(check::Options),

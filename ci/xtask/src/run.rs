@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 
+use crate::foreign;
 use crate::guests::Guest;
 use crate::guests::case::Case;
 use crate::rig::Rig;
@@ -11,7 +12,8 @@ use crate::rig::Rig;
 /// What to run.
 #[derive(clap::Args)]
 pub struct Options {
-    /// The guest: `unikernel` (ours), or `linux` (the same checks by Linux's own driver)
+    /// The guest: `unikernel` (ours), `linux` (the same checks by Linux's own driver), or
+    /// `foreign` (two guests that share pages)
     #[arg(default_value = "unikernel")]
     example: String,
     /// A PVH image of one's own in the unikernel's place
@@ -34,12 +36,17 @@ pub fn run(options: &Options) -> Result<()> {
         bail!("only x86_64 so far, not {}", options.arch);
     }
     let rig = Rig::prepare()?;
+    if options.example == "foreign" {
+        foreign::run(&rig, true).context("FAIL")?;
+        println!("PASS: pages of one guest were mapped and copied by another");
+        return Ok(());
+    }
     let guest = match (options.example.as_str(), &options.image) {
         ("unikernel", Some(image)) => Guest::image(&rig, image.clone())?,
         ("unikernel", None) if options.defmt => Guest::unikernel(&rig, &["defmt"])?,
         ("unikernel", None) => Guest::unikernel(&rig, &[])?,
         ("linux", None) => Guest::linux(&rig)?,
-        (other, _) => bail!("there is no example {other}: `unikernel` or `linux`"),
+        (other, _) => bail!("there is no example {other}: `unikernel`, `linux` or `foreign`"),
     };
     let case = Case { arguments: options.cmdline.clone(), ..Case::plain(&options.example) };
     let result = guest.run_one(&case, true);

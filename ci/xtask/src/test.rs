@@ -7,9 +7,10 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 
+use crate::foreign;
 use crate::guests::Guest;
 use crate::guests::case::Case;
-use crate::matrix::{self, Front};
+use crate::matrix;
 use crate::metadata;
 use crate::project;
 use crate::report::{Tally, heading, say};
@@ -76,7 +77,10 @@ fn xen(tally: &mut Tally) -> Result<()> {
     tally.step("unikernel: a file system read, a disk written", || {
         guest.run_one(&Case::plain("unikernel"), false)
     });
-    matrix::run(&guest, Front::XenBlkfront, tally)
+    tally.step("two guests: pages mapped and copied by one, granted by the other", || {
+        foreign::run(&rig, false)
+    });
+    matrix::run(&rig, &matrix::Options::default(), tally)
 }
 
 /// Runs `cargo test`, prints a line for each of its programs, and counts their tests.

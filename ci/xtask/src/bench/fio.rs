@@ -9,26 +9,32 @@ use anyhow::{Context, Result, bail};
 
 use crate::project;
 use crate::report::say;
-use crate::rig::{Apt, stamp};
+use crate::rig::{Apt, Rig, stamp};
 use crate::shell;
 
 /// The program; fetched and built once.
-pub fn prepare() -> Result<PathBuf> {
+pub fn prepare(rig: &Rig) -> Result<PathBuf> {
     let folder = project::rig().join("fio");
     let program = folder.join("fio");
     let key = include_str!("fio.rs");
     stamp::once(&project::rig().join("stamps/fio"), key, "building fio", || {
-        for tool in ["gcc", "make"] {
-            if Command::new(tool).arg("--version").output().is_err() {
-                bail!("{tool} is not here, and fio, the peer's program, is built from source");
-            }
+        let is_here = |tool: &str| Command::new(tool).arg("--version").output().is_ok();
+        if !is_here("gcc") {
+            bail!("gcc is not here, and fio is built from source");
         }
+        let make = match is_here("make") {
+            true => PathBuf::from("make"),
+            false => {
+                rig.add(&["make"])?;
+                rig.packages().path("usr/bin/make")
+            }
+        };
         stamp::fresh(&folder)?;
         let apt = Apt::new(project::rig().join("apt"))?;
         let aio = folder.join("aio");
         apt.unpack(&["libaio-dev".into(), "libaio1".into()], &aio)?;
         let source = fetch(&folder)?;
-        build(&source, &aio.join("usr"))?;
+        build(&make, &source, &aio.join("usr"))?;
         fs::copy(source.join("fio"), &program)?;
         shell::output(Command::new("strip").arg(&program))?;
         fs::remove_dir_all(&source)?;
@@ -110,7 +116,7 @@ fn as_source(text: &str) -> Option<String> {
     (is_debian(&text) && text.contains("deb-src")).then_some(text)
 }
 
-fn build(source: &Path, aio: &Path) -> Result<()> {
+fn build(make: &Path, source: &Path, aio: &Path) -> Result<()> {
     let library = format!("-L{}", aio.join("lib/x86_64-linux-gnu").display());
     let include = format!("-I{}", aio.join("include").display());
     let mut configure = Command::new("./configure");
@@ -132,7 +138,7 @@ fn build(source: &Path, aio: &Path) -> Result<()> {
     }
     fs::write(&settings, text.replace(flag, &format!("{flag} {library}")))?;
     let jobs = std::thread::available_parallelism().map_or(1, usize::from);
-    let mut make = Command::new("make");
+    let mut make = Command::new(make);
     make.current_dir(source).arg(format!("-j{jobs}")).arg("fio").env_remove("MAKEFLAGS");
     for name in ["CFLAGS", "LDFLAGS"] {
         if env::var_os(name).is_some() {

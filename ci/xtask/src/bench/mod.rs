@@ -1,6 +1,6 @@
 //! `cargo xtask bench`: measurements beside our peers.
 
-mod fio;
+pub mod fio;
 mod frontend;
 mod profile;
 mod results;

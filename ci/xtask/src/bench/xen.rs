@@ -152,7 +152,7 @@ pub fn run(options: &Options) -> Result<()> {
         vec![("bin/mark".into(), mark.clone()), ("guests/unikernel".into(), image.clone())];
     let mut guests = Vec::new();
     if !options.ours_only {
-        let fio = fio::prepare()?;
+        let fio = fio::prepare(&rig)?;
         let (kernel, initramfs) = rig.bench_guest(&[("bin/fio", fio), ("bin/mark", mark)])?;
         copies.push(("guests/vmlinux".into(), kernel));
         copies.push(("guests/linux.cpio".into(), initramfs));

@@ -92,6 +92,11 @@ impl Apt {
     /// Downloads `packages` and unpacks them into `root`, which is emptied first.
     pub fn unpack(&self, packages: &[String], root: &Path) -> Result<()> {
         stamp::fresh(root)?;
+        self.add(packages, root)
+    }
+
+    /// Downloads `packages` and unpacks them into `root`, beside what is there.
+    pub fn add(&self, packages: &[String], root: &Path) -> Result<()> {
         let files = self.download(packages)?;
         say(format!("unpacking {} packages", files.len()));
         for file in &files {

@@ -18,7 +18,8 @@ use crate::shell;
 
 /// Without `spec-ctrl=eager-fpu` programs in dom0 die at random while a guest competes for the
 /// CPU: Xen's lazy switching of the FPU and the emulator's AVX do not go together.
-const XEN: &str = "console=com1 com1=115200,8n1 loglvl=info guest_loglvl=all spec-ctrl=eager-fpu";
+const XEN: &str =
+    "console=com1 com1=115200,8n1 loglvl=info guest_loglvl=all conring_size=1m spec-ctrl=eager-fpu";
 
 /// SMAP kills dom0 at its first IRET on QEMU 7.2, and RDTSCP is mis-decoded in guests.
 const CPU: &str = "max,-smap,-rdtscp";
@@ -51,7 +52,9 @@ pub struct Boot<'a> {
     pub files: Vec<(String, Vec<u8>)>,
     /// Files of this machine that dom0 finds under the paths given.
     pub copies: Vec<(String, PathBuf)>,
-    /// Processors.
+    /// Archives of programs that this boot needs in dom0.
+    pub overlays: Vec<PathBuf>,
+    /// Processors. With more than one, QEMU 7.2 now and then loses a guest.
     pub cpus: u32,
     /// The machine's memory in MiB.
     pub memory: u32,
@@ -74,7 +77,8 @@ impl Default for Boot<'_> {
             scenario: "hello",
             files: Vec::new(),
             copies: Vec::new(),
-            cpus: 2,
+            overlays: Vec::new(),
+            cpus: 1,
             memory: 4096,
             dom0_memory: 1536,
             deterministic: false,
@@ -184,7 +188,8 @@ impl Boot<'_> {
             qemu.args(["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off"]);
             qemu.args(["-rtc", "clock=vm,base=2026-01-01"]);
         } else {
-            qemu.args(["-accel", "tcg,thread=multi"]);
+            let threads = if cpus > 1 { "multi" } else { "single" };
+            qemu.arg("-accel").arg(format!("tcg,thread={threads}"));
         }
         qemu.arg("-kernel").arg(rig.path("xen"));
         qemu.arg("-append").arg(format!(
@@ -204,6 +209,9 @@ impl Boot<'_> {
     fn write_initramfs(&self, rig: &Rig, file: &Path) -> Result<()> {
         let mut out = io::BufWriter::new(fs::File::create(file)?);
         io::copy(&mut fs::File::open(rig.path("dom0.cpio"))?, &mut out)?;
+        for overlay in &self.overlays {
+            io::copy(&mut fs::File::open(overlay)?, &mut out)?;
+        }
         let mut archive = Archive::new(out);
         let script = project::rig_scripts().join("scenarios").join(format!("{}.sh", self.scenario));
         archive.copy("scenario.sh", &script)?;

@@ -26,7 +26,8 @@ const MODULES: [&str; 9] = [
     "null_blk",
 ];
 
-/// Modules of a Linux guest: its disks, and the file system with what it depends on.
+/// Modules of a Linux guest: its disks, and the file system with what it depends on. dom0 has them
+/// too: it looks at what guests have written, and may be a guest of a driver domain.
 const GUEST_MODULES: [&str; 7] =
     ["xen-blkfront", "crc16", "mbcache", "jbd2", "crc32c_generic", "libcrc32c", "ext4"];
 
@@ -41,6 +42,16 @@ const PROGRAMS: [(&str, &str); 9] = [
     ("usr/lib/xen-4.17/bin/lsevtchn", "sbin/lsevtchn"),
     ("usr/bin/xenstore", "bin/xenstore"),
     ("sbin/losetup", "sbin/losetup"),
+];
+
+/// The package that a Linux guest's `sfdisk` comes from.
+pub const PARTITIONS: &str = "fdisk";
+
+/// Programs of a Linux guest that makes file systems, in the place of busybox's own.
+const FILE_SYSTEM_PROGRAMS: [(&str, &str); 3] = [
+    ("sbin/mke2fs", "sbin/mke2fs"),
+    ("sbin/e2fsck", "sbin/e2fsck"),
+    ("sbin/sfdisk", "sbin/sfdisk"),
 ];
 
 /// Folders that must be there before anything is mounted or started.
@@ -66,22 +77,16 @@ const LIBRARY_FOLDER: &str = "lib/x86_64-linux-gnu";
 pub fn write(packages: &Packages, file: &Path) -> Result<()> {
     let mut archive = Archive::new(BufWriter::new(fs::File::create(file)?));
     skeleton(packages, &mut archive)?;
-    let programs: Vec<PathBuf> = PROGRAMS.iter().map(|(from, _)| packages.path(from)).collect();
-    for ((_, to), from) in PROGRAMS.iter().zip(&programs) {
-        archive.copy(to, from)?;
-    }
+    copy_programs(packages, &mut archive, &PROGRAMS)?;
     for name in ["ls", "read", "write", "rm", "list", "exists", "chmod", "watch"] {
         archive.link(&format!("bin/xenstore-{name}"), "xenstore")?;
     }
-    let mut libraries = packages.libraries(&programs)?;
-    // Loaded by name when a thread is cancelled: without it `xl` aborts.
-    libraries.push(packages.path("lib/x86_64-linux-gnu/libgcc_s.so.1"));
-    for library in &libraries {
-        let name = library.file_name().context("a library without a name")?.to_string_lossy();
-        archive.copy(&format!("{LIBRARY_FOLDER}/{name}"), library)?;
+    for library in own_libraries(packages)? {
+        copy_library(&mut archive, &library)?;
     }
     archive.copy("lib64/ld-linux-x86-64.so.2", &packages.loader())?;
     modules(packages, &mut archive, &MODULES)?;
+    modules(packages, &mut archive, &GUEST_MODULES)?;
     archive.link("usr/lib/xen-4.17/bin", "/sbin")?;
     archive.file("etc/xen/xl.conf", b"autoballoon=\"off\"\nlockfile=\"/run/xl\"\n")?;
     let scripts = project::rig_scripts();
@@ -91,9 +96,37 @@ pub fn write(packages: &Packages, file: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Programs that only some boots need in dom0.
+pub struct Overlay {
+    /// Names the archive.
+    pub name: &'static str,
+    /// Packages that the programs come from.
+    pub packages: &'static [&'static str],
+    /// Programs and loadable objects: where they are, and where they go.
+    pub programs: &'static [(&'static str, &'static str)],
+    /// What else they need; it stays where it is.
+    pub files: &'static [&'static str],
+}
+
+/// Writes an overlay's archive to `file`: its programs, with the libraries that dom0 lacks.
+pub fn write_overlay(packages: &Packages, overlay: &Overlay, file: &Path) -> Result<()> {
+    let mut archive = Archive::new(BufWriter::new(fs::File::create(file)?));
+    let mut libraries = copy_programs(packages, &mut archive, overlay.programs)?;
+    let there = own_libraries(packages)?;
+    libraries.retain(|library| !there.contains(library));
+    for library in &libraries {
+        copy_library(&mut archive, library)?;
+    }
+    for path in overlay.files {
+        archive.copy(path, &packages.path(path))?;
+    }
+    archive.finish()?.flush()?;
+    Ok(())
+}
+
 /// Writes the initramfs of a small Linux guest: busybox, xen-blkfront, `init.domu`.
 pub fn write_linux_guest(packages: &Packages, file: &Path) -> Result<()> {
-    write_guest(packages, file, &GUEST_MODULES, "init.domu", &[])
+    write_guest(packages, file, &GUEST_MODULES, "init.domu", &[], &[])
 }
 
 /// Writes the initramfs of a Linux guest that measures: busybox, xen-blkfront, `programs`.
@@ -102,7 +135,13 @@ pub fn write_bench_guest(
     file: &Path,
     programs: &[(&str, PathBuf)],
 ) -> Result<()> {
-    write_guest(packages, file, &GUEST_MODULES[..1], "scenarios/bench-guest.sh", programs)
+    write_guest(packages, file, &GUEST_MODULES[..1], "scenarios/bench-guest.sh", programs, &[])
+}
+
+/// Writes the initramfs of a Linux guest that uses a disk in every way.
+pub fn write_cell_guest(packages: &Packages, file: &Path, fio: &Path) -> Result<()> {
+    let programs = [("bin/fio", fio.to_owned())];
+    write_guest(packages, file, &GUEST_MODULES, "init.cell", &programs, &FILE_SYSTEM_PROGRAMS)
 }
 
 fn write_guest(
@@ -111,16 +150,52 @@ fn write_guest(
     names: &[&str],
     init: &str,
     programs: &[(&str, PathBuf)],
+    packaged: &[(&str, &str)],
 ) -> Result<()> {
     let mut archive = Archive::new(BufWriter::new(fs::File::create(file)?));
     skeleton(packages, &mut archive)?;
     modules(packages, &mut archive, names)?;
+    let libraries = copy_programs(packages, &mut archive, packaged)?;
+    for library in &libraries {
+        copy_library(&mut archive, library)?;
+    }
+    if !libraries.is_empty() {
+        archive.copy("lib64/ld-linux-x86-64.so.2", &packages.loader())?;
+        archive.copy("etc/mke2fs.conf", &packages.path("etc/mke2fs.conf"))?;
+    }
     archive.copy("init", &project::rig_scripts().join(init))?;
     for (to, from) in programs {
         archive.copy(to, from)?;
     }
     archive.finish()?.flush()?;
     Ok(())
+}
+
+/// The libraries in dom0's own image.
+fn own_libraries(packages: &Packages) -> Result<Vec<PathBuf>> {
+    let programs: Vec<PathBuf> = PROGRAMS.iter().map(|(from, _)| packages.path(from)).collect();
+    let mut libraries = packages.libraries(&programs)?;
+    // Loaded by name when a thread is cancelled: without it `xl` aborts.
+    libraries.push(packages.path("lib/x86_64-linux-gnu/libgcc_s.so.1"));
+    Ok(libraries)
+}
+
+/// Copies programs of the packages, and returns the libraries that they need.
+fn copy_programs<W: Write>(
+    packages: &Packages,
+    archive: &mut Archive<W>,
+    programs: &[(&str, &str)],
+) -> Result<Vec<PathBuf>> {
+    let files: Vec<PathBuf> = programs.iter().map(|(from, _)| packages.path(from)).collect();
+    for ((_, to), from) in programs.iter().zip(&files) {
+        archive.copy(to, from)?;
+    }
+    packages.libraries(&files)
+}
+
+fn copy_library<W: Write>(archive: &mut Archive<W>, library: &Path) -> Result<()> {
+    let name = library.file_name().context("a library without a name")?.to_string_lossy();
+    archive.copy(&format!("{LIBRARY_FOLDER}/{name}"), library)
 }
 
 fn skeleton<W: Write>(packages: &Packages, archive: &mut Archive<W>) -> Result<()> {

@@ -11,7 +11,7 @@ pub mod packages;
 pub mod stamp;
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
@@ -20,6 +20,7 @@ use crate::report::say;
 
 pub use apt::Apt;
 pub use boot::{Boot, Event, Outcome};
+pub use dom0::Overlay;
 use packages::Packages;
 
 /// The prepared machine.
@@ -36,11 +37,7 @@ impl Rig {
         }
         let folder = project::rig();
         fs::create_dir_all(folder.join("stamps"))?;
-        let lock = fs::File::create(folder.join("lock"))?;
-        if lock.try_lock().is_err() {
-            say("another xtask is preparing the rig: waiting for it");
-            lock.lock().context("cannot lock target/rig/lock")?;
-        }
+        let _lock = lock()?;
         let rig = Self { packages: Packages::fetch()?, folder };
         rig.images()?;
         Ok(rig)
@@ -70,6 +67,40 @@ impl Rig {
         Ok((self.path("vmlinux"), initramfs))
     }
 
+    /// Fetches and unpacks further packages, once.
+    pub fn add(&self, names: &[&str]) -> Result<()> {
+        let _lock = lock()?;
+        self.packages.add(names)
+    }
+
+    /// Files that a Linux guest that uses a disk in every way starts from.
+    pub fn cell_guest(&self, fio: &Path) -> Result<(PathBuf, PathBuf)> {
+        self.add(&[dom0::PARTITIONS])?;
+        let _lock = lock()?;
+        let initramfs = self.path("cell.cpio");
+        dom0::write_cell_guest(&self.packages, &initramfs, fio)?;
+        Ok((self.path("vmlinux"), initramfs))
+    }
+
+    /// The archive of an overlay for dom0, made once.
+    pub fn overlay(&self, overlay: &Overlay) -> Result<PathBuf> {
+        self.add(overlay.packages)?;
+        let _lock = lock()?;
+        let file = self.path(&format!("{}.cpio", overlay.name));
+        let key = format!(
+            "{:?} {:?} {:?}\n{}",
+            overlay.packages,
+            overlay.programs,
+            overlay.files,
+            include_str!("dom0.rs")
+        );
+        let stamp = self.path(&format!("stamps/{}", overlay.name));
+        stamp::once(&stamp, &key, &format!("building the archive {}", overlay.name), || {
+            dom0::write_overlay(&self.packages, overlay, &file)
+        })?;
+        Ok(file)
+    }
+
     fn images(&self) -> Result<()> {
         let (image, version) = self.packages.kernel_image()?;
         let hypervisor = self.packages.hypervisor();
@@ -89,4 +120,14 @@ impl Rig {
             dom0::write(&self.packages, &self.path("dom0.cpio"))
         })
     }
+}
+
+/// Nobody else prepares anything until this is dropped.
+fn lock() -> Result<fs::File> {
+    let lock = fs::File::create(project::rig().join("lock"))?;
+    if lock.try_lock().is_err() {
+        say("another xtask is preparing the rig: waiting for it");
+        lock.lock().context("cannot lock target/rig/lock")?;
+    }
+    Ok(lock)
 }

@@ -62,9 +62,7 @@ impl Packages {
                          12's 7.2"
                     );
                 }
-                let mut names = apt.closure(&PROGRAMS)?;
-                names.retain(|name| !UNUSED.iter().any(|unused| name.starts_with(unused)));
-                apt.unpack(&names, &root)
+                apt.unpack(&used(apt.closure(&PROGRAMS)?), &root)
             },
         )?;
         if let Some(own) = env::var_os("PVBLK_KERNEL") {
@@ -85,6 +83,19 @@ impl Packages {
             },
         )?;
         Ok(Self { root, kernel })
+    }
+
+    /// Fetches and unpacks further packages with what they depend on, beside those that all need.
+    pub fn add(&self, names: &[&str]) -> Result<()> {
+        // In the folder itself: it goes when the folder is made anew.
+        let stamp = self.root.join(format!(".with-{}", names.join("+")));
+        stamp::once(&stamp, "there", &format!("fetching {}", names.join(", ")), || {
+            let apt = Apt::new(project::rig().join("apt"))?;
+            let there = apt.closure(&PROGRAMS)?;
+            let mut missing = used(apt.closure(&[&PROGRAMS, names].concat())?);
+            missing.retain(|name| !there.contains(name));
+            apt.add(&missing, &self.root)
+        })
     }
 
     /// A file of the packages.
@@ -185,6 +196,11 @@ impl Packages {
     fn library_path(&self) -> String {
         LIBRARIES.map(|folder| self.root.join(folder).display().to_string()).join(":")
     }
+}
+
+fn used(mut names: Vec<String>) -> Vec<String> {
+    names.retain(|name| !UNUSED.iter().any(|unused| name.starts_with(unused)));
+    names
 }
 
 fn find(folder: &Path, matches: &dyn Fn(&str) -> bool) -> Result<Option<PathBuf>> {

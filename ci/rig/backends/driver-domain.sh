@@ -1,0 +1,49 @@
+# Our driver domain: a guest named `storage` that serves its memory. dom0 reaches what its disks
+# hold as a guest of its own. There is no devd: the domain answers xl by itself.
+
+backend_up() {
+	load xen-blkfront
+	cat >/guests/storage.cfg <<-'END'
+		name="storage"
+		type="pvh"
+		kernel="/guests/driver-domain"
+		cmdline="ram0=24M ram1=64M"
+		memory=256
+		vcpus=1
+		tsc_mode="native"
+		driver_domain=1
+		on_crash="preserve"
+	END
+	xl create /guests/storage.cfg >&9 2>&1
+}
+
+domain_disk() { # image|raw VDEV r|w
+	case $1 in
+	image) target=ram0 ;;
+	raw) target=ram1 ;;
+	esac
+	case $3 in
+	r) access=ro ;;
+	w) access=rw ;;
+	esac
+	echo "format=raw,vdev=$2,access=$access,backend=storage,target=$target"
+}
+
+backend_reset() { # SECTOR
+	through_dom0 "$(domain_disk image xvdy w)" write $image
+	through_dom0 "$(domain_disk raw xvdy w)" clear
+}
+
+backend_disk() {
+	domain_disk "$@"
+}
+
+backend_content() {
+	through_dom0 "$(domain_disk raw xvdy r)" read $raw
+	echo $raw
+}
+
+backend_release() {
+	rm -f $raw
+	tail -n 20 /var/log/xen/console/guest-storage.log | sed 's/^/storage: /' >&9
+}

@@ -1,0 +1,53 @@
+# What the columns of pvblkd share. xen-blkback is not loaded: the daemon owns `backend/vbd`, and
+# guests' disks are plain lines of xl's configuration. Its stores are named by `target=`; a target
+# that is no file of dom0 is left alone by libxl as long as there is a `script=`.
+
+pvblkd_log=/var/log/pvblkd.log
+
+# start_pvblkd: runs it, with its log among the reports.
+start_pvblkd() {
+	: >>$pvblkd_log
+	pvblkd serve >>$pvblkd_log 2>&1 &
+	pvblkd_pid=$!
+	echo $pvblkd_pid >/run/pvblkd.pid
+}
+
+backend_up() {
+	cat >/etc/xen/scripts/block-pvblkd <<-'END'
+		#!/bin/sh
+		# libxl's hotplug script for disks that pvblkd serves: there is nothing to prepare.
+		[ "$1" != add ] || xenstore-write "$XENBUS_PATH/hotplug-status" connected
+	END
+	chmod +x /etc/xen/scripts/block-pvblkd
+	store_up || return 1
+	start_pvblkd
+	sleep 1
+	kill -0 $pvblkd_pid 2>/dev/null && return
+	sed 's/^/pvblkd: /' $pvblkd_log >&9
+	return 1
+}
+
+# In a file: those that kill it are not those that started it.
+backend_kill() {
+	kill -9 "$(cat /run/pvblkd.pid)"
+}
+
+backend_restart() {
+	start_pvblkd
+}
+
+# pvblkd_disk TARGET VDEV r|w
+pvblkd_disk() {
+	case $3 in
+	r) access=ro ;;
+	w) access=rw ;;
+	esac
+	echo "format=raw,vdev=$2,access=$access,script=block-pvblkd,target=$1"
+}
+
+# What it has said since the last time.
+backend_release() {
+	sed 's/^/pvblkd: /' $pvblkd_log >&9
+	: >$pvblkd_log
+	store_release
+}

@@ -1,0 +1,205 @@
+# One column of the matrix: a backend, and guests that use its disks one after the other.
+#
+# /backend.sh is a file of ci/rig/backends. It defines:
+#
+#   backend_up                starts the backend, once a boot
+#   backend_reset SECTOR      disk `image` holds $image and can be read; `raw` is empty ($raw_mib MiB)
+#   backend_disk DISK VDEV r|w   prints that disk as xl's configuration has it
+#   backend_content           prints a file or device of dom0 that shows what `raw` holds
+#   backend_release           after a guest is gone
+#   backend_kill, backend_restart   kills the backend with its disks in use; starts it again
+#   store_kill, store_restart       the same with what it has its data from
+#
+# (the last two lines where that can be done) and, where xl's own way is not the way, backend_plug
+# and backend_unplug.
+#
+# /guests/cells has a line for each guest: NAME KIND SECONDS SECTOR. KIND is
+#
+#   unikernel   does its work and ends
+#   linux       the same, but has its disk taken away and given back between
+#   crash       is destroyed while it writes
+#   kill-backend, kill-store   as linux, but that is killed and started again while the guest
+#               writes its tree, and while fio writes and verifies
+
+image=/guests/ext4.img
+raw=/tmp/raw.img
+raw_mib=64
+
+# backend_plug GUEST: gives the running guest its disk.
+backend_plug() {
+	xl block-attach "$1" "$(backend_disk raw xvdb w)" >&9 2>&1
+}
+
+# backend_unplug GUEST
+backend_unplug() {
+	xl block-detach "$1" xvdb >&9 2>&1
+}
+
+# through_dom0 SPECIFICATION write FILE | read FILE | clear: dom0 as a guest of the backend: copies
+# a file to the start of the disk, copies all of the disk to a file, or fills it with zeroes.
+# Needs xen-blkfront. The disk is xvdy in SPECIFICATION.
+through_dom0() {
+	xl block-attach 0 "$1" >&9 2>&1
+	tries=0
+	until [ -b /dev/xvdy ] || [ $tries -ge 200 ]; do
+		tries=$((tries + 1))
+		usleep 50000
+	done
+	case $2 in
+	write) dd if="$3" of=/dev/xvdy bs=1M conv=fsync 2>/dev/null ;;
+	read) dd if=/dev/xvdy of="$3" bs=1M 2>/dev/null ;;
+	clear)
+		head -c $(($(cat /sys/block/xvdy/size) * 512)) /dev/zero | dd of=/dev/xvdy bs=1M iflag=fullblock conv=fsync \
+			2>/dev/null
+		;;
+	esac || say "dom0: cannot $2 /dev/xvdy"
+	xl block-detach 0 xvdy >&9 2>&1
+}
+
+# marker LOG WORDS SECONDS: waits until the guest's console has that line.
+marker() {
+	tries=0
+	until grep -q "^$2" "$1" 2>/dev/null; do
+		tries=$((tries + 1))
+		[ $tries -lt $(($3 * 10)) ] || return 1
+		usleep 100000
+	done
+}
+
+# ranges LOG FILE: reads what the guest says the disk holds, and reports what is there.
+ranges() {
+	tr -d '\r' <"$1" | sed -n 's/^RANGE \([0-9]*\) \([0-9]*\) .*/\1 \2/p' | sort -u |
+		while read -r offset mib; do
+			sum=$(dd if="$2" bs=1M skip="$offset" count="$mib" 2>/dev/null | sha256sum)
+			say "FOUND RANGE $offset $mib ${sum%% *}"
+		done
+}
+
+# tree FILE: reports the files of the file system on its first partition.
+tree() {
+	/sbin/losetup -r -o $((1 << 20)) --sizelimit $((32 << 20)) /dev/loop7 "$1" 2>&9
+	mkdir -p /mnt
+	if mount -t ext4 -o ro,noload /dev/loop7 /mnt 2>&9; then
+		(
+			cd /mnt || exit
+			find . -type f | sort | while IFS= read -r file; do
+				sum=$(sha256sum <"$file")
+				say "FOUND FILE ${sum%% *} $(stat -c %s "$file") ${file#.}"
+			done
+		)
+		umount /mnt
+	fi
+	/sbin/losetup -d /dev/loop7
+}
+
+# mapped DOMID: how many of the guest's grants somebody has mapped, as Xen itself sees it.
+mapped() {
+	xl dmesg -c >/dev/null
+	xl debug-keys g
+	xl dmesg | awk -v domain="d$1" '
+		/grant-table for remote/ { inside = ($0 ~ "remote " domain "( |$)") }
+		inside && /\[0x/ { count++ }
+		END { print count + 0 }'
+}
+
+# lingers DOMID: 1 if Xen still has the domain: it cannot go while its pages are mapped.
+lingers() {
+	xl list | awk -v domain="$1" '$2 == domain { found = 1 } END { print found + 0 }'
+}
+
+# crash NAME: destroys the guest, which writes, and reports what is left of it.
+crash() {
+	sleep 2
+	crashed=$(xl domid "$1")
+	say "MAPPED $(mapped "$crashed")"
+	xl destroy "$1" >&9 2>&1
+	tries=0
+	while [ "$(lingers "$crashed")" = 1 ] && [ $tries -lt 50 ]; do
+		tries=$((tries + 1))
+		usleep 100000
+	done
+	say "LEFT $(mapped "$crashed") $(lingers "$crashed")"
+}
+
+# strike backend|store: kills it and starts it again.
+strike() {
+	sleep 1
+	"$1_kill"
+	say "KILLED the $1 at $(uptime)"
+	sleep 1
+	"$1_restart"
+}
+
+# disturb NAME KIND LOG: what dom0 does while the guest runs.
+disturb() {
+	case $2 in
+	crash)
+		marker "$3" WRITING "$seconds" || return
+		crash "$1"
+		return
+		;;
+	kill-*)
+		marker "$3" 'STEP .* tree' "$seconds" || return
+		strike "${2#kill-}"
+		marker "$3" 'STEP .* fio' "$seconds" || return
+		strike "${2#kill-}"
+		;;
+	unikernel) return ;;
+	esac
+	marker "$3" DETACH "$seconds" || return
+	backend_unplug "$1"
+	content=$(backend_content)
+	tree "$content"
+	ranges "$3" "$content"
+	backend_plug "$1"
+}
+
+# one_guest NAME KIND: its console is in $log afterwards.
+one_guest() {
+	{
+		cat "/guests/$1.xl"
+		printf 'disk=['
+		[ "$2" != unikernel ] || printf '"%s",' "$(backend_disk image xvda r)"
+		printf '"%s"]\n' "$(backend_disk raw xvdb w)"
+	} >"/guests/$1.cfg"
+	rm -f "/var/log/xen/console/guest-$1.log"
+	disturb "$1" "$2" "/var/log/xen/console/guest-$1.log" &
+	helper=$!
+	guest "$1" "$seconds" later
+	[ "$2" = crash ] || kill $helper 2>/dev/null
+	wait $helper
+}
+
+attempt() { # NAME KIND SECONDS SECTOR
+	seconds=$3
+	before=$(uptime)
+	backend_reset "$4"
+	one_guest "$1" "$2"
+	[ "$2" != crash ] || one_guest "$1-next" unikernel
+	say "ENDED $ended"
+	content=$(backend_content)
+	bytes=$(sed -n 's/^DISK-SHA256 [0-9a-f]* \([0-9]*\).*/\1/p' "$log" | tail -n 1)
+	[ -z "$bytes" ] || say "DISK $(head -c "$bytes" "$content" | sha256sum | cut -d ' ' -f 1) $bytes"
+	ranges "$log" "$content"
+	backend_release
+	say "SECONDS $before $(uptime)"
+}
+
+scenario() {
+	load loop max_loop=8
+	for module in crc16 mbcache jbd2 crc32c_generic libcrc32c ext4; do
+		[ ! -f /lib/modules/$module.ko ] || load $module
+	done
+	. /backend.sh
+	backend_up || return 1
+	while read -r name kind seconds sector; do
+		say "CASE $name"
+		attempt "$name" "$kind" "$seconds" "$sector" </dev/null
+		tries=1
+		while emulator_fault "$domain" && [ $tries -lt 3 ]; do
+			say "AGAIN the emulator entered the guest half way (a triple fault in Xen's own code)"
+			tries=$((tries + 1))
+			attempt "$name" "$kind" "$seconds" "$sector" </dev/null
+		done
+	done </guests/cells
+}

@@ -1,0 +1,148 @@
+//! The columns: backends. What each needs in dom0, and the script that starts it there.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::ValueEnum;
+
+use crate::bare;
+use crate::host;
+use crate::project;
+use crate::rig::{Overlay, Rig};
+
+/// What a guest's disk is served by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub enum Back {
+    /// Linux's xen-blkback
+    Linux,
+    /// QEMU's qdisk
+    Qdisk,
+    /// `pvblkd`, from a file
+    PvblkdFile,
+    /// `pvblkd`, from memory
+    PvblkdMemory,
+    /// `pvblkd`, from an NBD server
+    PvblkdNbd,
+    /// Our bare-metal driver domain, from its memory
+    DriverDomain,
+}
+
+/// What a boot needs so that a backend can be started in it.
+#[derive(Default)]
+pub struct Needs {
+    /// Files that dom0 finds under the paths given.
+    pub copies: Vec<(String, PathBuf)>,
+    /// Programs with their libraries.
+    pub overlays: Vec<PathBuf>,
+    /// More words for Xen's command line.
+    pub xen_arguments: &'static str,
+}
+
+const QEMU: Overlay = Overlay {
+    name: "qemu",
+    packages: &["qemu-system-xen"],
+    // libxl starts it by this path.
+    programs: &[("usr/libexec/xen-qemu-system-i386", "usr/libexec/xen-qemu-system-i386")],
+    // libxl asks for a screen by VNC that is never shown; without a keymap QEMU ends at once.
+    files: &["usr/share/qemu/keymaps/en-us"],
+};
+
+const NBDKIT_FILE: &str = "usr/lib/x86_64-linux-gnu/nbdkit/plugins/nbdkit-file-plugin.so";
+
+const NBDKIT: Overlay = Overlay {
+    name: "nbdkit",
+    packages: &["nbdkit"],
+    programs: &[("usr/bin/nbdkit", "bin/nbdkit"), (NBDKIT_FILE, NBDKIT_FILE)],
+    files: &[],
+};
+
+impl Back {
+    /// As `target/matrix.json` and the command line have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Linux => "linux",
+            Self::Qdisk => "qdisk",
+            Self::PvblkdFile => "pvblkd-file",
+            Self::PvblkdMemory => "pvblkd-memory",
+            Self::PvblkdNbd => "pvblkd-nbd",
+            Self::DriverDomain => "driver-domain",
+        }
+    }
+
+    /// As the table has it.
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::Linux => "Linux xen-blkback",
+            Self::Qdisk => "QEMU qdisk",
+            Self::PvblkdFile => "pvblkd, file",
+            Self::PvblkdMemory => "pvblkd, memory",
+            Self::PvblkdNbd => "pvblkd, NBD",
+            Self::DriverDomain => "driver domain",
+        }
+    }
+
+    /// Whether it takes part without being asked for by name.
+    pub fn is_ready(self) -> bool {
+        matches!(self, Self::Linux | Self::Qdisk)
+    }
+
+    /// The file of `ci/rig/backends` that knows how to start it.
+    pub fn script(self) -> PathBuf {
+        project::rig_scripts().join("backends").join(match self {
+            Self::Linux => "blkback.sh",
+            Self::Qdisk => "qdisk.sh",
+            Self::PvblkdFile => "pvblkd-file.sh",
+            Self::PvblkdMemory => "pvblkd-memory.sh",
+            Self::PvblkdNbd => "pvblkd-nbd.sh",
+            Self::DriverDomain => "driver-domain.sh",
+        })
+    }
+
+    /// Whether it has discard, and what was discarded reads as zeroes.
+    pub fn discards(self) -> bool {
+        match self {
+            // Holes are punched into a file, or pages are given up.
+            Self::Linux | Self::Qdisk => true,
+            Self::PvblkdFile | Self::PvblkdMemory | Self::PvblkdNbd => true,
+            Self::DriverDomain => true,
+        }
+    }
+
+    /// Whether it can be killed and started again under a guest's disk.
+    pub fn survives(self) -> bool {
+        // What is in a program's memory dies with it.
+        matches!(self, Self::PvblkdFile | Self::PvblkdNbd)
+    }
+
+    /// Whether it has its data from a server that can be killed and started again.
+    pub fn has_a_server(self) -> bool {
+        self == Self::PvblkdNbd
+    }
+
+    /// Builds and fetches what it needs.
+    pub fn prepare(self, rig: &Rig) -> Result<Needs> {
+        let pvblkd = || -> Result<Vec<(String, PathBuf)>> {
+            let scripts = project::rig_scripts().join("backends");
+            Ok(vec![
+                ("bin/pvblkd".into(), host::build("pvblkd")?),
+                ("pvblkd.sh".into(), scripts.join("pvblkd.sh")),
+            ])
+        };
+        Ok(match self {
+            Self::Linux => Needs::default(),
+            Self::Qdisk => Needs { overlays: vec![rig.overlay(&QEMU)?], ..Needs::default() },
+            Self::PvblkdFile | Self::PvblkdMemory => {
+                Needs { copies: pvblkd()?, ..Needs::default() }
+            }
+            Self::PvblkdNbd => Needs {
+                copies: pvblkd()?,
+                overlays: vec![rig.overlay(&NBDKIT)?],
+                ..Needs::default()
+            },
+            Self::DriverDomain => {
+                let image = bare::build(bare::X86_64, "driver-domain", &[])?;
+                Needs { copies: vec![("guests/driver-domain".into(), image)], ..Needs::default() }
+            }
+        })
+    }
+}

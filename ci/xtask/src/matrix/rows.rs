@@ -1,0 +1,58 @@
+//! The rows: frontends, as guests for `xl`.
+
+use clap::ValueEnum;
+
+/// A driver to test.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub enum Front {
+    /// Linux's blkfront in a PV guest
+    LinuxPv,
+    /// Linux's blkfront in a PVH guest
+    LinuxPvh,
+    /// Ours, in the unikernel
+    XenBlkfront,
+}
+
+impl Front {
+    /// As `target/matrix.json` and the command line have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::LinuxPv => "linux-pv",
+            Self::LinuxPvh => "linux-pvh",
+            Self::XenBlkfront => "xen-blkfront",
+        }
+    }
+
+    /// As the table has it.
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::LinuxPv => "Linux PV",
+            Self::LinuxPvh => "Linux PVH",
+            Self::XenBlkfront => "our unikernel",
+        }
+    }
+
+    /// Whether it is Linux that drives the disk.
+    pub fn is_linux(self) -> bool {
+        self != Self::XenBlkfront
+    }
+
+    /// The configuration for `xl create`, but for the disks.
+    pub fn configuration(self, name: &str, words: &str) -> String {
+        let kind = if self == Self::LinuxPv { "pv" } else { "pvh" };
+        let own = match self {
+            Self::XenBlkfront => {
+                format!("kernel=\"/guests/unikernel\"\ncmdline=\"{words}\"\nmemory=256\n")
+            }
+            Self::LinuxPv | Self::LinuxPvh => format!(
+                "kernel=\"/guests/vmlinux\"\nramdisk=\"/guests/cell.cpio\"\n\
+                 cmdline=\"console=hvc0 loglevel=1 {words}\"\nmemory=512\n"
+            ),
+        };
+        // Preserved, so that the console's last words can be read before the domain goes.
+        format!(
+            "name=\"{name}\"\ntype=\"{kind}\"\n{own}vcpus=1\ntsc_mode=\"native\"\n\
+             on_poweroff=\"preserve\"\non_reboot=\"preserve\"\non_crash=\"preserve\"\n"
+        )
+    }
+}
