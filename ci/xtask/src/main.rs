@@ -7,6 +7,7 @@ mod foreign;
 mod fuzz;
 mod guests;
 mod host;
+mod linux;
 mod matrix;
 mod metadata;
 mod project;

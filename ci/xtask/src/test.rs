@@ -10,6 +10,7 @@ use clap::ValueEnum;
 use crate::foreign;
 use crate::guests::Guest;
 use crate::guests::case::Case;
+use crate::linux;
 use crate::matrix;
 use crate::metadata;
 use crate::project;
@@ -73,6 +74,7 @@ fn host(tally: &mut Tally) -> Result<()> {
 fn xen(tally: &mut Tally) -> Result<()> {
     heading("real Xen");
     let rig = Rig::prepare()?;
+    linux::test(&rig, tally)?;
     let guest = Guest::unikernel(&rig, &[])?;
     tally.step("unikernel: a file system read, a disk written", || {
         guest.run_one(&Case::plain("unikernel"), false)
