@@ -211,6 +211,11 @@ impl NbdDisk {
         self.shared.export.flags & flag::MULTIPLE != 0
     }
 
+    /// What the disk does besides reading and writing.
+    pub fn features(&self) -> Features {
+        self.shared.features()
+    }
+
     /// The shape of the disk. It may grow when the server is connected to again.
     pub fn geometry(&self) -> Geometry {
         self.shared.geometry()
