@@ -1,12 +1,14 @@
 //! One queue of an exported disk: its ring, its event channel, its way to the frontend's memory.
 
+use alloc::boxed::Box;
 use alloc::vec::Vec;
 
 use pvblk::backend::{Backend, Store, Violation};
 use pvblk::memory::Access;
-use pvblk_xen::abi::DIRECT_SEGMENTS;
+use pvblk_xen::abi::{Abi, Abi32, Abi64, DIRECT_SEGMENTS, ring_slots};
 use pvblk_xen::back::{BackRing, Layout, Offer};
 use pvblk_xen::foreign::{Counts, ForeignMemory, Reach};
+use pvblk_xen::journal::{self, Lasting};
 use pvblk_xen::mapped::MappedPages;
 use pvblk_xen::platform::{
     DomainId, EventChannels, EventError, ForeignError, ForeignGrants, GrantRef, Port,
@@ -73,6 +75,22 @@ pub enum OpenError {
     OutOfMemory(usize),
 }
 
+fn map<'t, T: ForeignGrants>(
+    platform: &'t T,
+    plan: &QueuePlan,
+) -> Result<MappedPages<&'t T>, OpenError> {
+    MappedPages::map(platform, plan.peer, &plan.references, Access::ReadWrite)
+        .map_err(OpenError::Ring)
+}
+
+impl QueuePlan {
+    /// Bytes of a [journal](Queue::open_with) for this queue: whole pages.
+    pub fn journal_bytes(&self) -> usize {
+        let stride = if self.layout == Layout::Bits32 { Abi32::STRIDE } else { Abi64::STRIDE };
+        journal::bytes_for(ring_slots(self.references.len().max(1), stride))
+    }
+}
+
 /// The engine of a queue.
 pub type Engine<'t, T, S> = Backend<BackRing<&'t T>, ForeignMemory<&'t T>, Restricted<S>>;
 
@@ -104,9 +122,36 @@ impl<'t, T: ForeignGrants + EventChannels, S: Store> Queue<'t, T, S> {
     ///
     /// [`OpenError`]; nothing stays mapped or bound then.
     pub fn open(platform: &'t T, plan: &QueuePlan, store: S) -> Result<Self, OpenError> {
-        let pages = MappedPages::map(platform, plan.peer, &plan.references, Access::ReadWrite)
-            .map_err(OpenError::Ring)?;
-        let ring = BackRing::attach(pages, plan.layout, plan.offer)?;
+        let ring = BackRing::attach(map(platform, plan)?, plan.layout, plan.offer)?;
+        Self::with_ring(platform, plan, store, ring)
+    }
+
+    /// As [`open`](Self::open), with a journal of what is in progress: so a backend that dies can be
+    /// followed by another that loses nothing. If the device was taken over
+    /// ([`Vbd::is_takeover`](crate::Vbd::is_takeover)), `resume` has the predecessor's requests done
+    /// again. [`journal::bytes_for`] says how much memory it takes.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`]; nothing stays mapped or bound then.
+    pub fn open_with(
+        platform: &'t T,
+        plan: &QueuePlan,
+        store: S,
+        memory: Box<dyn Lasting>,
+        resume: bool,
+    ) -> Result<Self, OpenError> {
+        let pages = map(platform, plan)?;
+        let ring = BackRing::attach_with(pages, plan.layout, plan.offer, memory, resume)?;
+        Self::with_ring(platform, plan, store, ring)
+    }
+
+    fn with_ring(
+        platform: &'t T,
+        plan: &QueuePlan,
+        store: S,
+        ring: BackRing<&'t T>,
+    ) -> Result<Self, OpenError> {
         let memory = ForeignMemory::new(platform, plan.peer, &plan.reach)
             .ok_or(OpenError::OutOfMemory(plan.reach.room))?;
         let port = platform.bind_interdomain(plan.peer, plan.port)?;

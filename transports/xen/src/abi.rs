@@ -228,6 +228,14 @@ pub trait Abi: 'static {
     /// Copies a response out, once.
     fn read_response(ring: &SharedRegion<'_>, at: usize) -> Response;
 
+    /// Copies a whole slot, once.
+    fn copy_slot<'a, 'b>(
+        ring: &RingPages<'a, impl Fn(usize) -> SharedRegion<'a>>,
+        at: usize,
+        into: &RingPages<'b, impl Fn(usize) -> SharedRegion<'b>>,
+        to: usize,
+    );
+
     /// Copies the head of a request out, once.
     fn read_head<'a>(
         ring: &RingPages<'a, impl Fn(usize) -> SharedRegion<'a>>,
@@ -447,6 +455,16 @@ macro_rules! layout {
                     operation: response.operation,
                     status: response.status.get(),
                 }
+            }
+
+            fn copy_slot<'a, 'b>(
+                ring: &RingPages<'a, impl Fn(usize) -> SharedRegion<'a>>,
+                at: usize,
+                into: &RingPages<'b, impl Fn(usize) -> SharedRegion<'b>>,
+                to: usize,
+            ) {
+                let words: [$word; $stride / size_of::<$word>()] = ring.read(at);
+                into.write(to, words);
             }
 
             #[inline(always)]

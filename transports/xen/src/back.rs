@@ -1,5 +1,7 @@
 //! The backend's half of a blkif ring, as the core's engine sees it.
 
+use alloc::boxed::Box;
+
 use pvblk::backend::{Incoming, List, Malformed, PeerMemory, Taken, Violation, Wire};
 use pvblk::command::{Code, Command, Status};
 use pvblk::memory::SharedRegion;
@@ -11,6 +13,7 @@ use crate::abi::{
     INDIRECT_SEGMENTS, RING_HEADER_BYTES, RequestHead, Response, RingPages, SegmentEntry,
     operation, ring_slots, status,
 };
+use crate::journal::{EntryId, Journal, Lasting};
 use crate::mapped::MappedPages;
 use crate::platform::{ForeignGrants, GrantRef};
 use crate::wire::{IndexAt, index};
@@ -40,6 +43,8 @@ impl Layout {
 /// What an answer needs of its request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Key {
+    /// Where the request is in the journal.
+    entry: EntryId,
     id: u64,
     /// For an indirect request the inner one: Linux's frontend closes its disk at anything else.
     operation: u8,
@@ -58,6 +63,8 @@ pub struct Offer {
 /// A blkif ring, seen from the backend.
 pub struct BackRing<P: ForeignGrants> {
     pages: MappedPages<P>,
+    /// What was taken and not answered, for a successor.
+    journal: Option<Journal>,
     requests: Consumer<u32>,
     responses: Producer<u32>,
     /// The number of slots, a power of two, less one.
@@ -65,52 +72,172 @@ pub struct BackRing<P: ForeignGrants> {
     layout: Layout,
     /// Bytes from one slot to the next.
     stride: usize,
+    decoded: Decoded,
+}
+
+/// The request that was taken last.
+struct Decoded {
     offer: Offer,
-    /// The request that was taken last, and its segments.
     incoming: Incoming<Key>,
+    /// Its segments, or its tables.
     segments: [SegmentEntry; DIRECT_SEGMENTS],
+    tables: [GrantRef; INDIRECT_PAGES],
     /// How many those are.
     count: usize,
-    /// Its tables.
-    tables: [GrantRef; INDIRECT_PAGES],
+}
+
+impl Decoded {
+    fn new(offer: Offer) -> Self {
+        let indirect_segments = offer.indirect_segments.min(INDIRECT_SEGMENTS);
+        Self {
+            offer: Offer { indirect_segments, ..offer },
+            incoming: Incoming {
+                key: Key { entry: EntryId::NONE, id: 0, operation: 0 },
+                command: Command { code: Code::Read, sector: 0, sectors: 0 },
+                list: List::Direct(0),
+            },
+            segments: [SegmentEntry::EMPTY; DIRECT_SEGMENTS],
+            tables: [GrantRef(0); INDIRECT_PAGES],
+            count: 0,
+        }
+    }
+
+    /// Copies a request out of its slot, each word once.
+    #[inline(always)]
+    fn read<'a, A: Abi>(
+        &mut self,
+        ring: &RingPages<'a, impl Fn(usize) -> SharedRegion<'a>>,
+        at: usize,
+    ) -> Taken {
+        let head = A::read_head(ring, at);
+        let RequestHead { operation, detail, id, sector, .. } = head;
+        self.incoming.key = Key { entry: EntryId::NONE, id, operation };
+        self.incoming.command.sector = sector;
+        self.incoming.command.code = match operation {
+            operation::READ => Code::Read,
+            operation::WRITE => Code::Write,
+            operation::FLUSH_DISKCACHE => Code::Flush,
+            operation::WRITE_BARRIER => Code::Barrier,
+            _ => return self.read_other::<A>(ring, at, head),
+        };
+        self.count = usize::from(detail);
+        let Some(segments) = self.segments.get_mut(..self.count) else {
+            return Taken::Refused(Status::Failed);
+        };
+        A::read_segments(ring, at, segments);
+        self.incoming.command.sectors = 0;
+        self.incoming.list = List::Direct(self.count);
+        Taken::Request
+    }
+
+    /// Copies the rest of a request out of its slot that has no segments there.
+    #[inline(never)]
+    fn read_other<'a, A: Abi>(
+        &mut self,
+        ring: &RingPages<'a, impl Fn(usize) -> SharedRegion<'a>>,
+        at: usize,
+        head: RequestHead,
+    ) -> Taken {
+        let RequestHead { operation, detail, indirect_segments, .. } = head;
+        let Self { incoming, offer, .. } = self;
+        match operation {
+            operation::DISCARD => {
+                let secure = offer.secure_discard && detail & DISCARD_SECURE != 0;
+                let code = if secure { Code::SecureDiscard } else { Code::Discard };
+                let sectors = A::read_discard_sectors(ring, at);
+                incoming.command = Command { code, sectors, ..incoming.command };
+                incoming.list = List::Direct(0);
+                self.count = 0;
+                Taken::Request
+            }
+            operation::INDIRECT if offer.indirect_segments > 0 => {
+                incoming.key.operation = detail;
+                let code = match detail {
+                    operation::READ => Code::Read,
+                    operation::WRITE => Code::Write,
+                    _ => return Taken::Refused(Status::Failed),
+                };
+                let segments = usize::from(indirect_segments);
+                if segments == 0 || segments > offer.indirect_segments {
+                    return Taken::Refused(Status::Failed);
+                }
+                incoming.command = Command { code, sectors: 0, ..incoming.command };
+                incoming.list = List::Indirect(segments);
+                self.tables = A::read_indirect_pages(ring, at);
+                self.count = segments.div_ceil(ENTRIES_PER_PAGE);
+                Taken::Request
+            }
+            _ => Taken::Refused(Status::NotSupported),
+        }
+    }
 }
 
 impl<P: ForeignGrants> BackRing<P> {
     /// Takes up a ring whose pages the frontend granted: 1, 2, 4, 8, ... of them.
     ///
-    /// On a new ring the indices are 0. On one that was in use by another backend, which is gone, work
-    /// begins with the first request that has no response: where that backend had answered out of
-    /// order, a request may be lost to the frontend. See [`crate::back`].
+    /// On a new ring the indices are 0. On one that was in use by another backend, which is gone,
+    /// work begins with the first request that has no response. Without a [journal](crate::journal)
+    /// that is right only if that backend had answered everything that it took, or in order.
     ///
     /// # Errors
     ///
     /// [`Violation`] if the frontend claims more requests than the ring holds.
     pub fn attach(pages: MappedPages<P>, layout: Layout, offer: Offer) -> Result<Self, Violation> {
+        let start = IndexAt(pages.region(0), index::RSP_PROD).load();
+        Self::starting_at(pages, layout, offer, None, start)
+    }
+
+    /// As [`attach`](Self::attach), with a journal, of at least
+    /// [`bytes_for`](crate::journal::bytes_for) the ring's slots. If `resume` says so, and the
+    /// journal is one of this ring, what the predecessor had taken and not answered is done again.
+    ///
+    /// # Errors
+    ///
+    /// [`Violation`], as for `attach`.
+    pub fn attach_with(
+        pages: MappedPages<P>,
+        layout: Layout,
+        offer: Offer,
+        memory: Box<dyn Lasting>,
+        resume: bool,
+    ) -> Result<Self, Violation> {
         let slots = ring_slots(pages.count().max(1), layout.stride()) as u32;
-        let header = pages.region(0);
-        let start = IndexAt(header, index::RSP_PROD).load();
-        let produced = IndexAt(header, index::REQ_PROD).load();
+        let shown = IndexAt(pages.region(0), index::RSP_PROD).load();
+        let mut memory = memory;
+        if resume {
+            match Journal::resume(memory, slots, layout.stride(), shown) {
+                Ok((journal, next)) => {
+                    let mut ring = Self::starting_at(pages, layout, offer, Some(journal), shown)?;
+                    ring.requests = Consumer::new(next);
+                    return Ok(ring);
+                }
+                Err(unused) => memory = unused,
+            }
+        }
+        let journal = Journal::begin(memory, slots, layout.stride(), shown);
+        Self::starting_at(pages, layout, offer, journal, shown)
+    }
+
+    fn starting_at(
+        pages: MappedPages<P>,
+        layout: Layout,
+        offer: Offer,
+        journal: Option<Journal>,
+        start: u32,
+    ) -> Result<Self, Violation> {
+        let slots = ring_slots(pages.count().max(1), layout.stride()) as u32;
+        let produced = IndexAt(pages.region(0), index::REQ_PROD).load();
         if produced.wrapping_sub(start) > slots {
             return Err(Overrun.into());
         }
         Ok(Self {
+            journal,
             requests: Consumer::new(start),
             responses: Producer::new(start),
             mask: slots - 1,
             layout,
             stride: layout.stride(),
-            offer: Offer {
-                indirect_segments: offer.indirect_segments.min(INDIRECT_SEGMENTS),
-                ..offer
-            },
-            incoming: Incoming {
-                key: Key { id: 0, operation: 0 },
-                command: Command { code: Code::Read, sector: 0, sectors: 0 },
-                list: List::Direct(0),
-            },
-            segments: [SegmentEntry::EMPTY; DIRECT_SEGMENTS],
-            count: 0,
-            tables: [GrantRef(0); INDIRECT_PAGES],
+            decoded: Decoded::new(offer),
             pages,
         })
     }
@@ -132,66 +259,54 @@ impl<P: ForeignGrants> BackRing<P> {
         (self.mask + 1).wrapping_sub(self.requests.next().wrapping_sub(self.responses.staged()))
     }
 
-    /// Copies a request out of its slot.
+    /// The index of the next request, if there is one.
     #[inline(always)]
-    fn read<A: Abi>(&mut self, at: usize) -> Taken {
-        let ring = RingPages(|page| self.pages.region(page));
-        let head = A::read_head(&ring, at);
-        let RequestHead { operation, detail, id, sector, .. } = head;
-        self.incoming.key = Key { id, operation };
-        self.incoming.command.sector = sector;
-        self.incoming.command.code = match operation {
-            operation::READ => Code::Read,
-            operation::WRITE => Code::Write,
-            operation::FLUSH_DISKCACHE => Code::Flush,
-            operation::WRITE_BARRIER => Code::Barrier,
-            _ => return self.read_other::<A>(at, head),
-        };
-        self.count = usize::from(detail);
-        let Some(segments) = self.segments.get_mut(..self.count) else {
-            return Taken::Refused(Status::Failed);
-        };
-        A::read_segments(&ring, at, segments);
-        self.incoming.command.sectors = 0;
-        self.incoming.list = List::Direct(self.count);
-        Taken::Request
+    fn next(&mut self) -> Result<Option<u32>, Violation> {
+        if let Some(next) = self.requests.take() {
+            return Ok(Some(next));
+        }
+        let room = self.room();
+        let producer = IndexAt(self.pages.region(0), index::REQ_PROD);
+        if !self.requests.look(&producer, room)? {
+            return Ok(None);
+        }
+        Ok(self.requests.take())
     }
 
-    /// Copies the rest of a request out of its slot that has no segments there.
-    #[inline(never)]
-    fn read_other<A: Abi>(&mut self, at: usize, head: RequestHead) -> Taken {
-        let ring = RingPages(|page| self.pages.region(page));
-        let RequestHead { operation, detail, indirect_segments, .. } = head;
-        let Self { incoming, offer, .. } = self;
-        match operation {
-            operation::DISCARD => {
-                let secure = offer.secure_discard && detail & DISCARD_SECURE != 0;
-                let code = if secure { Code::SecureDiscard } else { Code::Discard };
-                let sectors = A::read_discard_sectors(&ring, at);
-                incoming.command = Command { code, sectors, ..incoming.command };
-                incoming.list = List::Direct(0);
-                self.count = 0;
-                Taken::Request
-            }
-            operation::INDIRECT if offer.indirect_segments > 0 => {
-                incoming.key.operation = detail;
-                let code = match detail {
-                    operation::READ => Code::Read,
-                    operation::WRITE => Code::Write,
-                    _ => return Taken::Refused(Status::Failed),
+    /// Takes a request that a predecessor left behind, or else the next one, and writes it down. What
+    /// is looked at is the copy in the journal.
+    fn take_journalled(&mut self) -> Result<Taken, Violation> {
+        let Some(journal) = &mut self.journal else { return Ok(Taken::Nothing) };
+        let entry = match journal.again() {
+            Some(entry) => entry,
+            None => {
+                let Some(entry) = journal.vacancy() else { return Ok(Taken::Nothing) };
+                let Some(next) = self.next()? else {
+                    self.journal.as_mut().into_iter().for_each(|journal| journal.keep(entry));
+                    return Ok(Taken::Nothing);
                 };
-                let segments = usize::from(indirect_segments);
-                if segments == 0 || segments > offer.indirect_segments {
-                    return Taken::Refused(Status::Failed);
+                let at = self.at(next);
+                let Some(journal) = &self.journal else { return Ok(Taken::Nothing) };
+                let ring = RingPages(|page| self.pages.region(page));
+                let copies = RingPages(|page| journal.page(page));
+                match self.layout {
+                    Layout::Bits64 => Abi64::copy_slot(&ring, at, &copies, Journal::slot(entry)),
+                    Layout::Bits32 => Abi32::copy_slot(&ring, at, &copies, Journal::slot(entry)),
                 }
-                incoming.command = Command { code, sectors: 0, ..incoming.command };
-                incoming.list = List::Indirect(segments);
-                self.tables = A::read_indirect_pages(&ring, at);
-                self.count = segments.div_ceil(ENTRIES_PER_PAGE);
-                Taken::Request
+                journal.taken(entry, next);
+                entry
             }
-            _ => Taken::Refused(Status::NotSupported),
-        }
+        };
+        let Self { journal: Some(journal), decoded, layout, .. } = self else {
+            return Ok(Taken::Nothing);
+        };
+        let copies = RingPages(|page| journal.page(page));
+        let taken = match layout {
+            Layout::Bits64 => decoded.read::<Abi64>(&copies, Journal::slot(entry)),
+            Layout::Bits32 => decoded.read::<Abi32>(&copies, Journal::slot(entry)),
+        };
+        decoded.incoming.key.entry = entry;
+        Ok(taken)
     }
 
     #[inline(always)]
@@ -211,35 +326,31 @@ impl<P: ForeignGrants> Wire for BackRing<P> {
         &mut self,
         _memory: &mut impl PeerMemory<Handle = GrantRef>,
     ) -> Result<Taken, Violation> {
-        let mut next = self.requests.take();
-        if next.is_none() {
-            let room = self.room();
-            let producer = IndexAt(self.pages.region(0), index::REQ_PROD);
-            if !self.requests.look(&producer, room)? {
-                return Ok(Taken::Nothing);
-            }
-            next = self.requests.take();
+        if self.journal.is_some() {
+            return self.take_journalled();
         }
-        let Some(next) = next else { return Ok(Taken::Nothing) };
+        let Some(next) = self.next()? else { return Ok(Taken::Nothing) };
         let at = self.at(next);
+        let Self { pages, decoded, .. } = self;
+        let ring = RingPages(|page| pages.region(page));
         Ok(match self.layout {
-            Layout::Bits64 => self.read::<Abi64>(at),
-            Layout::Bits32 => self.read::<Abi32>(at),
+            Layout::Bits64 => decoded.read::<Abi64>(&ring, at),
+            Layout::Bits32 => decoded.read::<Abi32>(&ring, at),
         })
     }
 
     #[inline(always)]
     fn incoming(&self) -> &Incoming<Key> {
-        &self.incoming
+        &self.decoded.incoming
     }
 
     #[inline(always)]
     fn direct(&self) -> &[SegmentEntry] {
-        self.segments.get(..self.count).unwrap_or_default()
+        self.decoded.segments.get(..self.decoded.count).unwrap_or_default()
     }
 
     fn tables(&self) -> &[GrantRef] {
-        self.tables.get(..self.count).unwrap_or_default()
+        self.decoded.tables.get(..self.decoded.count).unwrap_or_default()
     }
 
     #[inline(always)]
@@ -273,6 +384,9 @@ impl<P: ForeignGrants> Wire for BackRing<P> {
         };
         let response = Response { id: key.id, operation: key.operation, status };
         let next = self.responses.stage();
+        if let Some(journal) = &mut self.journal {
+            journal.answered(key.entry, next);
+        }
         let at = self.at(next);
         match self.layout {
             Layout::Bits64 => self.write::<Abi64>(at, response),
@@ -283,8 +397,12 @@ impl<P: ForeignGrants> Wire for BackRing<P> {
     #[inline(always)]
     fn commit(&mut self) -> bool {
         let header = self.pages.region(0);
-        self.responses
-            .publish(&IndexAt(header, index::RSP_PROD), &IndexAt(header, index::RSP_EVENT))
+        let (producer, event) = (index::RSP_PROD, index::RSP_EVENT);
+        let notify = self.responses.publish(&IndexAt(header, producer), &IndexAt(header, event));
+        if let Some(journal) = &mut self.journal {
+            journal.shown();
+        }
+        notify
     }
 
     #[inline]

@@ -7,6 +7,7 @@ pub mod abi;
 pub mod back;
 pub mod foreign;
 pub mod grants;
+pub mod journal;
 mod kept;
 pub mod mapped;
 pub mod platform;

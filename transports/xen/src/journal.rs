@@ -1,0 +1,218 @@
+//! Requests in progress, written down where a successor finds them.
+//!
+//! A backend answers in any order, and an answer takes the slot of a request: of some other one,
+//! usually. So a backend that takes up the ring of one that died cannot tell from the ring alone
+//! what was not answered. What it can do is to look into a journal: a copy of each request that was
+//! taken, in memory that outlives the program (a file on a tmpfs, say), and when it was answered.
+//!
+//! Nothing in it has to be written through to anywhere: it is for a program that dies, not for a
+//! host that does. Each word is written in the order in which it counts:
+//!
+//! * a request is copied first, then counts as taken, then the number of the next one to take goes up;
+//! * the number of a response is noted before the response is shown to the frontend, so that the
+//!   ring's own producer index says whether it was.
+
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+use core::sync::atomic::Ordering;
+
+use pvblk::memory::{PAGE_BYTES, SharedRegion};
+
+/// Memory that outlives the program. Nobody else writes to it.
+pub trait Lasting: Send {
+    /// The memory, always the same: at least [`bytes_for`] bytes, in whole pages.
+    fn region(&self) -> SharedRegion<'_>;
+}
+
+/// "pvblk", and the version of this layout.
+const MAGIC: u64 = u64::from_le_bytes(*b"pvblk\0\0\x01");
+
+/// Where things are, in bytes.
+mod at {
+    pub const MAGIC: usize = 0;
+    /// How many entries there are.
+    pub const ENTRIES: usize = 8;
+    /// Bytes of a slot.
+    pub const STRIDE: usize = 12;
+    /// The index of the next request to take.
+    pub const NEXT: usize = 16;
+    pub const FIRST_ENTRY: usize = 64;
+    /// In an entry: its state, the index of the request, the index of the response, the slot.
+    pub const STATE: usize = 0;
+    pub const REQUEST: usize = 4;
+    pub const RESPONSE: usize = 8;
+    pub const SLOT: usize = 16;
+    pub const ENTRY_BYTES: usize = 128;
+}
+
+/// What an entry holds.
+mod state {
+    pub const FREE: u32 = 0;
+    pub const TAKEN: u32 = 1;
+    pub const ANSWERED: u32 = 2;
+}
+
+/// How many bytes a journal takes for a ring of `slots` slots: whole pages.
+pub const fn bytes_for(slots: usize) -> usize {
+    (at::FIRST_ENTRY + entries_for(slots) * at::ENTRY_BYTES).next_multiple_of(PAGE_BYTES)
+}
+
+/// As many again as slots: an answered request keeps its entry until its answer was shown.
+const fn entries_for(slots: usize) -> usize {
+    2 * slots
+}
+
+/// An entry's number; none for a request that is not in the journal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct EntryId(u16);
+
+impl EntryId {
+    pub const NONE: Self = Self(u16::MAX);
+}
+
+/// The journal of one ring.
+pub(crate) struct Journal {
+    memory: Box<dyn Lasting>,
+    free: Vec<u16>,
+    /// Entries whose answers were not shown yet.
+    answered: Vec<u16>,
+    /// Entries of a predecessor that are to be done again; the next one is the last.
+    again: Vec<u16>,
+}
+
+impl Journal {
+    /// Begins a journal for a new connection; whatever is in the memory is void.
+    pub fn begin(memory: Box<dyn Lasting>, slots: u32, stride: usize, next: u32) -> Option<Self> {
+        let entries = entries_for(slots as usize);
+        {
+            let region = memory.region();
+            if region.len() < bytes_for(slots as usize) {
+                return None;
+            }
+            region.write(at::MAGIC, &[0_u64]);
+            for entry in 0..entries {
+                region.store_u32(place(entry as u16) + at::STATE, state::FREE, Ordering::Release);
+            }
+            region.store_u32(at::ENTRIES, entries as u32, Ordering::Release);
+            region.store_u32(at::STRIDE, stride as u32, Ordering::Release);
+            region.store_u32(at::NEXT, next, Ordering::Release);
+            region.write(at::MAGIC, &[MAGIC]);
+        }
+        // At most 1024 entries for 512 slots: they fit 16 bits.
+        let free = (0..entries as u16).rev().collect();
+        let answered = Vec::with_capacity(entries);
+        Some(Self { memory, free, answered, again: Vec::new() })
+    }
+
+    /// Takes a predecessor's journal up. `shown` is the response index that the frontend sees.
+    /// Gives the memory back if the journal is not one of this ring.
+    pub fn resume(
+        memory: Box<dyn Lasting>,
+        slots: u32,
+        stride: usize,
+        shown: u32,
+    ) -> Result<(Self, u32), Box<dyn Lasting>> {
+        let entries = entries_for(slots as usize);
+        let mut again = Vec::new();
+        let mut free = Vec::with_capacity(entries);
+        let next;
+        {
+            let region = memory.region();
+            if region.len() < bytes_for(slots as usize) {
+                return Err(memory);
+            }
+            let number = |offset| region.load_u32(offset, Ordering::Acquire);
+            let [magic] = region.read::<u64, 1>(at::MAGIC);
+            if magic != MAGIC
+                || number(at::ENTRIES) != entries as u32
+                || number(at::STRIDE) != stride as u32
+            {
+                return Err(memory);
+            }
+            next = number(at::NEXT);
+            for entry in (0..entries as u16).rev() {
+                let place = place(entry);
+                let is_before = |index: u32, end: u32| end.wrapping_sub(index) as i32 > 0;
+                let is_taken = is_before(number(place + at::REQUEST), next);
+                let is_done = match number(place + at::STATE) {
+                    state::TAKEN => false,
+                    state::ANSWERED => is_before(number(place + at::RESPONSE), shown),
+                    _ => true,
+                };
+                if is_taken && !is_done {
+                    again.push(entry);
+                } else {
+                    region.store_u32(place + at::STATE, state::FREE, Ordering::Release);
+                    free.push(entry);
+                }
+            }
+            // Every request that was taken was answered, or is to be done again.
+            if again.len() as u32 != next.wrapping_sub(shown) {
+                return Err(memory);
+            }
+            // In the order in which they were made: there may be a barrier among them. The first
+            // one is the last of the list.
+            let age = |entry: &u16| next.wrapping_sub(number(self::place(*entry) + at::REQUEST));
+            again.sort_unstable_by_key(age);
+        }
+        let answered = Vec::with_capacity(entries);
+        Ok((Self { memory, free, answered, again }, next))
+    }
+
+    /// An entry to write a request down in, if one is free.
+    pub fn vacancy(&mut self) -> Option<EntryId> {
+        self.free.pop().map(EntryId)
+    }
+
+    /// An entry was not needed after all.
+    pub fn keep(&mut self, entry: EntryId) {
+        self.free.push(entry.0);
+    }
+
+    /// The next request of a predecessor that is to be done again.
+    pub fn again(&mut self) -> Option<EntryId> {
+        self.again.pop().map(EntryId)
+    }
+
+    /// The memory for the copy of a slot: the page that it is in, as the ring's pages are, and
+    /// where in the journal it begins.
+    pub fn page(&self, number: usize) -> SharedRegion<'_> {
+        self.memory.region().part(number * PAGE_BYTES, PAGE_BYTES)
+    }
+
+    /// Where the copy of an entry's slot begins.
+    pub fn slot(entry: EntryId) -> usize {
+        place(entry.0) + at::SLOT
+    }
+
+    /// The slot was copied: the request counts as taken.
+    pub fn taken(&self, entry: EntryId, request: u32) {
+        let region = self.memory.region();
+        let place = place(entry.0);
+        region.store_u32(place + at::REQUEST, request, Ordering::Release);
+        region.store_u32(place + at::STATE, state::TAKEN, Ordering::Release);
+        region.store_u32(at::NEXT, request.wrapping_add(1), Ordering::Release);
+    }
+
+    /// The request is answered by the response of that index, which is not shown yet.
+    pub fn answered(&mut self, entry: EntryId, response: u32) {
+        let place = place(entry.0);
+        let region = self.memory.region();
+        region.store_u32(place + at::RESPONSE, response, Ordering::Release);
+        region.store_u32(place + at::STATE, state::ANSWERED, Ordering::Release);
+        self.answered.push(entry.0);
+    }
+
+    /// All answers were shown.
+    pub fn shown(&mut self) {
+        let region = self.memory.region();
+        for entry in &self.answered {
+            region.store_u32(place(*entry) + at::STATE, state::FREE, Ordering::Release);
+        }
+        self.free.append(&mut self.answered);
+    }
+}
+
+fn place(entry: u16) -> usize {
+    at::FIRST_ENTRY + usize::from(entry) * at::ENTRY_BYTES
+}
