@@ -7,6 +7,7 @@ use anyhow::{Result, anyhow};
 
 use super::cells::Cell;
 use super::columns::Back;
+use super::table::Row;
 use crate::guests::image::Entry;
 use crate::guests::transcript::Transcript;
 use crate::report::say;
@@ -17,16 +18,6 @@ pub struct Column<'a> {
     back: Back,
     cells: Vec<Cell>,
     boot: Boot<'a>,
-}
-
-/// What came of a cell.
-pub struct Done {
-    /// The cell.
-    pub cell: Cell,
-    /// How many bytes were compared, or what went wrong.
-    pub result: Result<u64>,
-    /// From the guest's creation to its end, in seconds of dom0.
-    pub seconds: f64,
 }
 
 impl<'a> Column<'a> {
@@ -73,12 +64,13 @@ impl<'a> Column<'a> {
 
     /// Boots, and hands each cell's result to `done`. `files` is what is in the file system that
     /// our unikernel reads.
-    pub fn run(&self, rig: &Rig, files: &[Entry], mut done: impl FnMut(Done)) -> Result<Outcome> {
+    pub fn run(&self, rig: &Rig, files: &[Entry], mut done: impl FnMut(Row)) -> Result<Outcome> {
         let mut left = self.cells.clone();
         let mut current: Option<(Cell, Transcript)> = None;
         let mut finish = |current: Option<(Cell, Transcript)>| {
             if let Some((cell, seen)) = current {
-                done(Done { cell, result: cell.check(&seen, files), seconds: seen.seconds });
+                let result = cell.check(&seen, files);
+                done(Row::of(cell.front, self.back, cell.options(), result, seen.seconds));
             }
         };
         let outcome = self.boot.run(rig, |event| match event {
@@ -107,7 +99,7 @@ impl<'a> Column<'a> {
         let mut why = outcome.check();
         for cell in left {
             let result = why.and(Err(anyhow!("the guest was not created")));
-            done(Done { cell, result, seconds: 0.0 });
+            done(Row::of(cell.front, self.back, cell.options(), result, 0.0));
             why = Ok(());
         }
         Ok(outcome)

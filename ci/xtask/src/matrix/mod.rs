@@ -1,4 +1,4 @@
-//! `cargo xtask matrix`: every frontend on every backend on real Xen, then every way of negotiating.
+//! `cargo xtask matrix`: every frontend on every backend on real Xen, and every way of negotiating.
 
 mod cells;
 mod column;
@@ -7,8 +7,8 @@ mod negotiation;
 mod rows;
 mod table;
 
-use std::sync::Mutex;
 use std::sync::mpsc::channel;
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 
 use anyhow::{Result, bail};
@@ -19,9 +19,9 @@ use crate::bench::fio;
 use crate::guests::Guest;
 use crate::guests::image::Image;
 use crate::report::{Tally, heading, say};
-use crate::rig::Rig;
+use crate::rig::{Outcome, Rig};
 use cells::{Cell, Work};
-use column::{Column, Done};
+use column::Column;
 use columns::Back;
 use rows::Front;
 use table::Row;
@@ -58,6 +58,16 @@ impl Options {
         self.back.is_empty() || self.back.contains(&back)
     }
 
+    fn fronts(&self) -> Vec<Front> {
+        let all = Front::value_variants().iter().copied();
+        all.filter(|front| self.wants_front(*front)).collect()
+    }
+
+    fn backs(&self) -> Vec<Back> {
+        let all = Back::value_variants().iter().copied();
+        all.filter(|back| self.wants_back(*back)).collect()
+    }
+
     /// Whether it takes part: an unfinished one does only if it is asked for.
     fn runs(&self, back: Back) -> bool {
         self.wants_back(back) && (back.is_ready() || self.back.contains(&back))
@@ -88,31 +98,97 @@ pub fn matrix(options: &Options) -> Result<()> {
 
 /// Runs the matrix as part of something larger; each cell and each case counts as a test.
 pub fn run(rig: &Rig, options: &Options, tally: &mut Tally) -> Result<()> {
+    heading("every frontend on every backend; every way of negotiating");
     let mut rows = Vec::new();
+    // The longest first.
+    let mut machines = negotiations(rig, options)?;
+    let image = Image::prepare(rig)?;
     if options.only != Some(Part::Negotiation) {
-        interoperate(rig, options, tally, &mut rows)?;
+        machines.extend(columns(rig, options, &image, &mut rows)?.into_iter().map(Machine::Column));
     }
-    if options.only != Some(Part::Cells) {
-        for front in Front::value_variants().iter().copied() {
-            if options.negotiates(front) {
-                let guest = match front {
-                    Front::XenBlkfront => Guest::unikernel(rig, &[])?,
-                    _ => Guest::linux(rig)?,
-                };
-                negotiation::run(&guest, front, tally, &mut rows)?;
-            }
-        }
+    rows.extend(boot_all(rig, machines, &image, tally));
+    rows.sort_by_key(|row| {
+        let back = Back::value_variants().iter().position(|back| back.name() == row.back);
+        let front = Front::value_variants().iter().position(|front| front.name() == row.front);
+        (back, front)
+    });
+    if options.only != Some(Part::Negotiation) {
+        println!("\n{}", table::markdown(&rows, &options.fronts(), &options.backs()));
     }
     table::write(&rows)
 }
 
+/// A boot that is part of the matrix.
+enum Machine<'a> {
+    /// A backend with all its frontends.
+    Column(Column<'a>),
+    /// A frontend that negotiates in every way.
+    Negotiation(Box<Guest<'a>>, Front),
+}
+
+impl Machine<'_> {
+    fn title(&self) -> String {
+        match self {
+            Self::Column(column) => column.back().title().to_owned(),
+            Self::Negotiation(_, front) => format!("every way of negotiating, {}", front.title()),
+        }
+    }
+
+    fn run(&self, rig: &Rig, image: &Image, done: impl FnMut(Row)) -> Result<Outcome> {
+        match self {
+            Self::Column(column) => column.run(rig, &image.entries, done),
+            Self::Negotiation(guest, front) => negotiation::run(guest, *front, done),
+        }
+    }
+}
+
+fn negotiations<'a>(rig: &'a Rig, options: &Options) -> Result<Vec<Machine<'a>>> {
+    let mut machines = Vec::new();
+    for &front in Front::value_variants() {
+        if options.only != Some(Part::Cells) && options.negotiates(front) {
+            let guest = match front {
+                Front::XenBlkfront => Guest::unikernel(rig, &[])?,
+                _ => Guest::linux(rig)?,
+            };
+            machines.push(Machine::Negotiation(Box::new(guest), front));
+        }
+    }
+    Ok(machines)
+}
+
+/// The columns that take part; those that do not yet leave rows that say so.
+fn columns<'a>(
+    rig: &Rig,
+    options: &Options,
+    image: &Image,
+    rows: &mut Vec<Row>,
+) -> Result<Vec<Column<'a>>> {
+    let (kernel, initramfs) = rig.cell_guest(&fio::prepare(rig)?)?;
+    let guests = [
+        ("guests/unikernel".into(), bare::build(bare::X86_64, "unikernel", &[])?),
+        ("guests/ext4.img".into(), image.file.clone()),
+        ("guests/vmlinux".into(), kernel),
+        ("guests/cell.cpio".into(), initramfs),
+    ];
+    let mut columns = Vec::new();
+    for back in options.backs() {
+        let cells = cells(options, back);
+        if options.runs(back) {
+            columns.push(Column::prepare(rig, back, cells, &guests)?);
+        } else {
+            let skip = |cell: &Cell| {
+                Row::skipped(cell.front, back, cell.options(), "the backend is not finished")
+            };
+            rows.extend(cells.iter().map(skip));
+        }
+    }
+    Ok(columns)
+}
+
 /// The cells of one column.
 fn cells(options: &Options, back: Back) -> Vec<Cell> {
-    let mut cells: Vec<Cell> = Front::value_variants()
-        .iter()
-        .filter(|front| options.wants_front(**front))
-        .map(|&front| Cell { back, work: Work::Everything, front })
-        .collect();
+    let everything = |front| Cell { back, work: Work::Everything, front };
+    let mut cells: Vec<Cell> = options.fronts().into_iter().map(everything).collect();
     let front = Front::LinuxPvh;
     if options.wants_front(front) {
         cells.push(Cell { back, work: Work::FrontendCrash, front });
@@ -126,99 +202,50 @@ fn cells(options: &Options, back: Back) -> Vec<Cell> {
     cells
 }
 
-fn interoperate(
-    rig: &Rig,
-    options: &Options,
-    tally: &mut Tally,
-    rows: &mut Vec<Row>,
-) -> Result<()> {
-    heading("every frontend on every backend");
-    let image = Image::prepare(rig)?;
-    let (kernel, initramfs) = rig.cell_guest(&fio::prepare(rig)?)?;
-    let guests = [
-        ("guests/unikernel".into(), bare::build(bare::X86_64, "unikernel", &[])?),
-        ("guests/ext4.img".into(), image.file.clone()),
-        ("guests/vmlinux".into(), kernel),
-        ("guests/cell.cpio".into(), initramfs),
-    ];
-    let mut columns = Vec::new();
-    for &back in Back::value_variants() {
-        let cells = cells(options, back);
-        if options.runs(back) {
-            columns.push(Column::prepare(rig, back, cells, &guests)?);
-        } else if options.wants_back(back) {
-            let skip = |cell: &Cell| {
-                Row::skipped(cell.front, back, cell.options(), "the backend is not finished")
-            };
-            rows.extend(cells.iter().map(skip));
-        }
-    }
-    for (back, done) in boot_all(rig, &columns, &image, tally) {
-        let Done { cell, result, seconds } = done;
-        let (bytes, reason) = match result {
-            Ok(bytes) => (bytes, None),
-            Err(error) => (0, Some(format!("{error:#}"))),
-        };
-        rows.push(Row::of(cell.front, back, cell.options(), reason, bytes, seconds));
-    }
-    println!("\n{}", table::markdown(rows, &shown(options), &backs(options)));
-    Ok(())
+/// What comes from a machine while it runs.
+enum News {
+    Row(Row),
+    Over(Result<f64>),
 }
 
-fn shown(options: &Options) -> Vec<Front> {
-    Front::value_variants().iter().copied().filter(|front| options.wants_front(*front)).collect()
-}
-
-fn backs(options: &Options) -> Vec<Back> {
-    Back::value_variants().iter().copied().filter(|back| options.wants_back(*back)).collect()
-}
-
-/// Boots the columns, as many at a time as there are processors: a machine keeps one of them busy.
-fn boot_all(
-    rig: &Rig,
-    columns: &[Column<'_>],
-    image: &Image,
-    tally: &mut Tally,
-) -> Vec<(Back, Done)> {
-    let waiting = Mutex::new(columns.iter());
-    let next = || waiting.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).next();
-    let workers = thread::available_parallelism().map_or(1, usize::from).min(columns.len());
-    let mut all = Vec::new();
-    let (sender, results) = channel();
+/// Boots the machines, as many at a time as there are processors: each keeps one of them busy.
+fn boot_all(rig: &Rig, machines: Vec<Machine<'_>>, image: &Image, tally: &mut Tally) -> Vec<Row> {
+    let workers = thread::available_parallelism().map_or(1, usize::from).min(machines.len());
+    let waiting = Mutex::new(machines.into_iter());
+    let next = || waiting.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let mut rows = Vec::new();
+    let (sender, news) = channel();
     thread::scope(|scope| {
         for _ in 0..workers {
             let sender = sender.clone();
             scope.spawn(move || {
-                while let Some(column) = next() {
-                    let back = column.back();
-                    say(format!("booting Xen for {}", back.title()));
-                    let send = |message| {
+                while let Some(machine) = next() {
+                    let title = machine.title();
+                    say(format!("booting Xen for {title}"));
+                    let send = |news| {
                         // The receiver lives until every sender is gone.
-                        let _ = sender.send((back, message));
+                        let _ = sender.send((title.clone(), news));
                     };
-                    let outcome = column.run(rig, &image.entries, |done| send(Ok(done)));
-                    send(Err(outcome.map(|outcome| outcome.seconds)));
+                    let outcome = machine.run(rig, image, |row| send(News::Row(row)));
+                    send(News::Over(outcome.map(|outcome| outcome.seconds)));
                 }
             });
         }
         drop(sender);
-        for (back, message) in results {
-            match message {
-                Ok(done) => {
-                    let name = format!("{} on {}", done.cell.name(), back.name());
-                    let reason = done.result.as_ref().err().map(|error| format!("{error:#}"));
-                    tally.note(&name, done.seconds, reason);
-                    all.push((back, done));
+        for (title, news) in news {
+            match news {
+                News::Row(row) => {
+                    tally.note(&row.title(), row.seconds, row.reason.clone());
+                    rows.push(row);
                 }
-                Err(Ok(seconds)) => {
-                    say(format!("the machine for {} ran for {seconds:.1} s", back.title()));
+                News::Over(Ok(seconds)) => {
+                    say(format!("the machine for {title} ran for {seconds:.1} s"));
                 }
-                Err(Err(error)) => {
-                    tally.note(back.name(), 0.0, Some(format!("{error:#}")));
+                News::Over(Err(error)) => {
+                    tally.note(&title, 0.0, Some(format!("{error:#}")));
                 }
             }
         }
     });
-    all.sort_by_key(|(_, done)| done.cell);
-    all
+    rows
 }

@@ -31,15 +31,18 @@ pub struct Row {
 }
 
 impl Row {
-    /// The result of something that was run.
+    /// The result of something that was run: how many bytes were compared, or what went wrong.
     pub fn of(
         front: Front,
         back: Back,
         options: impl Into<String>,
-        reason: Option<String>,
-        bytes_verified: u64,
+        result: Result<u64>,
         seconds: f64,
     ) -> Self {
+        let (bytes_verified, reason) = match result {
+            Ok(bytes) => (bytes, None),
+            Err(error) => (0, Some(format!("{error:#}"))),
+        };
         Self {
             front: front.name(),
             back: back.name(),
@@ -54,8 +57,13 @@ impl Row {
 
     /// Something that was not run.
     pub fn skipped(front: Front, back: Back, options: &str, reason: &str) -> Self {
-        let row = Self::of(front, back, options, Some(reason.to_owned()), 0, 0.0);
-        Self { result: "skip", ..row }
+        let row = Self::of(front, back, options, Ok(0), 0.0);
+        Self { result: "skip", reason: Some(reason.to_owned()), ..row }
+    }
+
+    /// What it is, for a line of progress.
+    pub fn title(&self) -> String {
+        format!("{} on {}: {}", self.front, self.back, self.options)
     }
 }
 
@@ -109,15 +117,17 @@ pub fn markdown(rows: &[Row], fronts: &[Front], backs: &[Back]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use anyhow::anyhow;
+
     use super::*;
 
     #[test]
     fn every_result_has_its_word() {
         let rows = [
-            Row::of(Front::LinuxPv, Back::Linux, "default", None, 1, 1.234),
-            Row::of(Front::LinuxPv, Back::Qdisk, "default", Some("why".into()), 0, 0.0),
+            Row::of(Front::LinuxPv, Back::Linux, "default", Ok(1), 1.234),
+            Row::of(Front::LinuxPv, Back::Qdisk, "default", Err(anyhow!("why")), 0.0),
             Row::skipped(Front::LinuxPv, Back::PvblkdFile, "default", "later"),
-            Row::of(Front::LinuxPv, Back::Linux, "frontend-crash", None, 1, 1.0),
+            Row::of(Front::LinuxPv, Back::Linux, "frontend-crash", Ok(1), 1.0),
         ];
         let backs = [Back::Linux, Back::Qdisk, Back::PvblkdFile];
         let text = markdown(&rows, &[Front::LinuxPv], &backs);
