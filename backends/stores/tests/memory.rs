@@ -59,7 +59,7 @@ fn never<S>(_: &mut S) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(ProptestConfig::with_cases(32))]
 
     #[test]
     fn does_what_a_model_does(
@@ -139,7 +139,7 @@ fn several_threads_use_one_disk() {
             let store = disk.clone();
             scope.spawn(move || {
                 let mut harness = Harness::new(store, never);
-                for round in 0..20 {
+                for round in 0..3 {
                     let step = (number * 8192..(number + 1) * 8192).step_by(1024);
                     for first in step {
                         harness.perform(write(first, 1024, round)).unwrap();

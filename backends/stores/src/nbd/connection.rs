@@ -20,6 +20,9 @@ pub(super) enum Lost {
     Socket(#[from] io::Error),
     #[error(transparent)]
     Handshake(#[from] HandshakeError),
+    /// We leave it.
+    #[error("left: {0}")]
+    Left(&'static str),
 }
 
 /// A connection. Once there is agreement, requests can be sent.
@@ -109,9 +112,28 @@ impl Connection {
         }
     }
 
-    /// When this is given up, if there is no agreement until then.
+    /// When this is given up, if there is no agreement, or no end, until then.
     pub(super) fn deadline(&self) -> Instant {
         self.give_up
+    }
+
+    /// Says that nothing more is sent. What the server has received it still does.
+    pub(super) fn leave(&mut self, now: Instant) {
+        self.give_up = now + TIMEOUT;
+        // If that fails, it is over already.
+        let _ = self.socket.end();
+    }
+
+    /// Whether the server has closed the connection that was left, so that nothing more of it is
+    /// done. After a while it is not waited for any longer.
+    pub(super) fn is_over(&self, scratch: &mut [u8]) -> bool {
+        loop {
+            match self.socket.receive_bytes(scratch) {
+                Ok(Some(_)) => {}
+                Ok(None) => return Instant::now() >= self.give_up,
+                Err(_) => return true,
+            }
+        }
     }
 
     /// Waits for the agreement.

@@ -245,6 +245,8 @@ fn connect(url: &Url, addresses: &[Address], era: u64) -> Result<(Connection, Ex
                 return Err(NbdError::Handshake { server: server(), source });
             }
             Err(Lost::Socket(error)) => outcome = Err(error),
+            // Only a connection on which there is agreement is left.
+            Err(Lost::Left(reason)) => outcome = Err(io::Error::other(reason)),
         }
     }
     outcome.map_err(|source| NbdError::Connect { server: server(), source })

@@ -10,8 +10,8 @@ use std::vec::Vec;
 use pvblk::memory::Piece;
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, getpeername, getsockname,
-    socket_with, sockopt,
+    AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType, connect, getpeername,
+    getsockname, shutdown, socket_with, sockopt,
 };
 
 use super::url::Server;
@@ -113,6 +113,11 @@ impl Socket {
         // SAFETY: as in `receive`. The vector is only read.
         let count = unsafe { libc::sendmsg(self.fd.as_raw_fd(), &message, libc::MSG_NOSIGNAL) };
         outcome(count)
+    }
+
+    /// Says that nothing more is sent.
+    pub(super) fn end(&self) -> io::Result<()> {
+        Ok(shutdown(&self.fd, Shutdown::Write)?)
     }
 
     /// [`receive`](Self::receive) into ordinary memory.

@@ -3,7 +3,6 @@
 use std::boxed::Box;
 use std::collections::VecDeque;
 use std::fmt;
-use std::io;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -41,6 +40,9 @@ enum Link {
     Up(Connection),
     /// There is one soon.
     Coming(Connection),
+    /// The last one was left. Before anything is sent again the server is to be done with it: else
+    /// it might do an old write after a new one.
+    Leaving(Connection),
     /// There is none: it is tried again then.
     Down(Instant),
 }
@@ -130,6 +132,9 @@ impl NbdStore {
                 let fd = Some(connection.as_fd());
                 (fd, connection.wants_to_send(), Some(connection.deadline()))
             }
+            Link::Leaving(connection) => {
+                (Some(connection.as_fd()), false, Some(connection.deadline()))
+            }
             Link::Down(retry) => (None, false, Some(*retry)),
         };
         let deadline = deadline.into_iter().chain(self.expiry()).min();
@@ -154,9 +159,13 @@ impl NbdStore {
         let now = Instant::now();
         let back_off = BACK_OFF.saturating_mul(1 << self.failures.min(16)).min(BACK_OFF_MAX);
         match std::mem::replace(&mut self.link, Link::Down(now + back_off)) {
-            Link::Up(connection) => {
+            Link::Up(mut connection) => {
                 message!(warn, "{}: {}", self.shared.url, reason);
                 self.shared.ledger.connection_lost(connection.era);
+                if !matches!(reason, Lost::Socket(_)) {
+                    connection.leave(now);
+                    self.link = Link::Leaving(connection);
+                }
             }
             _ => message!(debug, "{}: {}", self.shared.url, reason),
         }
@@ -192,6 +201,12 @@ impl NbdStore {
     /// Goes on connecting. `true` once requests can be sent.
     #[cold]
     fn reconnect(&mut self) -> bool {
+        if let Link::Leaving(connection) = &self.link {
+            if !connection.is_over(&mut self.inbox[..]) {
+                return false;
+            }
+            self.link = Link::Down(Instant::now());
+        }
         if let Link::Down(retry) = self.link {
             let now = Instant::now();
             let addresses = &self.shared.addresses;
@@ -414,7 +429,7 @@ impl NbdStore {
         if let Link::Up(connection) = &self.link
             && connection.era != ledger.era()
         {
-            return Err(io::Error::from(io::ErrorKind::ConnectionReset).into());
+            return Err(Lost::Left("another queue lost its connection"));
         }
         if self.failures > 0 || self.lost_since.is_some() {
             (self.failures, self.lost_since) = (0, None);
@@ -447,8 +462,8 @@ impl NbdStore {
         }
         let number = self.jobs.tags().next()?;
         if matches!(self.link, Link::Up(_)) {
-            // Without this one, whose answer may come yet.
-            self.lose(Lost::Socket(io::ErrorKind::TimedOut.into()));
+            // So that no answer comes any more.
+            self.lose(Lost::Left("it does not answer in time"));
         }
         self.outgoing.retain(|waiting| *waiting != number);
         let mut tenancy = self.jobs.tenancy(number)?;
@@ -553,7 +568,7 @@ impl Store for NbdStore {
                 break;
             }
         }
-        self.lose(Lost::Socket(io::ErrorKind::TimedOut.into()));
+        self.lose(Lost::Left("it does not answer in time"));
         self.forget_stream();
         loop {
             let number = self.jobs.tags().next();

@@ -1,4 +1,5 @@
 //! An NBD server that does what a test wants, written from the protocol and not from our client.
+#![allow(dead_code, reason = "every test file uses a part of it")]
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -81,6 +82,8 @@ pub struct State {
     pub taken: Vec<Taken>,
     pub answered: usize,
     pub connections: usize,
+    /// How often it crashed.
+    crashes: usize,
     streams: Vec<UnixStream>,
 }
 
@@ -104,6 +107,7 @@ impl Server {
             taken: Vec::new(),
             answered: 0,
             connections: 0,
+            crashes: 0,
             streams: Vec::new(),
         }));
         let server = Self { state, _directory: Arc::new(directory), path };
@@ -130,6 +134,7 @@ impl Server {
     /// Closes all connections; with `lossy` what was not flushed is gone.
     pub fn crash(&self, lossy: bool) {
         let mut state = self.state();
+        state.crashes += 1;
         if lossy {
             state.current = state.durable.clone();
         } else {
@@ -156,7 +161,7 @@ impl Connection {
     }
 
     fn serve(mut self) {
-        {
+        let crashes = {
             let mut state = self.state();
             if !state.script.up {
                 return;
@@ -164,9 +169,10 @@ impl Connection {
             let stream = self.stream.try_clone().expect("a descriptor");
             state.streams.push(stream);
             state.connections += 1;
-        }
+            state.crashes
+        };
         // The peer or the test ends it.
-        let _ = self.handshake().and_then(|()| self.transmit());
+        let _ = self.handshake().and_then(|()| self.transmit(crashes));
         let _ = self.stream.shutdown(Shutdown::Both);
     }
 
@@ -237,7 +243,7 @@ impl Connection {
         self.stream.write_all(&bytes)
     }
 
-    fn transmit(&mut self) -> io::Result<()> {
+    fn transmit(&mut self, crashes: usize) -> io::Result<()> {
         loop {
             assert_eq!(self.number()?, 0x2560_9513);
             let (flags, command) = (u16::from_be_bytes(self.read()?), self.read()?);
@@ -258,6 +264,10 @@ impl Connection {
             let mut reply = Vec::new();
             {
                 let mut state = self.state.lock().expect("no panic in a server");
+                if state.crashes != crashes {
+                    // What it had received is gone with it.
+                    return Ok(());
+                }
                 state.taken.push(Taken { flags, command, offset, length });
                 let script = state.script.clone();
                 if let Some((_, _, maximum)) = script.blocks {
