@@ -222,10 +222,10 @@ fn a_server_that_shuts_down_is_waited_for() {
     let server = Server::new(1 << 20, Script::default());
     let mut harness = harness(&server, &NbdOptions::default());
     server.set(|script| script.error = Some((1, 108)));
-    let helper = server.clone();
+    let other = server.clone();
     let change = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_millis(100));
-        helper.set(|script| script.error = None);
+        other.set(|script| script.error = None);
     });
     harness.perform(write(0, 8, 1)).unwrap();
     change.join().unwrap();
