@@ -174,6 +174,11 @@ impl Journal {
         self.again.pop().map(EntryId)
     }
 
+    /// Whether there is one.
+    pub fn has_again(&self) -> bool {
+        !self.again.is_empty()
+    }
+
     /// The memory for the copy of a slot: the page that it is in, as the ring's pages are, and
     /// where in the journal it begins.
     pub fn page(&self, number: usize) -> SharedRegion<'_> {
