@@ -16,7 +16,7 @@ fn blkif(bytes: usize, depth: u16, way: Way) -> Bench {
 #[library_benchmark]
 #[bench::blkif_4k_qd1(blkif(4 << 10, 1, Way::Kept))]
 #[bench::blkif_4k_qd32(blkif(4 << 10, 32, Way::Kept))]
-#[bench::blkif_44k_qd32(blkif(32 << 10, 32, Way::Kept))]
+#[bench::blkif_32k_qd32(blkif(32 << 10, 32, Way::Kept))]
 #[bench::blkif_128k_qd8(blkif(128 << 10, 8, Way::Kept))]
 #[bench::blkif_1m_qd4(blkif(1 << 20, 4, Way::Kept))]
 #[bench::blkif_16m_qd2(blkif(16 << 20, 2, Way::Kept))]

@@ -10,6 +10,7 @@
 pub mod allocations;
 pub mod blkback;
 pub mod blkif;
+pub mod callgrind;
 pub mod virtio;
 
 /// Requests of a bench, after the first few that fill the queue. A multiple of every depth.

@@ -9,6 +9,7 @@ use std::process::Command;
 use std::{env, fs};
 
 use pvblk_benches::allocations::Counting;
+use pvblk_benches::callgrind::instructions;
 use pvblk_benches::{Tally, blkif, virtio};
 use serde_json::{Value, json};
 
@@ -91,33 +92,6 @@ fn main() -> Result<(), Box<dyn Error>> {
     fs::write("target/bench/frontend.json", serde_json::to_string_pretty(&Value::Array(rows))?)?;
     println!("(written to target/bench/frontend.json)");
     Ok(())
-}
-
-/// Instructions of each case of a bench, as callgrind counted them.
-fn instructions(bench: &str, words: &[&str]) -> Result<BTreeMap<String, u64>, Box<dyn Error>> {
-    let output = Command::new(env::var_os("CARGO").unwrap_or("cargo".into()))
-        .args(["bench", "--quiet", "--package", "pvblk-benches", "--bench", bench])
-        .args(words)
-        .env("CARGO_TERM_COLOR", "never")
-        .output()?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        return Err(format!("the bench {bench} failed:\n{text}{said}").into());
-    }
-    let mut counts = BTreeMap::new();
-    let mut case = None;
-    for line in text.lines() {
-        if let Some((head, _)) = line.split_once(":(") {
-            case = head.split_whitespace().last().map(str::to_owned);
-        } else if let Some(rest) = line.trim_start().strip_prefix("Instructions:")
-            && let Some(case) = case.take()
-        {
-            let digits = rest.trim_start().split('|').next().unwrap_or_default();
-            counts.insert(case, digits.trim().parse()?);
-        }
-    }
-    Ok(counts)
 }
 
 /// What the peer does besides executing instructions, as it is built into this program.

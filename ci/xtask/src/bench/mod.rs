@@ -1,7 +1,8 @@
 //! `cargo xtask bench`: measurements beside our peers.
 
+pub mod engines;
 pub mod fio;
-mod frontend;
+
 mod profile;
 mod results;
 mod text;
@@ -32,6 +33,8 @@ pub struct Options {
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Bench {
+    /// Instructions a request of the backend's engine
+    Backend,
     /// Instructions a request of the frontend's engine
     Frontend,
     /// Throughput on real Xen, in deterministic virtual time
@@ -41,7 +44,8 @@ enum Bench {
 /// Runs one bench, or all.
 pub fn bench(options: &Options) -> Result<()> {
     let run = |bench| match bench {
-        Bench::Frontend => frontend::run(),
+        Bench::Backend => engines::run("backend"),
+        Bench::Frontend => engines::run("frontend"),
         Bench::Xen => xen::run(options),
     };
     if let Some(bench) = options.name {
@@ -49,7 +53,7 @@ pub fn bench(options: &Options) -> Result<()> {
     }
     // One that fails does not keep the others from being run.
     let mut outcome = Ok(());
-    for bench in [Bench::Frontend, Bench::Xen] {
+    for bench in [Bench::Frontend, Bench::Backend, Bench::Xen] {
         if let Err(error) = run(bench) {
             eprintln!("error: {error:#}");
             outcome = Err(anyhow!("not every bench has a result"));

@@ -1,4 +1,5 @@
-//! The bench `frontend`: instructions of the engine on this machine, counted by callgrind.
+//! The benches `frontend` and `backend`: instructions of the engines on this machine, counted by
+//! callgrind.
 
 use std::fs;
 use std::path::PathBuf;
@@ -10,15 +11,15 @@ use crate::project;
 use crate::rig::stamp;
 use crate::shell;
 
-/// Runs the collector of `ci/benches`, which writes `target/bench/frontend.json`.
-pub fn run() -> Result<()> {
+/// Runs the collector of `ci/benches` with this name, which writes `target/bench/NAME.json`.
+pub fn run(name: &str) -> Result<()> {
     if Command::new("valgrind").arg("--version").output().is_err() {
-        bail!("valgrind is not here: the bench `frontend` counts instructions with it");
+        bail!("valgrind is not here: the bench `{name}` counts instructions with it");
     }
     let runner = runner()?;
     let mut cargo = Command::new("cargo");
     cargo.current_dir(project::root()).args(["run", "--quiet", "--package", "pvblk-benches"]);
-    cargo.args(["--bin", "frontend"]).env("GUNGRAUN_RUNNER", runner);
+    cargo.args(["--bin", name]).env("GUNGRAUN_RUNNER", runner);
     shell::run(&mut cargo)
 }
 
