@@ -1,0 +1,358 @@
+//! The daemon: finds the disks to serve, follows each through XenStore, and starts the workers that
+//! serve their queues.
+//!
+//! One thread does all of that, and never waits for anybody but XenStore: disks are opened on threads
+//! of their own, and workers are told, not joined, until they say that they have ended. So whatever a
+//! guest, a server or a medium does concerns its own disk only.
+
+mod served;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use anyhow::{Context, Result, bail};
+use pvblk_xen::platform::{Clock, DomainId};
+use pvblk_xen::store::{self, Store};
+use rustix::event::PollFlags;
+use xen_blkback::{Address, Backends, Change, Quota};
+
+use crate::backing::{Backing, NamedMemory};
+use crate::config::Config;
+use crate::host::{Host, Sleep};
+use crate::mail::Mailbox;
+use crate::protocol::Resize;
+use crate::runtime::{DiskName, Runtime};
+use crate::status::Registry;
+use crate::toolstack;
+use crate::worker::Report;
+use served::Served;
+
+/// What the daemon's thread is told.
+#[derive(Debug)]
+pub enum Message {
+    /// Leave the disks as they are, and end.
+    Stop,
+    /// By a command.
+    Resize(Resize),
+    /// A disk was opened, or not.
+    Opened {
+        /// Whose it is.
+        disk: DiskId,
+        /// The disk.
+        result: Result<Backing>,
+    },
+    /// By the worker of a queue.
+    Worker {
+        /// Whose queue it is.
+        disk: DiskId,
+        /// In which of the disk's connections.
+        connection: u32,
+        /// Which queue.
+        queue: usize,
+        /// What it says.
+        report: Report,
+    },
+}
+
+impl From<Resize> for Message {
+    fn from(resize: Resize) -> Self {
+        Self::Resize(resize)
+    }
+}
+
+/// A disk that is served. Numbers are not used again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct DiskId(u64);
+
+/// What the disks have in common.
+pub struct Common<H> {
+    /// Where workers get their platform.
+    pub host: H,
+    /// The settings.
+    pub config: Config,
+    /// What survives.
+    pub runtime: Runtime,
+    /// Memory that has a name.
+    pub named: NamedMemory,
+    /// What others may know.
+    pub registry: Registry,
+    /// To this thread.
+    pub mailbox: Mailbox<Message>,
+    /// The processors that workers are pinned to, in turn; none if they are not.
+    pub processors: Vec<usize>,
+    next_processor: AtomicUsize,
+}
+
+impl<H> Common<H> {
+    /// What there is at the start.
+    pub fn new(
+        host: H,
+        config: Config,
+        runtime: Runtime,
+        mailbox: Mailbox<Message>,
+        processors: Vec<usize>,
+    ) -> Self {
+        let (named, registry, next_processor) = Default::default();
+        Self { host, config, runtime, named, registry, mailbox, processors, next_processor }
+    }
+
+    fn next_processor(&self) -> Option<usize> {
+        let turn = self.next_processor.fetch_add(1, Ordering::Relaxed);
+        self.processors.get(turn % self.processors.len().max(1)).copied()
+    }
+}
+
+/// A folder below `backend` that is served.
+struct Class<'s, 't, H: Host> {
+    name: &'static str,
+    backends: Backends<'s, 't, H::Control>,
+}
+
+/// How the daemon ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// It was told to.
+    Stopped,
+}
+
+/// The daemon.
+pub struct Daemon<'s, 't, H: Host> {
+    common: Arc<Common<H>>,
+    store: &'s Store<'t, H::Control>,
+    control: &'t H::Control,
+    domain: DomainId,
+    classes: Vec<Class<'s, 't, H>>,
+    served: BTreeMap<DiskId, Served<'s, 't, H>>,
+    last: u64,
+    /// Files of disks that there are no more were removed.
+    swept: bool,
+    stopping: bool,
+    /// XenStore has refused to say what disks there are: it is asked again at that time.
+    retry_at: Option<u64>,
+    /// XenStore is gone: what is connected is served on, and nothing else can be done.
+    orphaned: bool,
+}
+
+/// How long to wait before XenStore is asked again that has refused something, in nanoseconds.
+const RETRY: u64 = 1_000_000_000;
+
+impl<'s, 't, H: Host> Daemon<'s, 't, H> {
+    /// A daemon that serves the given classes: `vbd`, `pvblk`.
+    ///
+    /// # Errors
+    ///
+    /// If XenStore does not answer.
+    pub fn new(
+        common: Arc<Common<H>>,
+        store: &'s Store<'t, H::Control>,
+        control: &'t H::Control,
+        classes: &[&'static str],
+    ) -> Result<Self> {
+        let domain = toolstack::own_domain(store)?;
+        let class = |name: &&'static str| {
+            let root = format!("/local/domain/{}/backend/{name}", domain.0);
+            let backends = Backends::open(store, &root, Quota::default());
+            let backends = backends.with_context(|| format!("cannot watch {root}"))?;
+            log::info!("serving {root}");
+            Ok(Class { name, backends })
+        };
+        Ok(Self {
+            classes: classes.iter().map(class).collect::<Result<_>>()?,
+            common,
+            store,
+            control,
+            domain,
+            served: BTreeMap::new(),
+            last: 0,
+            swept: false,
+            stopping: false,
+            retry_at: None,
+            orphaned: false,
+        })
+    }
+
+    /// Serves until it is told to stop.
+    pub fn run(&mut self) -> Ending {
+        loop {
+            for message in self.common.mailbox.take() {
+                self.handle(message);
+            }
+            if self.stopping && self.served.values().all(Served::has_no_workers) {
+                return Ending::Stopped;
+            }
+            let mut again = false;
+            if !self.stopping && !self.orphaned {
+                again = match self.advance() {
+                    Ok(again) => again,
+                    Err(error) => self.check(&error),
+                };
+            }
+            if !again {
+                self.sleep();
+            }
+        }
+    }
+
+    /// Whether XenStore is there still: `true` if it is to be asked again.
+    fn check(&mut self, error: &store::Error) -> bool {
+        if matches!(error.kind(), store::ErrorKind::Connection) {
+            log::error!(
+                "{error}. Disks that are connected are served on, but no disk can come, go or be \
+                 resized. Start xenstored again (that takes a reboot, as a rule), then pvblkd"
+            );
+            self.orphaned = true;
+        } else {
+            log::warn!("XenStore: {error}");
+        }
+        false
+    }
+
+    fn sleep(&self) {
+        let mailbox = (self.common.mailbox.as_fd(), PollFlags::IN);
+        let deadline = match self.stopping || self.orphaned {
+            true => None,
+            false => self.served.values().filter_map(Served::deadline).chain(self.retry_at).min(),
+        };
+        self.control.sleep(&[mailbox], deadline);
+    }
+
+    /// Looks at everything that may have news. `true` if more has come meanwhile.
+    fn advance(&mut self) -> Result<bool, store::Error> {
+        self.store.poll()?;
+        let now = self.control.now();
+        if self.retry_at.is_none_or(|at| at <= now) {
+            self.retry_at = None;
+            match self.find() {
+                Err(error) if is_lost(&error) => return Err(error),
+                Err(error) => {
+                    log::warn!("XenStore: {error}");
+                    self.retry_at = Some(now.saturating_add(RETRY));
+                }
+                Ok(()) => {}
+            }
+        }
+        let ids: Vec<_> = self.served.keys().copied().collect();
+        for id in ids {
+            let Some(served) = self.served.get_mut(&id) else { continue };
+            match served.advance(now) {
+                Ok(true) => self.end(id),
+                Ok(false) => {}
+                Err(xen_blkback::Error::Store(error)) if is_lost(&error) => return Err(error),
+                Err(error) => served.retry(now.saturating_add(RETRY), &error),
+            }
+        }
+        // Who waits has not taken the events that it was to take.
+        let waits = self.retry_at.is_some() || self.served.values().any(Served::is_waiting);
+        Ok(self.store.poll()? && !waits)
+    }
+
+    /// Finds disks that have come.
+    fn find(&mut self) -> Result<(), store::Error> {
+        for index in 0..self.classes.len() {
+            loop {
+                let class = &mut self.classes[index];
+                match class.backends.advance() {
+                    Ok(None) => break,
+                    Ok(Some(Change::Appeared(address))) => {
+                        let name = class.name;
+                        self.begin(name, address)?;
+                    }
+                    // Its vbd notices by itself.
+                    Ok(Some(Change::Disappeared(_))) => {}
+                    Err(xen_blkback::Error::Store(error)) => return Err(error),
+                    Err(error) => {
+                        log::warn!("{error}");
+                        break;
+                    }
+                }
+            }
+        }
+        if !std::mem::replace(&mut self.swept, true) {
+            let names: BTreeSet<DiskName> =
+                self.served.values().map(|served| served.name().clone()).collect();
+            self.common.runtime.sweep(&names);
+        }
+        Ok(())
+    }
+
+    fn begin(&mut self, class: &'static str, address: Address) -> Result<(), store::Error> {
+        if self.served.values().any(|served| served.path() == address.path) {
+            // A new device in the place of one that has not noticed yet that it is over: it is found
+            // again when that is forgotten.
+            return Ok(());
+        }
+        self.last += 1;
+        let id = DiskId(self.last);
+        match Served::begin(self.common.clone(), self.store, id, class, address.clone()) {
+            Ok(served) => {
+                self.served.insert(id, served);
+                Ok(())
+            }
+            Err(xen_blkback::Error::Store(error)) if is_lost(&error) => Err(error),
+            Err(error) => {
+                log::warn!("{}: cannot be served: {error}", address.path);
+                Ok(())
+            }
+        }
+    }
+
+    /// A disk is over.
+    fn end(&mut self, id: DiskId) {
+        let Some(served) = self.served.remove(&id) else { return };
+        let (class, address) = (served.name().class, served.address().clone());
+        // libxl removes what it has made in dom0.
+        served.end(self.domain != DomainId(0) || class == toolstack::CLASS);
+        for other in self.classes.iter_mut().filter(|other| other.name == class) {
+            other.backends.forget(&address);
+        }
+    }
+
+    fn handle(&mut self, message: Message) {
+        match message {
+            Message::Stop => {
+                log::info!("stopping: guests wait for their disks until pvblkd is started again");
+                self.stopping = true;
+                for served in self.served.values_mut() {
+                    served.stop();
+                }
+            }
+            Message::Resize(resize) => {
+                let result = self.resize(&resize);
+                // Whoever asked may have gone.
+                let _ = resize.answer.send(result);
+            }
+            Message::Opened { disk, result } => {
+                if let Some(served) = self.served.get_mut(&disk) {
+                    served.opened(result);
+                }
+            }
+            Message::Worker { disk, connection, queue, report } => {
+                if let Some(served) = self.served.get_mut(&disk) {
+                    served.report(connection, queue, report);
+                }
+            }
+        }
+    }
+
+    fn resize(&mut self, resize: &Resize) -> Result<u64> {
+        if self.orphaned || self.stopping {
+            bail!("not now: XenStore is gone, or the daemon is stopping");
+        }
+        let wanted = (resize.domain, resize.device);
+        let served = self.served.values_mut().find(|served| {
+            let name = served.name();
+            (name.domain, name.device) == wanted
+        });
+        match served {
+            Some(served) => served.resize(resize.size),
+            None => bail!("pvblkd serves no such disk: see `pvblkd list`"),
+        }
+    }
+}
+
+/// Whether the connection to XenStore cannot be used any more.
+fn is_lost(error: &store::Error) -> bool {
+    error.kind() == store::ErrorKind::Connection
+}

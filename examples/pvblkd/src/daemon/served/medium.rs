@@ -1,0 +1,186 @@
+//! Opening what a disk is served from, on a thread of its own, again and again until it is there.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use anyhow::{Context, Result, anyhow, bail};
+use pvblk_xen::store::Nodes;
+use pvblk_xen::xenbus;
+use xen_blkback::Disk;
+
+use super::{Message, Served};
+use crate::backing::{Backing, Opening};
+use crate::host::Host;
+use crate::source::Source;
+
+/// What Linux calls an error of input or output.
+const EIO: u32 = 5;
+
+/// How long to wait before a medium that could not be opened is tried again, in nanoseconds: twice as
+/// long each time, up to a minute.
+const FIRST_RETRY: u64 = 1_000_000_000;
+const LAST_RETRY: u64 = 60_000_000_000;
+
+/// What a disk is served from.
+pub(super) struct Medium {
+    state: State,
+    /// Whether the guest has used the disk already: it must find what it left there.
+    is_old: bool,
+    /// How long to wait after the next failure.
+    patience: u64,
+    /// Why it could not be opened, if the toolstack was not told yet.
+    untold: Option<String>,
+}
+
+enum State {
+    /// Not yet: the toolstack's script prepares it.
+    Awaited,
+    /// A thread opens it.
+    Opening,
+    /// It is open; the vbd does not know yet.
+    Open(Backing),
+    /// The vbd knows it.
+    Inserted(Backing),
+    /// It could not be opened just now.
+    Failed,
+    /// It is tried again at that time.
+    Waiting(u64),
+}
+
+impl Medium {
+    pub fn new(is_old: bool) -> Self {
+        Self { state: State::Awaited, is_old, patience: FIRST_RETRY, untold: None }
+    }
+
+    /// What it is, once that is open.
+    pub fn backing(&self) -> Option<&Backing> {
+        match &self.state {
+            State::Open(backing) | State::Inserted(backing) => Some(backing),
+            _ => None,
+        }
+    }
+
+    /// When there is something to do without an event.
+    pub fn deadline(&self) -> Option<u64> {
+        match self.state {
+            State::Open(_) | State::Failed => Some(0),
+            State::Waiting(at) => Some(at),
+            _ => None,
+        }
+    }
+}
+
+impl<H: Host> Served<'_, '_, H> {
+    /// Has a thread open what the disk is served from.
+    pub(super) fn open_medium(&mut self) {
+        self.medium.state = State::Opening;
+        if let Err(error) = self.begin_to_open() {
+            self.opened(Err(error));
+        }
+    }
+
+    fn begin_to_open(&self) -> Result<()> {
+        let medium = self.vbd.medium()?;
+        let params = medium.physical_path.unwrap_or(medium.params);
+        if params.is_empty() {
+            bail!("there is no medium in the drive");
+        }
+        let source: Source = params.parse()?;
+        let restrictions = self.vbd.device().restrictions;
+        let opening = Opening {
+            name: self.name.clone(),
+            options: self.options.clone(),
+            read_only: restrictions.read_only || self.options.read_only.unwrap_or_default(),
+            keep: self.medium.is_old,
+        };
+        let (common, disk) = (self.common.clone(), self.id);
+        let work = move || {
+            let open = || Backing::open(&source, &common.runtime, &common.named, &opening);
+            let result = catch_unwind(AssertUnwindSafe(open));
+            let result = result.unwrap_or_else(|_| Err(anyhow!("a fault of pvblkd")));
+            common.mailbox.send(Message::Opened { disk, result });
+        };
+        let builder = std::thread::Builder::new().name("open".into());
+        builder.spawn(work).context("no thread to open the disk")?;
+        Ok(())
+    }
+
+    /// The thread has opened it, or has not.
+    pub fn opened(&mut self, result: Result<Backing>) {
+        match result {
+            Ok(backing) => {
+                let failures = backing.failure_counter();
+                self.status.update(|condition| {
+                    condition.error.clear();
+                    condition.source = backing.source().to_string();
+                    condition.medium_errors = failures;
+                });
+                self.medium.state = State::Open(backing);
+            }
+            Err(error) => {
+                let reason = format!("{error:#}");
+                // Not every time that it is tried.
+                if self.medium.patience == FIRST_RETRY {
+                    self.note_error(&reason);
+                }
+                self.medium.untold = Some(reason);
+                self.medium.state = State::Failed;
+            }
+        }
+    }
+
+    /// Tells the vbd, or the toolstack, what became of the medium.
+    pub(super) fn advance_medium(&mut self, now: u64) -> Result<(), xen_blkback::Error> {
+        match &self.medium.state {
+            State::Open(backing) => {
+                let (geometry, features) = (backing.geometry(), backing.features());
+                self.vbd.insert(Disk { geometry, features, cdrom: false, removable: false })?;
+                let backing = backing.clone();
+                self.medium.state = State::Inserted(backing);
+                self.medium.patience = FIRST_RETRY;
+            }
+            State::Failed => {
+                if let Some(reason) = self.medium.untold.take() {
+                    self.tell_toolstack(&reason)?;
+                }
+                let at = now.saturating_add(self.medium.patience);
+                self.medium.state = State::Waiting(at);
+                self.medium.patience = (2 * self.medium.patience).min(LAST_RETRY);
+            }
+            State::Waiting(at) if *at <= now => self.open_medium(),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// A disk that is new is awaited by whoever makes it: `pvblkd attach` reads the error node, libxl
+    /// what its script says, which is ours and waits for this.
+    fn tell_toolstack(&self, reason: &str) -> Result<(), xen_blkback::Error> {
+        let path = self.path();
+        xenbus::report_error(self.store, path, EIO, reason);
+        if self.has_our_script && !self.medium.is_old {
+            self.store.transaction(|nodes| {
+                if nodes.exists(&format!("{path}/state"))? {
+                    nodes.write(&format!("{path}/hotplug-error"), reason)?;
+                    nodes.write(&format!("{path}/hotplug-status"), "error")?;
+                }
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// A worker has seen the medium fail.
+    pub(super) fn note_medium_failure(&mut self) {
+        if std::mem::replace(&mut self.complained, true) {
+            return;
+        }
+        let Some(backing) = self.medium.backing() else { return };
+        log::error!(
+            "{}: {} fails, and so do requests of the guest: {}. This is not said again before the \
+             disk is connected again; `pvblkd list` counts",
+            self.path(),
+            backing.source(),
+            backing.remedy()
+        );
+    }
+}

@@ -1,0 +1,166 @@
+//! A file that is mapped: memory that survives this process.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::ptr::{NonNull, null_mut};
+
+use pvblk::extent::{Geometry, SECTOR_BYTES};
+use pvblk::memory::{PAGE_BYTES, PageAllocator, SharedRegion};
+use pvblk_stores::memory::{MemoryDisk, MemoryError};
+use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+
+/// A file of a tmpfs, mapped. This process has it for itself: it holds a lock on the file.
+#[derive(Debug)]
+pub struct MappedFile {
+    path: PathBuf,
+    /// Holds the lock.
+    _file: File,
+    base: NonNull<u8>,
+    /// Whole pages.
+    bytes: usize,
+}
+
+// SAFETY: the memory is a mapping of its own, which is accessed only as shared memory, by copies.
+unsafe impl Send for MappedFile {}
+// SAFETY: as above.
+unsafe impl Sync for MappedFile {}
+
+/// What there was before a file was opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// Nothing: it is all zeroes.
+    New,
+    /// The file, of this size: it is as it was left.
+    Kept,
+}
+
+impl MappedFile {
+    /// Opens the file at `path` if there is one of `bytes` bytes (rounded up to pages) and `keep` says
+    /// so, else makes it anew. Its memory is reserved at once, so that none is missing later.
+    ///
+    /// # Errors
+    ///
+    /// What the system says: above all that another process has the file, and that there is no space.
+    pub fn open(path: &Path, bytes: u64, keep: bool) -> io::Result<(Self, Origin)> {
+        let pages = bytes.div_ceil(PAGE_BYTES as u64).max(1);
+        let bytes = pages.checked_mul(PAGE_BYTES as u64).ok_or(io::ErrorKind::FileTooLarge)?;
+        let length = usize::try_from(bytes).map_err(|_| io::ErrorKind::FileTooLarge)?;
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path)?;
+        // Before it is looked at: an earlier daemon may be on its way out.
+        flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+        let origin = match keep && file.metadata()?.len() == bytes {
+            true => Origin::Kept,
+            false => Origin::New,
+        };
+        if origin == Origin::New {
+            file.set_len(0)?;
+            fallocate(&file, FallocateFlags::empty(), 0, bytes).inspect_err(|_| {
+                // What there is of it would be taken for the whole the next time, or stay forever.
+                let _ = std::fs::remove_file(path);
+            })?;
+        }
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: at an address that the system chooses nothing else is mapped.
+        let base = unsafe { mmap(null_mut(), length, access, MapFlags::SHARED, &file, 0) }?;
+        let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok((Self { path: path.into(), _file: file, base, bytes: length }, origin))
+    }
+
+    /// The file's memory.
+    pub fn region(&self) -> SharedRegion<'_> {
+        // SAFETY: mapped for as long as `self` lives, and no reference to it is ever made. The file
+        // is as long as that: it was made so, and nobody else has it.
+        unsafe { SharedRegion::new(self.base, self.bytes) }
+    }
+
+    /// A disk whose content is the file's memory.
+    ///
+    /// # Errors
+    ///
+    /// [`MemoryError::TooLarge`] if the file is not as large as the disk.
+    pub fn into_disk(self, geometry: Geometry) -> Result<MemoryDisk<Self>, MemoryError> {
+        let bytes = geometry.sectors.checked_mul(u64::from(SECTOR_BYTES));
+        if bytes.is_none_or(|bytes| bytes > self.bytes as u64) {
+            return Err(MemoryError::TooLarge(geometry.sectors));
+        }
+        let base = self.base;
+        // SAFETY: the file is mapped, page by page, for as long as it lives; it is as large as the
+        // disk, as was checked; and no reference to its memory is ever made.
+        unsafe { MemoryDisk::over(self, base, geometry) }
+    }
+
+    /// Removes the file: what is in it is not wanted any more. The memory stays until the drop.
+    pub fn remove(&self) {
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            log::warn!("cannot remove {}: {error}", self.path.display());
+        }
+    }
+}
+
+// SAFETY: it gives no pages.
+unsafe impl PageAllocator for MappedFile {
+    /// None: a file has its memory already.
+    fn allocate_pages(&self, _count: usize) -> Option<NonNull<u8>> {
+        None
+    }
+
+    unsafe fn release_pages(&self, _base: NonNull<u8>, _count: usize) {}
+}
+
+impl Drop for MappedFile {
+    fn drop(&mut self) {
+        // SAFETY: whoever has a region borrows `self`; whoever has the address vouched for that.
+        // Unmapping a whole mapping does not fail.
+        let _ = unsafe { munmap(self.base.as_ptr().cast(), self.bytes) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_outlives_its_process() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("memory");
+        let (file, origin) = MappedFile::open(&path, 5000, true).unwrap();
+        assert_eq!((origin, file.region().len()), (Origin::New, 8192));
+        file.region().write_bytes(5000, b"kept");
+        drop(file);
+        let (file, origin) = MappedFile::open(&path, 8192, true).unwrap();
+        let mut bytes = [0; 4];
+        file.region().read_bytes(5000, &mut bytes);
+        assert_eq!((origin, &bytes), (Origin::Kept, b"kept"));
+        // It is ours alone.
+        let error = MappedFile::open(&path, 8192, true).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        drop(file);
+        // Of another size, or not to be kept: it is made anew.
+        for (bytes, keep) in [(4096, true), (4096, false)] {
+            let (file, origin) = MappedFile::open(&path, bytes, keep).unwrap();
+            assert_eq!(origin, Origin::New);
+            file.region().read_bytes(0, &mut [0; 4096]);
+        }
+        let (file, _) = MappedFile::open(&path, 4096, true).unwrap();
+        file.remove();
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn what_there_is_no_space_for_leaves_nothing_behind() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("memory");
+        assert!(MappedFile::open(&path, u64::MAX, true).is_err());
+        assert!(MappedFile::open(&path, i64::MAX as u64 - 8191, true).is_err());
+        assert!(!path.exists());
+    }
+}

@@ -1,0 +1,230 @@
+//! How a disk is served: settings that have a default, a configuration file, a command line.
+
+use pvblk_stores::file::{FileOptions, Method};
+use pvblk_stores::nbd::{Durability, NbdOptions};
+use pvblk_xen::foreign::DataPath;
+use serde::{Deserialize, Serialize};
+use xen_blkback::{Config, Hotplug};
+
+/// How a disk is served. What is not set is taken from elsewhere.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct DiskOptions {
+    /// Whether the guest may not write.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub read_only: Option<bool>,
+    /// The logical sector in bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sector: Option<u32>,
+    /// The most queues.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub queues: Option<u32>,
+    /// The most pages of a ring, as a power of two.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ring_order: Option<u32>,
+    /// The most segments in one request.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub segments: Option<u32>,
+    /// Whether the guest's pages are kept mapped.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub persistent: Option<bool>,
+    /// How the guest's pages are reached that are not kept.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data_path: Option<Path>,
+    /// Whether a file is read and written through the page cache.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub buffered: Option<bool>,
+    /// Whether a file is read and written by plain system calls, not by `io_uring`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub synchronous: Option<bool>,
+    /// What is done about writes that an NBD server may lose when it is restarted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nbd_durability: Option<NbdDurability>,
+}
+
+/// What is done about writes that an NBD server acknowledged and may lose when it is restarted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum NbdDurability {
+    /// The guest's next flush fails after a restart
+    Reported,
+    /// Every write is made durable at once
+    WriteThrough,
+    /// The server does not lose any
+    Trusted,
+}
+
+/// How a guest's pages are reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Path {
+    /// Xen copies.
+    Copy,
+    /// They are mapped for each request.
+    Map,
+}
+
+/// A setting that makes no sense.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BadOption {
+    name: &'static str,
+    value: u32,
+    expected: &'static str,
+}
+
+impl std::fmt::Display for BadOption {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} is {}: {} is expected", self.name, self.value, self.expected)
+    }
+}
+
+impl std::error::Error for BadOption {}
+
+impl DiskOptions {
+    /// These settings, and `other`'s where there are none.
+    #[must_use]
+    pub fn or(self, other: &Self) -> Self {
+        Self {
+            read_only: self.read_only.or(other.read_only),
+            sector: self.sector.or(other.sector),
+            queues: self.queues.or(other.queues),
+            ring_order: self.ring_order.or(other.ring_order),
+            segments: self.segments.or(other.segments),
+            persistent: self.persistent.or(other.persistent),
+            data_path: self.data_path.or(other.data_path),
+            buffered: self.buffered.or(other.buffered),
+            synchronous: self.synchronous.or(other.synchronous),
+            nbd_durability: self.nbd_durability.or(other.nbd_durability),
+        }
+    }
+
+    /// Looks whether every number is one that can be served.
+    ///
+    /// # Errors
+    ///
+    /// [`BadOption`] names the first that is not.
+    pub fn check(&self) -> Result<(), BadOption> {
+        let bad = |name, value, expected| Err(BadOption { name, value, expected });
+        match self {
+            Self { sector: Some(value), .. } if !matches!(value, 512 | 1024 | 2048 | 4096) => {
+                bad("sector", *value, "512, 1024, 2048 or 4096")
+            }
+            Self { queues: Some(value), .. } if !(1..=64).contains(value) => {
+                bad("queues", *value, "1 to 64")
+            }
+            Self { ring_order: Some(value), .. } if *value > 4 => {
+                bad("ring-order", *value, "0 to 4")
+            }
+            Self { segments: Some(value), .. } if *value > 4096 => {
+                bad("segments", *value, "0 to 4096")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// What the backend is told.
+    pub fn config(&self, hotplug: Hotplug) -> Config {
+        let mut config = Config::default();
+        config.queues = self.queues.unwrap_or(config.queues);
+        config.ring_order = self.ring_order.unwrap_or(config.ring_order);
+        config.indirect_segments = self.segments.unwrap_or(config.indirect_segments);
+        config.persistent = self.persistent.unwrap_or(config.persistent);
+        config.data_path = match self.data_path {
+            Some(Path::Map) => DataPath::Map,
+            Some(Path::Copy) => DataPath::Copy,
+            None => config.data_path,
+        };
+        config.hotplug = hotplug;
+        config
+    }
+
+    /// What is told to the store of a file.
+    pub fn file_options(&self, read_only: bool) -> FileOptions {
+        let mut options = FileOptions::default();
+        options.read_only = read_only;
+        options.direct = !self.buffered.unwrap_or(false);
+        options.logical_bytes = self.sector;
+        if self.synchronous.unwrap_or(false) {
+            options.method = Method::Synchronous;
+        }
+        options
+    }
+
+    /// What is told to the store of a disk on an NBD server.
+    pub fn nbd_options(&self, read_only: bool) -> NbdOptions {
+        let mut options = NbdOptions::default();
+        options.read_only = read_only;
+        if let Some(durability) = self.nbd_durability {
+            options.durability = match durability {
+                NbdDurability::Reported => Durability::Reported,
+                NbdDurability::WriteThrough => Durability::WriteThrough,
+                NbdDurability::Trusted => Durability::Trusted,
+            };
+        }
+        options
+    }
+
+    /// The settings as one node of XenStore has them.
+    pub fn to_node(&self) -> String {
+        // Booleans, numbers and names: nothing that JSON could not say.
+        serde_json::to_string(self).unwrap_or_default()
+    }
+
+    /// Reads what [`to_node`](Self::to_node) wrote.
+    ///
+    /// # Errors
+    ///
+    /// What the JSON parser says; the numbers are not [checked](Self::check).
+    pub fn from_node(text: &str) -> Result<Self, serde_json::Error> {
+        serde_json::from_str(text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_set_nearer_wins() {
+        let near =
+            DiskOptions { sector: Some(4096), persistent: Some(false), ..Default::default() };
+        let far = DiskOptions { sector: Some(512), queues: Some(2), ..Default::default() };
+        let both = near.or(&far);
+        assert_eq!((both.sector, both.queues, both.persistent), (Some(4096), Some(2), Some(false)));
+        let config = both.config(Hotplug::Script);
+        assert_eq!((config.queues, config.persistent, config.ring_order), (2, false, 4));
+        assert_eq!(config.hotplug, Hotplug::Script);
+    }
+
+    #[test]
+    fn a_node_holds_everything() {
+        let options = DiskOptions {
+            read_only: Some(true),
+            sector: Some(4096),
+            queues: Some(1),
+            ring_order: Some(0),
+            segments: Some(4096),
+            persistent: Some(false),
+            data_path: Some(Path::Map),
+            buffered: Some(true),
+            synchronous: Some(true),
+            nbd_durability: Some(NbdDurability::WriteThrough),
+        };
+        assert_eq!(DiskOptions::from_node(&options.to_node()).unwrap(), options);
+        assert_eq!(DiskOptions::default().to_node(), "{}");
+        assert!(DiskOptions::from_node("{\"colour\": 3}").is_err());
+    }
+
+    #[test]
+    fn numbers_are_checked() {
+        for (options, word) in [
+            (DiskOptions { sector: Some(513), ..Default::default() }, "sector"),
+            (DiskOptions { queues: Some(0), ..Default::default() }, "queues"),
+            (DiskOptions { ring_order: Some(5), ..Default::default() }, "ring-order"),
+            (DiskOptions { segments: Some(4097), ..Default::default() }, "segments"),
+        ] {
+            assert!(options.check().unwrap_err().to_string().starts_with(word));
+        }
+        assert_eq!(DiskOptions::default().check(), Ok(()));
+    }
+}

@@ -1,0 +1,247 @@
+//! How commands reach the running daemon: a Unix socket, one line of JSON for a request, one for its
+//! answer.
+//!
+//! ```json
+//! {"command":"list"}
+//! {"command":"resize","domain":3,"device":51728,"bytes":1073741824}
+//! ```
+//!
+//! The answer is `{"ok":...}` or `{"error":"..."}`. `attach` and `detach` need no daemon to talk to:
+//! they write what a toolstack writes, and the daemon finds it.
+
+use std::fs;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::mail::Mailbox;
+use crate::size::Size;
+use crate::status::Registry;
+
+/// A request.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Request {
+    /// All disks: an array of [`DiskReport`](crate::status::DiskReport).
+    List {},
+    /// Gives a disk another size, or finds out which size it has now. Its size in bytes.
+    Resize {
+        /// The guest's domain.
+        domain: u16,
+        /// The number of the device.
+        device: u32,
+        /// The size in bytes; that of the file if it is missing.
+        #[serde(default)]
+        bytes: Option<u64>,
+    },
+}
+
+/// An answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Answer<T> {
+    /// What was asked for.
+    Ok(T),
+    /// Why there is none.
+    Error(String),
+}
+
+/// What the daemon's own thread is asked to do.
+#[derive(Debug)]
+pub struct Resize {
+    /// The guest's domain.
+    pub domain: u16,
+    /// The number of the device.
+    pub device: u32,
+    /// The size that it is to have.
+    pub size: Option<Size>,
+    /// Where the answer goes: bytes.
+    pub answer: mpsc::Sender<Result<u64>>,
+}
+
+/// The longest request, in bytes.
+const LINE_MAX: u64 = 4096;
+
+/// How long a client may take for a line, and the daemon for an answer.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Waits for clients at `path`, which only the owner may connect to.
+///
+/// # Errors
+///
+/// If the socket cannot be made; above all, if another daemon has it.
+pub fn listen(path: &Path) -> Result<UnixListener> {
+    let place = || format!("cannot make the socket {}", path.display());
+    if UnixStream::connect(path).is_ok() {
+        bail!("another pvblkd serves {}", path.display());
+    }
+    let listener = bind(path).with_context(place)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).with_context(place)?;
+    Ok(listener)
+}
+
+/// Waits at `path`, in the place of a socket that a program has left behind that was killed.
+pub(crate) fn bind(path: &Path) -> io::Result<UnixListener> {
+    if fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket()) {
+        fs::remove_file(path)?;
+    }
+    UnixListener::bind(path)
+}
+
+/// Answers clients, one after the other. It returns only if the socket breaks.
+pub fn serve<T: From<Resize>>(listener: &UnixListener, registry: &Registry, daemon: &Mailbox<T>) {
+    for client in listener.incoming() {
+        match client {
+            Ok(client) => {
+                if let Err(error) = serve_client(&client, registry, daemon) {
+                    log::debug!("control socket: {error:#}");
+                }
+            }
+            Err(error) => {
+                log::warn!("control socket: {error}");
+                // Out of file descriptors, most likely: not again and again.
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        }
+    }
+}
+
+fn serve_client<T: From<Resize>>(
+    client: &UnixStream,
+    registry: &Registry,
+    daemon: &Mailbox<T>,
+) -> Result<()> {
+    client.set_read_timeout(Some(PATIENCE))?;
+    client.set_write_timeout(Some(PATIENCE))?;
+    let mut line = String::new();
+    BufReader::new(client.take(LINE_MAX)).read_line(&mut line)?;
+    let answer = match answer(&line, registry, daemon) {
+        Ok(value) => Answer::Ok(value),
+        Err(error) => Answer::Error(format!("{error:#}")),
+    };
+    let mut text = serde_json::to_string(&answer)?;
+    text.push('\n');
+    let mut client = client;
+    client.write_all(text.as_bytes())?;
+    Ok(())
+}
+
+fn answer<T: From<Resize>>(
+    line: &str,
+    registry: &Registry,
+    daemon: &Mailbox<T>,
+) -> Result<serde_json::Value> {
+    match serde_json::from_str(line).context("no request that is known")? {
+        Request::List {} => Ok(serde_json::to_value(registry.report())?),
+        Request::Resize { domain, device, bytes } => {
+            let size = bytes.map(Size::from_bytes).transpose()?;
+            let (sender, receiver) = mpsc::channel();
+            daemon.send(T::from(Resize { domain, device, size, answer: sender }));
+            let bytes =
+                receiver.recv_timeout(PATIENCE).map_err(|_| anyhow!("no answer in time"))??;
+            Ok(bytes.into())
+        }
+    }
+}
+
+/// Asks the daemon whose socket is at `path`.
+///
+/// # Errors
+///
+/// If there is no daemon, and what the daemon says.
+pub fn ask<T: DeserializeOwned>(path: &Path, request: &Request) -> Result<T> {
+    let mut stream = UnixStream::connect(path).with_context(|| {
+        format!("no daemon at {}: is `pvblkd serve` running, and is this root?", path.display())
+    })?;
+    stream.set_read_timeout(Some(2 * PATIENCE))?;
+    let mut text = serde_json::to_string(request)?;
+    text.push('\n');
+    stream.write_all(text.as_bytes())?;
+    let mut line = String::new();
+    BufReader::new(stream).read_line(&mut line).context("no answer from the daemon")?;
+    match serde_json::from_str(&line).context("an answer of another version of pvblkd")? {
+        Answer::Ok(value) => Ok(value),
+        Answer::Error(error) => Err(anyhow!(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+    use crate::runtime::DiskName;
+    use crate::status::DiskReport;
+
+    #[test]
+    fn questions_are_answered() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("control.sock");
+        fs::write(&path, "what was there before").unwrap();
+        assert!(listen(&path).is_err(), "it is somebody's file");
+        fs::remove_file(&path).unwrap();
+        drop(listen(&path).unwrap());
+        let listener = listen(&path).unwrap();
+        let registry = Registry::default();
+        let name = DiskName { class: "pvblk", domain: 7, device: 51728 };
+        registry.add(&name).update(|condition| condition.guest = "web".into());
+        registry.add(&DiskName { domain: 8, ..name.clone() });
+        let mailbox = Mailbox::<Resize>::new().unwrap();
+        let daemon = mailbox.clone();
+        thread::spawn(move || serve(&listener, &registry, &daemon));
+
+        let disks: Vec<DiskReport> = ask(&path, &Request::List {}).unwrap();
+        assert_eq!(disks.len(), 2);
+        assert_eq!((&*disks[0].guest, &*disks[0].disk, disks[0].domain), ("web", "xvdb", 7));
+
+        let server = thread::spawn(move || {
+            for result in [Ok(1 << 20), Err(anyhow!("it is too small"))] {
+                while !mailbox.has_some() {
+                    thread::sleep(Duration::from_millis(1));
+                }
+                let resize = mailbox.take().pop_front().unwrap();
+                assert_eq!((resize.domain, resize.device), (7, 51728));
+                resize.answer.send(result).unwrap();
+            }
+        });
+        let resize = |bytes| Request::Resize { domain: 7, device: 51728, bytes };
+        assert_eq!(ask::<u64>(&path, &resize(None)).unwrap(), 1 << 20);
+        let error = ask::<u64>(&path, &resize(Some(512))).unwrap_err();
+        assert_eq!(error.to_string(), "it is too small");
+        server.join().unwrap();
+        let error = ask::<u64>(&path, &resize(Some(100))).unwrap_err();
+        assert!(error.to_string().contains("not the size of a disk"), "{error}");
+
+        // Nonsense is answered, and the next client is served.
+        for nonsense in ["\n", "{\"command\":\"explode\"}\n", "{\"command\":\"list\",\"x\":1}\n"] {
+            let mut stream = UnixStream::connect(&path).unwrap();
+            stream.write_all(nonsense.as_bytes()).unwrap();
+            let mut line = String::new();
+            BufReader::new(stream).read_line(&mut line).unwrap();
+            assert!(line.starts_with("{\"error\":\"no request that is known"), "{line}");
+        }
+        drop(UnixStream::connect(&path).unwrap());
+        assert!(listen_is_taken(&path));
+        assert_eq!(ask::<Vec<DiskReport>>(&path, &Request::List {}).unwrap().len(), 2);
+        let mode = fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+    }
+
+    fn listen_is_taken(path: &Path) -> bool {
+        listen(path).is_err_and(|error| error.to_string().contains("another pvblkd"))
+    }
+
+    #[test]
+    fn without_a_daemon_the_error_says_so() {
+        let error =
+            ask::<u64>(Path::new("/nonexistent/control.sock"), &Request::List {}).unwrap_err();
+        assert!(error.to_string().contains("is `pvblkd serve` running"));
+    }
+}

@@ -1,0 +1,192 @@
+//! The folder with what must survive the daemon: `/run/pvblkd`.
+//!
+//! A daemon that is killed and started again finds its disks connected. The contents of those in
+//! memory, and what their queues had in progress, are in files of a tmpfs, one each, which are
+//! removed when a disk or a connection ends in an orderly way.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use pvblk::memory::PAGE_BYTES;
+
+use crate::mapped::{MappedFile, Origin};
+
+/// The socket in the folder by which commands reach the daemon.
+pub fn socket(folder: &Path) -> PathBuf {
+    folder.join("control.sock")
+}
+
+/// A disk, as the names of its files have it: class, guest, device.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct DiskName {
+    /// The folder below `backend`: `vbd`, `pvblk`.
+    pub class: &'static str,
+    /// The guest's domain.
+    pub domain: u16,
+    /// The number of the device.
+    pub device: u32,
+}
+
+/// The folder.
+#[derive(Clone, Debug)]
+pub struct Runtime {
+    folder: PathBuf,
+}
+
+impl Runtime {
+    /// Makes the folder if it is not there. Only its owner may look into it.
+    ///
+    /// # Errors
+    ///
+    /// What the system says.
+    pub fn open(folder: &Path) -> io::Result<Self> {
+        match fs::DirBuilder::new().mode(0o700).create(folder) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            result => result?,
+        }
+        Ok(Self { folder: folder.into() })
+    }
+
+    /// Where it is.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The content of a disk in memory.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`MappedFile::open`].
+    pub fn memory(
+        &self,
+        disk: &DiskName,
+        bytes: u64,
+        keep: bool,
+    ) -> io::Result<(MappedFile, Origin)> {
+        MappedFile::open(&self.path("memory", disk, None), bytes, keep)
+    }
+
+    /// Memory that has a name: it stays until somebody removes its file, or the machine is shut down.
+    ///
+    /// # Errors
+    ///
+    /// If it is there with another size; those of [`MappedFile::open`].
+    pub fn named_memory(&self, name: &str, bytes: u64) -> io::Result<MappedFile> {
+        let path = self.folder.join(format!("named-{name}"));
+        let there = fs::metadata(&path).map(|metadata| metadata.len());
+        let wanted = bytes.next_multiple_of(PAGE_BYTES as u64);
+        if there.as_ref().is_ok_and(|there| *there != wanted) {
+            let text = format!(
+                "{} is there with another size: remove it if it is not wanted any more",
+                path.display()
+            );
+            return Err(io::Error::other(text));
+        }
+        MappedFile::open(&path, bytes, true).map(|(file, _)| file)
+    }
+
+    /// What a queue of a disk has in progress: `bytes` bytes, of zeroes unless `keep` says that the
+    /// connection is that of an earlier daemon and there is a file of it.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`MappedFile::open`].
+    pub fn journal(
+        &self,
+        disk: &DiskName,
+        queue: usize,
+        bytes: u64,
+        keep: bool,
+    ) -> io::Result<(MappedFile, Origin)> {
+        MappedFile::open(&self.path("journal", disk, Some(queue)), bytes, keep)
+    }
+
+    fn path(&self, kind: &str, disk: &DiskName, queue: Option<usize>) -> PathBuf {
+        let DiskName { class, domain, device } = disk;
+        let queue = queue.map(|queue| format!("-{queue}")).unwrap_or_default();
+        self.folder.join(format!("{kind}-{class}-{domain}-{device}{queue}"))
+    }
+
+    /// Removes the files of disks that there are no more: of guests that went while no daemon was
+    /// there.
+    pub fn sweep(&self, disks: &BTreeSet<DiskName>) {
+        let Ok(entries) = fs::read_dir(&self.folder) else { return };
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            let Some(disk) = name.to_str().and_then(disk_of) else { continue };
+            let is_known = disks.iter().any(|known| {
+                (known.class, known.domain, known.device) == (&*disk.0, disk.1, disk.2)
+            });
+            if !is_known {
+                log::info!("removing {}: its disk is gone", entry.path().display());
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+    }
+
+    /// Removes the files of a disk that is over.
+    pub fn forget(&self, disk: &DiskName) {
+        let Ok(entries) = fs::read_dir(&self.folder) else { return };
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            let of = name.to_str().and_then(disk_of);
+            if of.is_some_and(|of| (&*of.0, of.1, of.2) == (disk.class, disk.domain, disk.device)) {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+    }
+}
+
+/// Whose file this is.
+fn disk_of(name: &str) -> Option<(String, u16, u32)> {
+    let rest = name.strip_prefix("memory-").or_else(|| name.strip_prefix("journal-"))?;
+    let mut parts = rest.split('-');
+    let class = parts.next()?.to_owned();
+    Some((class, parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk(domain: u16) -> DiskName {
+        DiskName { class: "pvblk", domain, device: 51728 }
+    }
+
+    #[test]
+    fn named_memory_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let runtime = Runtime::open(folder.path()).unwrap();
+        runtime.named_memory("swap", 512).unwrap().region().write_bytes(0, b"kept");
+        runtime.sweep(&BTreeSet::new());
+        let mut bytes = [0; 4];
+        runtime.named_memory("swap", 512).unwrap().region().read_bytes(0, &mut bytes);
+        assert_eq!(&bytes, b"kept");
+        let error = runtime.named_memory("swap", 8192).unwrap_err();
+        assert!(error.to_string().contains("another size"));
+    }
+
+    #[test]
+    fn files_go_with_their_disks() {
+        let folder = tempfile::tempdir().unwrap();
+        let runtime = Runtime::open(&folder.path().join("run")).unwrap();
+        let again = Runtime::open(runtime.folder()).unwrap();
+        for domain in 1..=3 {
+            again.memory(&disk(domain), 4096, false).unwrap();
+            again.journal(&disk(domain), 0, 4096, false).unwrap();
+            again.journal(&disk(domain), 1, 4096, false).unwrap();
+        }
+        fs::write(runtime.folder().join("something"), "else").unwrap();
+        let count = || fs::read_dir(runtime.folder()).unwrap().count();
+        assert_eq!(count(), 10);
+        runtime.sweep(&[disk(2), disk(3)].into());
+        assert_eq!(count(), 7);
+        runtime.forget(&disk(3));
+        assert_eq!(count(), 4);
+        let (_, origin) = runtime.journal(&disk(2), 1, 4096, true).unwrap();
+        assert_eq!(origin, Origin::Kept);
+    }
+}

@@ -1,0 +1,202 @@
+//! `pvblkd serve`: everything around the daemon.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+
+use anyhow::{Context, Result, bail};
+use pvblk_linux::{Control, Worker};
+use pvblk_xen::store::Store;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::cli::{RUNTIME, Serve};
+use crate::config::{Config, ServeVbd};
+use crate::daemon::{Common, Daemon, Message};
+use crate::host::Xen;
+use crate::mail::Mailbox;
+use crate::metrics::{self, Listener};
+use crate::notify;
+use crate::protocol;
+use crate::runtime::{self, Runtime};
+use crate::sandbox::{self, User};
+use crate::toolstack;
+
+/// What xen-blkback's driver is called where it is loaded.
+const BLKBACK: &str = "/sys/bus/xen-backend/drivers/vbd";
+
+/// Serves disks until a signal.
+///
+/// # Errors
+///
+/// If the daemon cannot begin. Once it has, nothing is an error that ends it.
+pub fn serve(options: &Serve) -> Result<()> {
+    let config = configuration(options)?;
+    crate::logging::start(
+        config.log.unwrap_or_default(),
+        config.log_level.unwrap_or(log::LevelFilter::Info),
+    );
+    let classes = classes(config.vbd.unwrap_or_default(), Path::new(BLKBACK).exists())?;
+
+    // What takes privileges. A worker's devices are opened to see that they can be, now and not
+    // when the first disk comes.
+    drop(Worker::open()?);
+    let control = Control::open()?;
+    raise_file_limit();
+    let folder = config.runtime.clone().unwrap_or_else(|| RUNTIME.into());
+    let runtime = Runtime::open(&folder).with_context(|| format!("no {}", folder.display()))?;
+    let commands = protocol::listen(&runtime::socket(&folder))?;
+    let metrics = config.metrics.as_deref().map(str::parse::<metrics::Address>).transpose()?;
+    let metrics = metrics.as_ref().map(Listener::open).transpose()?;
+    let user = config.user.as_deref().map(User::find).transpose()?;
+    if let Some(user) = &user {
+        user.own(&folder)?;
+        user.own(&runtime::socket(&folder))?;
+    }
+    let processors = if config.pin.unwrap_or(false) { processors() } else { Vec::new() };
+
+    // Before there are other threads: they have what this one has.
+    if options.no_sandbox {
+        if user.is_some() {
+            bail!("--user makes no sense with --no-sandbox");
+        }
+    } else {
+        sandbox::drop_privileges(user.as_ref())?;
+        sandbox::filter_system_calls()?;
+        if user.is_some() {
+            // Again, as who it is now.
+            drop(Worker::open().context("as the user of --user")?);
+        }
+    }
+
+    let mailbox = Mailbox::new()?;
+    let store = Store::new(&control);
+    let common = Common::new(Xen, config, runtime, mailbox.clone(), processors);
+    let registry = common.registry.clone();
+    let mut daemon = Daemon::new(Arc::new(common), &store, &control, &classes)?;
+
+    end_by_signal(mailbox.clone())?;
+    let of_commands = registry.clone();
+    start("commands", move || protocol::serve(&commands, &of_commands, &mailbox))?;
+    if let Some(metrics) = metrics {
+        start("metrics", move || metrics.serve(&registry))?;
+    }
+    notify::ready();
+    daemon.run();
+    notify::stopping();
+    let _ = std::fs::remove_file(runtime::socket(&folder));
+    Ok(())
+}
+
+/// The configuration file, and over it what the command line says.
+fn configuration(options: &Serve) -> Result<Config> {
+    let mut config = match &options.config {
+        Some(path) => Config::read(path)?,
+        None => Config::default(),
+    };
+    config.metrics = options.metrics.clone().or(config.metrics);
+    config.pin = options.pin.then_some(true).or(config.pin);
+    config.log = options.log.or(config.log);
+    config.log_level = options.log_level.or(config.log_level);
+    config.user = options.user.clone().or(config.user);
+    config.runtime = options.place.runtime.clone().or(config.runtime);
+    config.vbd = options.vbd.or(config.vbd);
+    config.defaults = options.disk.options().or(&config.defaults);
+    config.defaults.check()?;
+    Ok(config)
+}
+
+/// The folders below `backend` to serve.
+fn classes(vbd: ServeVbd, blkback: bool) -> Result<Vec<&'static str>> {
+    match (vbd, blkback) {
+        (ServeVbd::Yes, true) => bail!(
+            "xen-blkback is loaded, and serves backend/vbd: unload it (modprobe -r xen-blkback) and \
+             keep it from being loaded (a line \"blacklist xen-blkback\" in /etc/modprobe.d), or \
+             leave --vbd=yes out"
+        ),
+        (ServeVbd::Yes | ServeVbd::Auto, false) => Ok(vec!["vbd", toolstack::CLASS]),
+        (ServeVbd::Auto, true) => {
+            log::info!("xen-blkback is loaded: serving disks of `pvblkd attach` only");
+            Ok(vec![toolstack::CLASS])
+        }
+        (ServeVbd::No, _) => Ok(vec![toolstack::CLASS]),
+    }
+}
+
+fn start(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
+    let builder = thread::Builder::new().name(name.into());
+    builder.spawn(work).with_context(|| format!("no thread for {name}"))?;
+    Ok(())
+}
+
+/// The first signal asks the daemon to end, the second one ends it.
+fn end_by_signal(mailbox: Mailbox<Message>) -> Result<()> {
+    let mut signals = Signals::new([SIGTERM, SIGINT]).context("signals")?;
+    start("signals", move || {
+        for count in 0.. {
+            if signals.forever().next().is_none() {
+                return;
+            }
+            if count > 0 {
+                log::warn!("ending at once, with requests in progress");
+                std::process::exit(1);
+            }
+            mailbox.send(Message::Stop);
+        }
+    })
+}
+
+/// The processors that this process may run on.
+fn processors() -> Vec<usize> {
+    let set = rustix::thread::sched_getaffinity(None);
+    let set = set.unwrap_or_else(|_| rustix::thread::CpuSet::new());
+    (0..rustix::thread::CpuSet::MAX_CPU).filter(|processor| set.is_set(*processor)).collect()
+}
+
+/// Every queue takes about five file descriptors.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    // What cannot be had is told when it is missing.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::cli::{Cli, Command};
+
+    #[test]
+    fn the_command_line_counts_more_than_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("pvblkd.toml");
+        std::fs::write(
+            &file,
+            "pin = true\nlog = \"json\"\n[defaults]\nqueues = 2\nsector = 4096\n",
+        )
+        .unwrap();
+        let line = ["pvblkd", "serve", "--log", "text", "--queues", "8", "--vbd", "no", "--config"];
+        let words = line.map(std::ffi::OsString::from).into_iter().chain([file.into()]);
+        let Command::Serve(options) = Cli::parse_from(words).command else { panic!() };
+        let config = configuration(&options).unwrap();
+        assert_eq!((config.pin, config.log), (Some(true), Some(crate::config::LogFormat::Text)));
+        assert_eq!((config.defaults.queues, config.defaults.sector), (Some(8), Some(4096)));
+        assert_eq!(config.vbd, Some(ServeVbd::No));
+    }
+
+    #[test]
+    fn blkback_keeps_its_folder() {
+        assert_eq!(classes(ServeVbd::Auto, false).unwrap(), ["vbd", "pvblk"]);
+        assert_eq!(classes(ServeVbd::Auto, true).unwrap(), ["pvblk"]);
+        assert_eq!(classes(ServeVbd::No, false).unwrap(), ["pvblk"]);
+        let error = classes(ServeVbd::Yes, true).unwrap_err().to_string();
+        assert!(error.contains("modprobe -r xen-blkback"));
+    }
+
+    #[test]
+    fn there_are_processors() {
+        assert!(!processors().is_empty());
+    }
+}

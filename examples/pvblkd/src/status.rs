@@ -1,0 +1,217 @@
+//! What the disks are up to, for whoever asks: `pvblkd list`, Prometheus.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use pvblk_xen::back::Layout;
+use serde::{Deserialize, Serialize};
+use xen_blkback::Negotiated;
+
+use crate::figures::{Figures, QueueFigures};
+use crate::runtime::DiskName;
+use crate::vdev::VirtualDevice;
+
+/// A disk, in numbers and words.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskReport {
+    /// The guest's number.
+    pub domain: u16,
+    /// The guest's name; empty if it has none.
+    pub guest: String,
+    /// The disk's name there.
+    pub disk: String,
+    /// The folder below `backend`.
+    pub class: String,
+    /// What it is served from.
+    pub source: String,
+    /// The state of the backend's end, as XenBus calls it.
+    pub state: String,
+    /// The size in sectors of 512 bytes; 0 if it is not open.
+    pub sectors: u64,
+    /// The logical sector in bytes; 0 if it is not open.
+    pub sector_bytes: u32,
+    /// Whether the guest may not write.
+    pub read_only: bool,
+    /// What the connection came to, if there is one.
+    pub connection: Option<Connection>,
+    /// What went wrong last; empty if nothing did.
+    pub error: String,
+    /// Operations that failed because of the medium.
+    pub medium_errors: u64,
+    /// By queue.
+    pub queues: Vec<QueueReport>,
+}
+
+/// What a connection came to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Connection {
+    /// Queues in use.
+    pub queues: u32,
+    /// Pages of each ring.
+    pub ring_pages: u32,
+    /// The most segments in one request that the guest was told; 0 if none are indirect.
+    pub segments: u32,
+    /// Whether the guest's pages are kept mapped.
+    pub persistent: bool,
+    /// The layout of the guest's requests: `64-bit` or `32-bit`.
+    pub layout: String,
+}
+
+/// A queue in numbers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueReport {
+    /// What was done so far, in all connections.
+    #[serde(flatten)]
+    pub figures: Figures,
+    /// Pages kept mapped now.
+    pub kept: u64,
+    /// Requests in progress now.
+    pub in_progress: u64,
+}
+
+impl DiskReport {
+    /// What all queues did together.
+    pub fn total(&self) -> Figures {
+        self.queues.iter().fold(Figures::default(), |sum, queue| sum.plus(queue.figures))
+    }
+}
+
+impl From<&Negotiated> for Connection {
+    fn from(negotiated: &Negotiated) -> Self {
+        Self {
+            queues: negotiated.queues,
+            ring_pages: 1 << negotiated.ring_order,
+            segments: negotiated.indirect_segments,
+            persistent: negotiated.persistent,
+            layout: match negotiated.layout {
+                Layout::Bits64 => LAYOUT,
+                Layout::Bits32 => "32-bit",
+            }
+            .into(),
+        }
+    }
+}
+
+impl fmt::Display for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { queues, ring_pages, segments, persistent, layout } = self;
+        write!(f, "{queues}q×{ring_pages}p")?;
+        match segments {
+            0 => f.write_str(" direct")?,
+            _ => write!(f, " {segments} seg")?,
+        }
+        if *persistent {
+            f.write_str(" persistent")?;
+        }
+        if layout == LAYOUT { Ok(()) } else { write!(f, " {layout}") }
+    }
+}
+
+/// The layout that needs no mention.
+const LAYOUT: &str = "64-bit";
+
+/// What changes about a disk now and then.
+#[derive(Clone, Debug, Default)]
+pub struct Condition {
+    /// The guest's name.
+    pub guest: String,
+    /// What it is served from.
+    pub source: String,
+    /// The state of the backend's end.
+    pub state: String,
+    /// Sectors of 512 bytes.
+    pub sectors: u64,
+    /// Bytes in a logical sector.
+    pub sector_bytes: u32,
+    /// Whether the guest may not write.
+    pub read_only: bool,
+    /// The connection, if there is one.
+    pub connection: Option<Connection>,
+    /// What went wrong last.
+    pub error: String,
+    /// Operations that failed because of the medium.
+    pub medium_errors: Arc<AtomicU64>,
+}
+
+/// What is known of a disk: the daemon writes, others read.
+#[derive(Debug)]
+pub struct DiskStatus {
+    name: DiskName,
+    condition: Mutex<Condition>,
+    queues: Mutex<Vec<Arc<QueueFigures>>>,
+}
+
+impl DiskStatus {
+    /// Changes the condition.
+    pub fn update(&self, change: impl FnOnce(&mut Condition)) {
+        change(&mut lock(&self.condition));
+    }
+
+    /// The figures of a queue, which are made when they are first asked for.
+    pub fn queue(&self, number: usize) -> Arc<QueueFigures> {
+        let mut queues = lock(&self.queues);
+        while queues.len() <= number {
+            queues.push(Arc::default());
+        }
+        queues[number].clone()
+    }
+
+    /// All that there is to say.
+    pub fn report(&self) -> DiskReport {
+        let condition = lock(&self.condition).clone();
+        let queue = |queue: &Arc<QueueFigures>| QueueReport {
+            figures: queue.total(),
+            kept: queue.kept(),
+            in_progress: queue.in_progress(),
+        };
+        DiskReport {
+            domain: self.name.domain,
+            guest: condition.guest,
+            disk: VirtualDevice(self.name.device).to_string(),
+            class: self.name.class.into(),
+            source: condition.source,
+            state: condition.state,
+            sectors: condition.sectors,
+            sector_bytes: condition.sector_bytes,
+            read_only: condition.read_only,
+            connection: condition.connection,
+            error: condition.error,
+            medium_errors: condition.medium_errors.load(Ordering::Relaxed),
+            queues: lock(&self.queues).iter().map(queue).collect(),
+        }
+    }
+}
+
+/// All disks. Clones are the same list.
+#[derive(Clone, Debug, Default)]
+pub struct Registry {
+    disks: Arc<Mutex<BTreeMap<DiskName, Arc<DiskStatus>>>>,
+}
+
+impl Registry {
+    /// Adds a disk, or begins anew with one.
+    pub fn add(&self, name: &DiskName) -> Arc<DiskStatus> {
+        let (condition, queues) = Default::default();
+        let status = Arc::new(DiskStatus { name: name.clone(), condition, queues });
+        lock(&self.disks).insert(name.clone(), status.clone());
+        status
+    }
+
+    /// Removes a disk.
+    pub fn remove(&self, name: &DiskName) {
+        lock(&self.disks).remove(name);
+    }
+
+    /// What there is to say about each.
+    pub fn report(&self) -> Vec<DiskReport> {
+        let disks: Vec<_> = lock(&self.disks).values().cloned().collect();
+        disks.iter().map(|disk| disk.report()).collect()
+    }
+}
+
+/// Plain values, each written at once: one that a panic left is as good as any.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,249 @@
+//! The thread that serves one queue of a disk.
+
+use std::os::fd::AsFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use pvblk::backend::Violation;
+use pvblk::command::Features;
+use rustix::event::PollFlags;
+use rustix::thread::CpuSet;
+use xen_blkback::{Queue, QueuePlan};
+
+use crate::backing::{Backing, QueueStore};
+use crate::figures::{Figures, QueueFigures};
+use crate::host::{Awaited, Host, WorkerPlatform};
+use crate::mail::Mailbox;
+
+/// What a worker is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// Drop the queue and end.
+    Stop,
+    /// The disk has another shape.
+    Refresh,
+}
+
+/// What a worker has to say.
+#[derive(Debug)]
+pub enum Report {
+    /// The queue is open.
+    Open,
+    /// The store has turned out not to do something that it was said to do. What it still does:
+    Features(Features),
+    /// The medium has failed an operation. It is said once.
+    MediumFails,
+    /// The worker has ended: the queue is closed, the guest's memory is let go.
+    Ended(End),
+}
+
+/// Why a worker ended.
+#[derive(Debug)]
+pub enum End {
+    /// It was told to.
+    Stopped,
+    /// The queue could not be opened.
+    NotOpened(anyhow::Error),
+    /// The frontend broke the rules of its ring.
+    Violation(Violation),
+    /// The program has a fault.
+    Panicked,
+}
+
+/// What a worker needs.
+pub struct Task<H> {
+    /// Where its platform comes from.
+    pub host: H,
+    /// The queue.
+    pub plan: QueuePlan,
+    /// The disk.
+    pub backing: Backing,
+    /// Where it writes down what it did.
+    pub figures: Arc<QueueFigures>,
+    /// The processor that it is pinned to.
+    pub processor: Option<usize>,
+    /// The name of its thread, of which the system shows 15 bytes.
+    pub name: String,
+}
+
+/// A worker's thread, as its owner sees it.
+#[derive(Debug)]
+pub struct Handle {
+    orders: Mailbox<Order>,
+    thread: JoinHandle<()>,
+}
+
+/// A worker has little on its stack.
+const STACK_BYTES: usize = 256 << 10;
+
+/// Rounds of work between two looks at the clock while there is no end to the work.
+const BUSY_ROUNDS: u32 = 256;
+
+/// How often memory that is kept is looked through, in nanoseconds.
+const TIDY: u64 = 1_000_000_000;
+
+impl Handle {
+    /// Starts a worker. `report` is called on its thread; an [`Report::Ended`] is the last, and comes
+    /// in any case.
+    ///
+    /// # Errors
+    ///
+    /// If there can be no more threads.
+    pub fn start<H: Host>(task: Task<H>, report: impl Fn(Report) + Send + 'static) -> Result<Self> {
+        let orders = Mailbox::new().context("no worker for a queue")?;
+        let inbox = orders.clone();
+        let builder = std::thread::Builder::new().name(task.name.clone()).stack_size(STACK_BYTES);
+        let thread = builder
+            .spawn(move || {
+                // What it leaves behind is dropped, and looked at by nobody.
+                let result = catch_unwind(AssertUnwindSafe(|| run(task, &inbox, &report)));
+                report(Report::Ended(result.unwrap_or(End::Panicked)));
+            })
+            .context("no thread for a queue")?;
+        Ok(Self { orders, thread })
+    }
+
+    /// Tells the worker something.
+    pub fn tell(&self, order: Order) {
+        self.orders.send(order);
+    }
+
+    /// Waits for a worker that has said that it [ended](Report::Ended).
+    pub fn join(self) {
+        // It cannot have panicked but in `report`.
+        let _ = self.thread.join();
+    }
+}
+
+fn run<H: Host>(task: Task<H>, inbox: &Mailbox<Order>, report: &impl Fn(Report)) -> End {
+    if let Some(processor) = task.processor
+        && let Err(error) = pin(processor)
+    {
+        log::warn!("{}: cannot be pinned to processor {processor}: {error}", task.name);
+    }
+    let platform = match task.host.worker() {
+        Ok(platform) => platform,
+        Err(error) => return End::NotOpened(error),
+    };
+    let mut queue = match open(&platform, &task) {
+        Ok(queue) => queue,
+        Err(error) => return End::NotOpened(error),
+    };
+    report(Report::Open);
+    task.figures.begin();
+    serve(&platform, &mut queue, inbox, &task.figures, report)
+}
+
+fn open<'t, P: WorkerPlatform>(
+    platform: &'t P,
+    task: &Task<impl Host>,
+) -> Result<Queue<'t, P, QueueStore>> {
+    // A ring has 32 slots for each of its pages.
+    let depth = 32 * task.plan.references.len().min(16) as u16;
+    let store = task.backing.queue(depth)?;
+    Ok(Queue::open(platform, &task.plan, store)?)
+}
+
+fn pin(processor: usize) -> rustix::io::Result<()> {
+    let mut set = CpuSet::new();
+    set.set(processor);
+    rustix::thread::sched_setaffinity(None, &set)
+}
+
+/// Serves a queue until it is told to stop, or the frontend breaks the rules.
+fn serve<P: WorkerPlatform>(
+    platform: &P,
+    queue: &mut Queue<'_, P, QueueStore>,
+    inbox: &Mailbox<Order>,
+    figures: &QueueFigures,
+    report: &impl Fn(Report),
+) -> End {
+    let mut features = queue.engine().features();
+    let mut tidied = platform.now();
+    let (mut busy, mut sleeps, mut failed) = (0, 0, false);
+    loop {
+        if inbox.has_some() {
+            for order in inbox.take() {
+                match order {
+                    Order::Stop => {
+                        publish(queue, figures, sleeps);
+                        return End::Stopped;
+                    }
+                    Order::Refresh => drop(queue.engine_mut().refresh()),
+                }
+            }
+        }
+        match queue.work() {
+            Ok(true) if busy < BUSY_ROUNDS => {
+                busy += 1;
+                continue;
+            }
+            Ok(_) => {}
+            Err(violation) => {
+                publish(queue, figures, sleeps);
+                return End::Violation(violation);
+            }
+        }
+        busy = 0;
+        publish(queue, figures, sleeps);
+        if features != queue.engine().features() {
+            features = queue.engine().features();
+            report(Report::Features(features));
+        }
+        if !failed && queue.engine().store().inner().has_failed() {
+            failed = true;
+            report(Report::MediumFails);
+        }
+        let mut deadline = None;
+        if queue.engine().memory().kept() > 0 {
+            let now = platform.now();
+            if now >= tidied.saturating_add(TIDY) {
+                queue.engine_mut().tidy(now);
+                tidied = now;
+            }
+            deadline = Some(tidied.saturating_add(TIDY));
+        }
+        if !queue.is_busy() {
+            sleeps += 1;
+            sleep(platform, queue, inbox, deadline);
+        }
+    }
+}
+
+fn publish<P: WorkerPlatform>(
+    queue: &Queue<'_, P, QueueStore>,
+    figures: &QueueFigures,
+    sleeps: u64,
+) {
+    let engine = queue.engine();
+    let now = Figures::new(&engine.statistics(), &queue.counts(), sleeps);
+    figures.publish(&now, engine.memory().kept(), engine.in_progress());
+}
+
+/// Sleeps until the guest has requests, the store has completions, or there is an order.
+fn sleep<P: WorkerPlatform>(
+    platform: &P,
+    queue: &Queue<'_, P, QueueStore>,
+    inbox: &Mailbox<Order>,
+    deadline: Option<u64>,
+) {
+    let wakeup = queue.engine().store().inner().wakeup();
+    let mut deadline = deadline;
+    if let Some(instant) = wakeup.deadline {
+        let left = instant.saturating_duration_since(Instant::now()).as_nanos();
+        let left = u64::try_from(left).unwrap_or(u64::MAX);
+        let at = platform.now().saturating_add(left);
+        deadline = Some(deadline.map_or(at, |deadline| deadline.min(at)));
+    }
+    let orders: Awaited<'_> = (inbox.as_fd(), PollFlags::IN);
+    match wakeup.fd {
+        Some(fd) => {
+            let more = if wakeup.writable { PollFlags::OUT } else { PollFlags::empty() };
+            platform.sleep(&[orders, (fd, PollFlags::IN | more)], deadline);
+        }
+        None => platform.sleep(&[orders], deadline),
+    }
+}
