@@ -11,18 +11,22 @@ use crate::report::{Tally, heading, say};
 use crate::shell;
 
 /// Crates that must build for a 64-bit x86 machine without an operating system.
-const BARE_X86_64: [&str; 7] = [
+const BARE_X86_64: [&str; 10] = [
     "pvblk",
     "pvblk-xen",
     "xen-blkfront",
     "pvblk-adapters",
+    "xen-blkback",
+    "pvblk-stores",
     "xen-hypercalls",
     "xen-guest",
     "unikernel",
+    "driver-domain",
 ];
 
 /// The same for Arm.
-const BARE_AARCH64: [&str; 4] = ["pvblk", "pvblk-xen", "xen-blkfront", "xen-hypercalls"];
+const BARE_AARCH64: [&str; 6] =
+    ["pvblk", "pvblk-xen", "xen-blkfront", "xen-blkback", "pvblk-stores", "xen-hypercalls"];
 
 /// What to check: everything.
 #[derive(clap::Args)]
