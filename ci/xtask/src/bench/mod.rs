@@ -23,7 +23,7 @@ pub struct Options {
     /// For `xen`: only our guest, without the peer
     #[arg(long)]
     ours_only: bool,
-    /// For `xen`: only this load, such as `4k-randread-qd32`
+    /// For `xen` and `xen-back`: only this load, such as `4k-randread-qd32`
     #[arg(long)]
     load: Option<String>,
     /// For `xen`: more words for our guest's command line
@@ -37,8 +37,10 @@ enum Bench {
     Backend,
     /// Instructions a request of the frontend's engine
     Frontend,
-    /// Throughput on real Xen, in deterministic virtual time
+    /// Drivers on real Xen, in deterministic virtual time: ours and Linux's on Linux's backend
     Xen,
+    /// Backends on real Xen, in deterministic virtual time: ours, Linux's and QEMU's
+    XenBack,
 }
 
 /// Runs one bench, or all.
@@ -46,14 +48,15 @@ pub fn bench(options: &Options) -> Result<()> {
     let run = |bench| match bench {
         Bench::Backend => engines::run("backend"),
         Bench::Frontend => engines::run("frontend"),
-        Bench::Xen => xen::run(options),
+        Bench::Xen => xen::run_front(options),
+        Bench::XenBack => xen::run_back(options),
     };
     if let Some(bench) = options.name {
         return run(bench);
     }
     // One that fails does not keep the others from being run.
     let mut outcome = Ok(());
-    for bench in [Bench::Frontend, Bench::Backend, Bench::Xen] {
+    for bench in [Bench::Frontend, Bench::Backend, Bench::Xen, Bench::XenBack] {
         if let Err(error) = run(bench) {
             eprintln!("error: {error:#}");
             outcome = Err(anyhow!("not every bench has a result"));
