@@ -148,6 +148,10 @@ impl<K> Job<K> {
         let access = self.access();
         let Self { pieces, leases, is_fetched, status, count, .. } = self;
         let pieces = pieces.get_mut(*count..).unwrap_or_default();
+        if listed > pieces.len() {
+            // Half a request must not pass for a whole one.
+            *status = Status::Failed;
+        }
         let listed = listed.min(pieces.len());
         let mut rest = pieces[..listed].iter_mut();
         let (mut place, mut others) = (0, 0);

@@ -287,8 +287,12 @@ where
     fn reach_tables(&mut self, tag: Tag, segments: usize) {
         let Some(job) = self.jobs.get_mut(tag) else { return };
         self.statistics.indirect += 1;
+        if segments > self.longest {
+            job.status = Status::Failed;
+            return self.finish(tag);
+        }
         let mut pieces = heapless::Vec::<Piece, TABLES_MAX>::new();
-        let mut left = segments.min(self.longest) * W::ENTRY_BYTES;
+        let mut left = segments * W::ENTRY_BYTES;
         let parts = self.wire.tables().iter().take(TABLES_MAX).map(|handle| {
             let bytes = left.min(PAGE_BYTES);
             left -= bytes;
@@ -309,7 +313,7 @@ where
                 None => job.status = Status::Failed,
             }
         }
-        job.listed = segments.min(self.longest);
+        job.listed = segments;
         self.reserved += job.listed;
         job.exchange = Exchange::Tables;
         self.exchanging.push_back(tag);
