@@ -1,0 +1,606 @@
+//! The backend engine over a wire with the shape of VirtIO's: nothing of Xen is needed for it.
+#![cfg(not(loom))]
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use pvblk::backend::{Backend, Round, StoreError, Violation};
+use pvblk::memory::PAGE_BYTES;
+
+mod support;
+use support::back::{Chain, Deed, Descriptor, Disk, Driver, Guest, RAM, Reached, Virtqueue, kind};
+use support::memory::Address;
+use support::{Random, pattern};
+
+const SECTORS: u64 = 2048;
+/// The most segments of a request.
+const LONGEST: usize = 32;
+
+/// Where headers, statuses and tables are, and where data is.
+const HEADERS: u64 = RAM;
+const STATUSES: u64 = RAM + 0x1000;
+const TABLES: u64 = RAM + 0x2000;
+const DATA: u64 = RAM + 0x10_000;
+const RAM_PAGES: usize = 272;
+
+struct Device {
+    guest: Rc<Guest>,
+    driver: Rc<RefCell<Driver>>,
+    engine: Backend<Virtqueue, Reached, Disk>,
+    heads: u16,
+}
+
+impl Device {
+    fn new(disk: &Disk, fetches: bool) -> Self {
+        Self::with_room(disk, fetches, 2 * LONGEST + 16)
+    }
+
+    fn with_room(disk: &Disk, fetches: bool, room: usize) -> Self {
+        let guest = Guest::new(RAM_PAGES);
+        let driver = Rc::default();
+        let memory = Reached::new(&guest, fetches, room);
+        let engine = Backend::new(Virtqueue::new(&driver), memory, disk.clone(), 64, LONGEST);
+        Self { guest, driver, engine, heads: 0 }
+    }
+
+    /// Writes the header, and makes a chain.
+    fn chain(&mut self, kind: u32, sector: u64, data: &[(u64, u32)]) -> (u16, Chain) {
+        let head = self.heads % 128;
+        self.heads += 1;
+        let (header, status) = (HEADERS + u64::from(head) * 16, STATUSES + u64::from(head));
+        let mut bytes = [0; 16];
+        bytes[..4].copy_from_slice(&kind.to_le_bytes());
+        bytes[8..].copy_from_slice(&sector.to_le_bytes());
+        self.guest.write(header, &bytes);
+        self.guest.write(status, &[0xff]);
+        let data = data.iter().map(|&(address, bytes)| Descriptor {
+            address,
+            bytes,
+            writes: kind == kind::IN,
+        });
+        (head, Chain { header, data: data.collect(), status, tables: None })
+    }
+
+    fn put(&mut self, (head, chain): (u16, Chain)) -> u16 {
+        self.driver.borrow_mut().available.push_back((head, chain));
+        head
+    }
+
+    fn request(&mut self, kind: u32, sector: u64, data: &[(u64, u32)]) -> u16 {
+        let chain = self.chain(kind, sector, data);
+        self.put(chain)
+    }
+
+    /// A request whose data is described in tables, of 256 entries each.
+    fn tabled(&mut self, kind: u32, sector: u64, data: &[(u64, u32)]) -> u16 {
+        let (head, mut chain) = self.chain(kind, sector, &[]);
+        let begin = TABLES + u64::from(head % 8) * PAGE_BYTES as u64;
+        for (place, &(address, bytes)) in data.iter().enumerate() {
+            let rest = u64::from(bytes) | u64::from(kind == kind::IN) << 33;
+            let at = begin + place as u64 * 16;
+            self.guest.write(at, &address.to_le_bytes());
+            self.guest.write(at + 8, &rest.to_le_bytes());
+        }
+        chain.tables = Some((vec![Address(begin)], data.len()));
+        self.put((head, chain))
+    }
+
+    /// A discard, whose range is in the guest's memory.
+    fn discard(&mut self, kind: u32, sector: u64, sectors: u32) -> u16 {
+        let (head, mut chain) = self.chain(kind, 0, &[]);
+        let at = TABLES + u64::from(head) * 16;
+        self.guest.write(at, &sector.to_le_bytes());
+        self.guest.write(at + 8, &u64::from(sectors).to_le_bytes());
+        chain.data = vec![Descriptor { address: at, bytes: 16, writes: false }];
+        self.put((head, chain))
+    }
+
+    fn poll(&mut self) -> Round {
+        self.engine.poll(64).unwrap()
+    }
+
+    /// Everything that can be done is done. Gives what was used.
+    fn settle(&mut self) -> Vec<(u16, u32)> {
+        for _ in 0..100 {
+            let more = self.poll().more;
+            if !more && !self.engine.sleep().unwrap() {
+                return self.used();
+            }
+        }
+        panic!("it never stops");
+    }
+
+    fn used(&mut self) -> Vec<(u16, u32)> {
+        std::mem::take(&mut self.driver.borrow_mut().used)
+    }
+
+    /// 0: done, 1: failed, 2: not supported, 255: not answered.
+    fn status(&self, head: u16) -> u8 {
+        self.guest.read(STATUSES + u64::from(head), 1)[0]
+    }
+
+    /// A request by itself. Gives its status, and how many bytes were written to its memory.
+    fn ask(&mut self, head: u16) -> (u8, u32) {
+        let used = self.settle();
+        assert_eq!(used.len(), 1, "one answer a request");
+        assert_eq!(used[0].0, head);
+        (self.status(head), used[0].1)
+    }
+}
+
+const DONE: u8 = 0;
+const FAILED: u8 = 1;
+const NOT_SUPPORTED: u8 = 2;
+const PENDING: u8 = 0xff;
+
+#[test]
+fn segments_over_several_pages_carry_their_data() {
+    for fetches in [false, true] {
+        for in_tables in [false, true] {
+            let disk = Disk::new(SECTORS);
+            let mut device = Device::new(&disk, fetches);
+            let mut random = Random::new(7);
+            for turn in 0..200 {
+                // Pieces of the data area that do not overlap, of up to five pages each.
+                let count = 1 + random.below(6);
+                let data: Vec<_> = (0..count as u64)
+                    .map(|place| {
+                        let begin = DATA + place * 0x8000 + random.below(8) as u64 * 512;
+                        (begin, (1 + random.below(40)) as u32 * 512)
+                    })
+                    .collect();
+                let bytes: usize = data.iter().map(|(_, bytes)| *bytes as usize).sum();
+                let sector = random.below(SECTORS as usize - bytes / 512) as u64;
+                let range = sector as usize * 512..sector as usize * 512 + bytes;
+                let begin = |device: &mut Device, kind| match in_tables {
+                    true => device.tabled(kind, sector, &data),
+                    false => device.request(kind, sector, &data),
+                };
+                if turn % 2 == 0 {
+                    let written = pattern(bytes, turn);
+                    let mut left = &written[..];
+                    for (address, bytes) in &data {
+                        let (now, later) = left.split_at(*bytes as usize);
+                        device.guest.write(*address, now);
+                        left = later;
+                    }
+                    let head = begin(&mut device, kind::OUT);
+                    assert_eq!(device.ask(head), (DONE, 1), "nothing but the status");
+                    assert!(disk.0.borrow().bytes[range] == written);
+                } else {
+                    data.iter().for_each(|(at, bytes)| {
+                        device.guest.write(*at, &vec![0xaa; *bytes as usize]);
+                    });
+                    let head = begin(&mut device, kind::IN);
+                    assert_eq!(device.ask(head), (DONE, bytes as u32 + 1), "what was filled");
+                    let parts =
+                        data.iter().map(|(at, bytes)| device.guest.read(*at, *bytes as usize));
+                    assert!(parts.collect::<Vec<_>>().concat() == disk.0.borrow().bytes[range]);
+                }
+            }
+            let statistics = device.engine.statistics();
+            assert_eq!((statistics.reads, statistics.writes, statistics.errors), (100, 100, 0));
+            assert_eq!(statistics.indirect, if in_tables { 200 } else { 0 });
+            assert_eq!(device.engine.memory().batches > 0, fetches);
+        }
+    }
+}
+
+#[test]
+fn a_request_that_is_wrong_fails_and_fills_nothing() {
+    for fetches in [false, true] {
+        let disk = Disk::new(SECTORS);
+        let mut device = Device::new(&disk, fetches);
+        let end = RAM + (RAM_PAGES * PAGE_BYTES) as u64;
+        let good = (DATA, 4096);
+        let wrong: &[(u64, &[(u64, u32)])] = &[
+            // Past the end of the disk, and around it.
+            (SECTORS, &[good]),
+            (SECTORS - 7, &[good]),
+            (u64::MAX - 3, &[good]),
+            // Past the end of memory, at nothing, across the end.
+            (0, &[good, (end, 4096)]),
+            (0, &[(0, 4096), good]),
+            (0, &[(end - 512, 1024)]),
+            (0, &[(0xffff_ffff_ffff_f000, 4096)]),
+            // Of no whole number of sectors, of none at all, of nothing.
+            (0, &[(DATA, 500)]),
+            (0, &[good, (DATA, 0)]),
+            (0, &[]),
+        ];
+        for (sector, data) in wrong {
+            for kind in [kind::IN, kind::OUT] {
+                for in_tables in [false, true] {
+                    if in_tables && data.is_empty() {
+                        continue;
+                    }
+                    device.guest.write(DATA, &[0x77; 8192]);
+                    let head = match in_tables {
+                        true => device.tabled(kind, *sector, data),
+                        false => device.request(kind, *sector, data),
+                    };
+                    assert_eq!(device.ask(head), (FAILED, 1), "{kind} {sector} {data:x?}");
+                    assert!(device.guest.read(DATA, 8192) == [0x77; 8192]);
+                }
+            }
+        }
+        // A direction that is wrong, and a command that nobody knows.
+        let (head, mut chain) = device.chain(kind::IN, 0, &[good]);
+        chain.data[0].writes = false;
+        device.put((head, chain));
+        assert_eq!(device.ask(head), (FAILED, 1));
+        let head = device.request(77, 0, &[good]);
+        assert_eq!(device.ask(head), (NOT_SUPPORTED, 1));
+        // A table that is not there.
+        let (head, mut chain) = device.chain(kind::IN, 0, &[]);
+        chain.tables = Some((vec![Address(end)], 2));
+        device.put((head, chain));
+        assert_eq!(device.ask(head), (FAILED, 1));
+        assert_eq!(disk.deeds(), []);
+        // And it goes on.
+        let head = device.request(kind::IN, 0, &[good]);
+        assert_eq!(device.ask(head), (DONE, 4097));
+    }
+}
+
+/// A wire should not let it come to that; half a request must never pass for a whole one.
+#[test]
+fn a_request_longer_than_the_engine_was_made_for_is_not_cut() {
+    for fetches in [false, true] {
+        let disk = Disk::new(SECTORS);
+        let mut device = Device::new(&disk, fetches);
+        let data = |count| vec![(DATA, 4096); count];
+        for (count, status) in [(LONGEST, DONE), (LONGEST + 1, FAILED), (200, FAILED)] {
+            let head = device.request(kind::OUT, 0, &data(count));
+            assert_eq!(device.ask(head).0, status, "{count} segments");
+            let head = device.tabled(kind::OUT, 0, &data(count));
+            assert_eq!(device.ask(head).0, status, "{count} segments in a table");
+        }
+        assert_eq!(disk.deeds(), [Deed::Write(0, 256); 2]);
+    }
+}
+
+#[test]
+fn what_fails_on_the_disk_is_not_filled_in() {
+    for fetches in [false, true] {
+        for by_hand in [false, true] {
+            let disk = Disk::new(SECTORS);
+            let mut device = Device::new(&disk, fetches);
+            disk.0.borrow_mut().result = Err(StoreError::Medium);
+            disk.0.borrow_mut().by_hand = by_hand;
+            device.guest.write(DATA, &[0x77; 4096]);
+            let head = device.request(kind::IN, 0, &[(DATA, 4096)]);
+            if by_hand {
+                assert_eq!(device.settle(), []);
+                disk.complete(0, Err(StoreError::Medium));
+            }
+            assert_eq!(device.ask(head), (FAILED, 1));
+            assert!(device.guest.read(DATA, 4096) == [0x77; 4096]);
+        }
+    }
+}
+
+#[test]
+fn a_barrier_comes_after_everything_before_it_and_before_everything_after_it() {
+    for fetches in [false, true] {
+        let disk = Disk::new(SECTORS);
+        disk.0.borrow_mut().by_hand = true;
+        let mut device = Device::new(&disk, fetches);
+        let first = device.request(kind::OUT, 0, &[(DATA, 4096)]);
+        let second = device.request(kind::IN, 100, &[(DATA + 8192, 4096)]);
+        let barrier = device.request(kind::BARRIER, 200, &[(DATA, 4096)]);
+        let after = device.request(kind::OUT, 300, &[(DATA, 4096)]);
+        let statuses = |device: &Device| [first, second, barrier, after].map(|h| device.status(h));
+        assert_eq!(device.settle(), []);
+        assert_eq!(disk.deeds(), [Deed::Write(0, 8), Deed::Read(100, 8)]);
+        // One of two is done: not yet.
+        disk.complete(1, Ok(()));
+        assert_eq!(device.settle().len(), 1);
+        assert_eq!(disk.deeds(), []);
+        // Both: flush, write, flush, one after the other.
+        disk.complete(0, Ok(()));
+        assert_eq!(device.settle().len(), 1);
+        assert_eq!(statuses(&device), [DONE, DONE, PENDING, PENDING]);
+        for deed in [Deed::Flush, Deed::Write(200, 8), Deed::Flush] {
+            assert_eq!(disk.deeds(), [deed]);
+            assert_eq!(disk.waiting(), [deed], "nothing beside it");
+            disk.complete(0, Ok(()));
+            device.settle();
+        }
+        assert_eq!(statuses(&device), [DONE, DONE, DONE, PENDING]);
+        assert_eq!(disk.deeds(), [Deed::Write(300, 8)]);
+        disk.complete(0, Ok(()));
+        device.settle();
+        assert_eq!(statuses(&device), [DONE; 4]);
+    }
+}
+
+/// Without a store that is slow, and alone: there is nothing to wait for.
+#[test]
+fn a_barrier_alone_starts_at_once() {
+    for fetches in [false, true] {
+        for (flush, data, deeds) in [
+            (true, true, &[Deed::Flush, Deed::Write(8, 8), Deed::Flush][..]),
+            (true, false, &[Deed::Flush]),
+            (false, true, &[Deed::Write(8, 8)]),
+            (false, false, &[]),
+        ] {
+            let disk = Disk::new(SECTORS);
+            disk.0.borrow_mut().features.flush = flush;
+            let mut device = Device::new(&disk, fetches);
+            let data: &[_] = if data { &[(DATA, 4096)] } else { &[] };
+            for _ in 0..3 {
+                let head = device.request(kind::BARRIER, 8, data);
+                assert_eq!(device.ask(head).0, DONE);
+                assert_eq!(disk.deeds(), deeds);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_barrier_that_is_wrong_holds_up_nobody() {
+    for fetches in [false, true] {
+        let disk = Disk::new(SECTORS);
+        disk.0.borrow_mut().by_hand = true;
+        let mut device = Device::new(&disk, fetches);
+        let slow = device.request(kind::OUT, 0, &[(DATA, 4096)]);
+        let outside = device.request(kind::BARRIER, SECTORS, &[(DATA, 4096)]);
+        let nowhere = device.request(kind::BARRIER, 0, &[(8, 4096)]);
+        let next = device.request(kind::OUT, 16, &[(DATA, 4096)]);
+        let used = device.settle();
+        assert_eq!(used.iter().map(|(head, _)| *head).collect::<Vec<_>>(), [outside, nowhere]);
+        assert_eq!(disk.waiting(), [Deed::Write(0, 8), Deed::Write(16, 8)]);
+        // One that fails half-way ends there, and the next one comes.
+        let barrier = device.request(kind::BARRIER, 32, &[(DATA, 4096)]);
+        let last = device.request(kind::IN, 48, &[(DATA, 4096)]);
+        assert_eq!(device.settle(), []);
+        (0..2).for_each(|_| disk.complete(0, Ok(())));
+        device.settle();
+        disk.complete(0, Ok(()));
+        device.settle();
+        assert_eq!(disk.waiting(), [Deed::Write(32, 8)]);
+        disk.complete(0, Err(StoreError::Medium));
+        device.settle();
+        assert_eq!(disk.waiting(), [Deed::Read(48, 8)], "no second flush");
+        let statuses = [slow, outside, nowhere, next, barrier, last].map(|h| device.status(h));
+        assert_eq!(statuses, [DONE, FAILED, FAILED, DONE, FAILED, PENDING]);
+    }
+}
+
+#[test]
+fn a_flush_with_data_flushes_what_was_before_and_writes() {
+    let disk = Disk::new(SECTORS);
+    disk.0.borrow_mut().by_hand = true;
+    let mut device = Device::new(&disk, true);
+    let head = device.request(kind::FLUSH, 24, &[(DATA, 2048)]);
+    let other = device.request(kind::IN, 0, &[(DATA + 4096, 512)]);
+    device.settle();
+    // It is no barrier: others go on beside it.
+    assert_eq!(disk.waiting(), [Deed::Flush, Deed::Read(0, 1)]);
+    disk.complete(0, Ok(()));
+    device.settle();
+    assert_eq!(disk.waiting(), [Deed::Read(0, 1), Deed::Write(24, 4)]);
+    disk.complete(1, Ok(()));
+    device.settle();
+    assert_eq!((device.status(head), device.status(other)), (DONE, PENDING));
+    // A flush that fails writes nothing.
+    let head = device.request(kind::FLUSH, 24, &[(DATA, 2048)]);
+    device.settle();
+    disk.complete(1, Err(StoreError::Medium));
+    device.settle();
+    assert_eq!(device.status(head), FAILED);
+    assert_eq!(disk.waiting(), [Deed::Read(0, 1)]);
+}
+
+#[test]
+fn what_the_store_does_not_do_is_taken_back() {
+    type Begin = fn(&mut Device) -> u16;
+    let flush: Begin = |device| device.request(kind::FLUSH, 0, &[]);
+    let barrier: Begin = |device| device.request(kind::BARRIER, 0, &[]);
+    let discard: Begin = |device| device.discard(kind::DISCARD, 8, 8);
+    let erase: Begin = |device| device.discard(kind::SECURE_ERASE, 8, 8);
+    // Which of the four are gone with which.
+    let all = [flush, barrier, discard, erase];
+    let gone = [
+        [true, true, false, false],
+        [true, true, false, false],
+        [false, false, true, true],
+        [false, false, false, true],
+    ];
+    for (begin, gone) in all.iter().zip(gone) {
+        let disk = Disk::new(SECTORS);
+        let mut device = Device::new(&disk, false);
+        disk.0.borrow_mut().result = Err(StoreError::Unsupported);
+        let head = begin(&mut device);
+        assert_eq!(device.ask(head), (NOT_SUPPORTED, 1));
+        disk.0.borrow_mut().result = Ok(());
+        disk.deeds();
+        for (other, gone) in all.iter().zip(gone) {
+            let head = other(&mut device);
+            let status = if gone { NOT_SUPPORTED } else { DONE };
+            assert_eq!(device.ask(head), (status, 1));
+            assert_eq!(disk.deeds().is_empty(), gone, "the store is not asked in vain");
+        }
+        let features = device.engine.features();
+        let left = [
+            features.flush,
+            features.barrier,
+            features.discard.is_some(),
+            features.discard.is_some() && features.secure_discard,
+        ];
+        assert_eq!(left.map(|left| !left), gone);
+    }
+}
+
+#[test]
+fn a_read_only_disk_is_not_written_and_not_discarded() {
+    let disk = Disk::new(SECTORS);
+    disk.0.borrow_mut().geometry.read_only = true;
+    let mut device = Device::new(&disk, true);
+    for kind in [kind::OUT, kind::FLUSH, kind::BARRIER] {
+        let head = device.request(kind, 0, &[(DATA, 4096)]);
+        assert_eq!(device.ask(head), (FAILED, 1));
+    }
+    for kind in [kind::DISCARD, kind::SECURE_ERASE] {
+        let head = device.discard(kind, 0, 8);
+        assert_eq!(device.ask(head), (FAILED, 1));
+    }
+    assert_eq!(disk.deeds(), []);
+    let head = device.request(kind::FLUSH, 0, &[]);
+    assert_eq!(device.ask(head), (DONE, 1));
+    let head = device.request(kind::IN, 0, &[(DATA, 4096)]);
+    assert_eq!(device.ask(head), (DONE, 4097));
+}
+
+#[test]
+fn no_more_is_in_progress_than_the_store_takes() {
+    for capacity in [1, 3] {
+        let disk = Disk::new(SECTORS);
+        {
+            let mut state = disk.0.borrow_mut();
+            (state.by_hand, state.capacity) = (true, capacity);
+        }
+        let mut device = Device::new(&disk, false);
+        for _ in 0..10 {
+            device.request(kind::IN, 0, &[(DATA, 512)]);
+        }
+        let mut answered = 0;
+        while answered < 10 {
+            answered += device.settle().len();
+            assert_eq!(device.engine.in_progress(), capacity.min(10 - answered));
+            assert_eq!(disk.waiting().len(), capacity.min(10 - answered));
+            if answered < 10 {
+                disk.complete(0, Ok(()));
+            }
+        }
+    }
+}
+
+/// Nothing is taken for which there might be no memory, and what is taken is carried through.
+#[test]
+fn no_more_is_in_progress_than_there_is_memory_for() {
+    let disk = Disk::new(SECTORS);
+    disk.0.borrow_mut().by_hand = true;
+    // For one request as long as can be, and half of another.
+    let mut device = Device::with_room(&disk, true, LONGEST + 8 + LONGEST / 2);
+    let long: Vec<_> = (0..LONGEST as u64).map(|n| (DATA + n * 4096, 4096)).collect();
+    let heads: Vec<_> = (0..6)
+        .map(|n| match n % 2 {
+            0 => device.tabled(kind::IN, 0, &long),
+            _ => device.request(kind::IN, 0, &long),
+        })
+        .collect();
+    for head in heads {
+        assert_eq!(device.settle(), []);
+        assert_eq!(device.engine.in_progress(), 1);
+        disk.complete(0, Ok(()));
+        let used: Vec<_> = device.settle();
+        assert_eq!(used, [(head, LONGEST as u32 * 4096 + 1)]);
+    }
+}
+
+#[test]
+fn a_round_takes_no_more_than_its_budget_and_says_so() {
+    let disk = Disk::new(SECTORS);
+    let mut device = Device::new(&disk, false);
+    device.driver.borrow_mut().wants = true;
+    for _ in 0..10 {
+        device.request(kind::IN, 0, &[(DATA, 512)]);
+    }
+    for (taken, more) in [(4, true), (4, true), (2, false), (0, false)] {
+        let round = device.engine.poll(4).unwrap();
+        assert_eq!(round, Round { notify: taken > 0, more });
+        assert_eq!(device.used().len(), taken);
+    }
+    assert_eq!(device.engine.statistics().commits, 3);
+    assert_eq!(device.engine.statistics().notifications, 3);
+    assert_eq!(disk.0.borrow().commits, 4, "once a round");
+    // Nobody wants to know.
+    device.driver.borrow_mut().wants = false;
+    device.request(kind::IN, 0, &[(DATA, 512)]);
+    assert!(!device.poll().notify);
+}
+
+#[test]
+fn memory_that_is_in_use_is_not_tidied_away() {
+    let disk = Disk::new(SECTORS);
+    disk.0.borrow_mut().by_hand = true;
+    let mut device = Device::new(&disk, false);
+    // Nothing is in use: everything before the round to come may go.
+    device.poll();
+    device.engine.tidy(10);
+    for _ in 0..3 {
+        device.request(kind::IN, 0, &[(DATA, 512)]);
+        device.poll();
+    }
+    // Rounds 2, 3 and 4.
+    device.engine.tidy(20);
+    disk.complete(0, Ok(()));
+    device.poll();
+    device.engine.tidy(30);
+    disk.complete(1, Ok(()));
+    device.poll();
+    device.engine.tidy(40);
+    disk.complete(0, Ok(()));
+    device.poll();
+    device.engine.tidy(50);
+    let tidied = &device.engine.memory().tidied;
+    assert_eq!(*tidied, [(2, 10), (2, 20), (3, 30), (3, 40), (8, 50)]);
+}
+
+#[test]
+fn a_peer_that_breaks_the_rules_is_not_served_any_more() {
+    let disk = Disk::new(SECTORS);
+    disk.0.borrow_mut().by_hand = true;
+    let mut device = Device::new(&disk, false);
+    device.request(kind::IN, 0, &[(DATA, 512)]);
+    device.poll();
+    device.driver.borrow_mut().violation = Some(Violation::TooManyRequests);
+    assert_eq!(device.engine.poll(4), Err(Violation::TooManyRequests));
+    device.driver.borrow_mut().violation = None;
+    disk.complete(0, Ok(()));
+    assert_eq!(device.engine.poll(4), Err(Violation::TooManyRequests));
+    assert_eq!(device.engine.sleep(), Err(Violation::TooManyRequests));
+    assert_eq!(device.used(), []);
+    // The same if it is found out on the way to sleep.
+    let mut device = Device::new(&Disk::new(SECTORS), false);
+    device.poll();
+    device.driver.borrow_mut().violation = Some(Violation::TooManyRequests);
+    assert_eq!(device.engine.sleep(), Err(Violation::TooManyRequests));
+    device.driver.borrow_mut().violation = None;
+    assert_eq!(device.engine.poll(4), Err(Violation::TooManyRequests));
+}
+
+/// The store is told before the memory goes.
+#[test]
+fn an_engine_that_goes_takes_its_requests_from_the_store() {
+    for fetches in [false, true] {
+        let disk = Disk::new(SECTORS);
+        disk.0.borrow_mut().by_hand = true;
+        let mut device = Device::new(&disk, fetches);
+        device.request(kind::IN, 0, &[(DATA, 4096)]);
+        device.request(kind::FLUSH, 0, &[]);
+        device.discard(kind::DISCARD, 0, 8);
+        device.tabled(kind::OUT, 0, &[(DATA, 4096), (DATA, 512)]);
+        device.settle();
+        assert_eq!(disk.waiting().len(), 4);
+        drop(device.engine);
+        assert_eq!(disk.waiting(), []);
+        assert_eq!(disk.0.borrow().quiesced, 1);
+    }
+}
+
+#[test]
+fn a_disk_of_another_size_is_another_disk() {
+    let disk = Disk::new(SECTORS);
+    let mut device = Device::new(&disk, false);
+    let last = |device: &mut Device| device.request(kind::IN, SECTORS - 1, &[(DATA, 512)]);
+    let head = last(&mut device);
+    assert_eq!(device.ask(head).0, DONE);
+    disk.0.borrow_mut().geometry.sectors -= 1;
+    assert_eq!(device.engine.refresh().sectors, SECTORS - 1);
+    assert_eq!(device.engine.geometry().sectors, SECTORS - 1);
+    let head = last(&mut device);
+    assert_eq!(device.ask(head).0, FAILED);
+}
