@@ -73,6 +73,17 @@ stop_domain() {
 	xl destroy storage
 }
 
+# memory NAME: reports what the daemon has in memory while the guest's disks are idle, or at the most.
+memory() {
+	case $1 in
+	idle-*)
+		sleep 1.5
+		say "MEMORY $(sed -n 's/^VmRSS:[^0-9]*\([0-9]*\).*/\1/p' /proc/$pvblkd/status)"
+		;;
+	*) say "MEMORY $(sed -n 's/^VmHWM:[^0-9]*\([0-9]*\).*/\1/p' /proc/$pvblkd/status)" ;;
+	esac
+}
+
 scenario() {
 	load brd rd_nr=1 rd_size=$((128 * 1024))
 	fill /dev/ram0
@@ -88,7 +99,9 @@ scenario() {
 		sleep 3
 		say "CASE $name"
 		/bin/mark
+		case $name in idle-*) memory "$name" & ;; esac
 		guest "$name" 600 later </dev/null
+		case $name in busy-*) memory "$name" ;; esac
 		say "ENDED $ended"
 	done </guests/cases
 }

@@ -3,7 +3,8 @@
 //! `bench=CASE,CASE,...` on the command line, where a case is `PATTERN-SIZE-DEPTH-COUNT`:
 //! `randread-4k-32-100000`, `read-1m-4-2000`, `randwrite-4k-32-100000`, `randread-4k-1-20000`.
 //!
-//! `bench=first-read` reads and checks one block of `xvda`, and no more.
+//! `bench=first-read` reads and checks one block of `xvda`, and no more. With `disks=N` there are
+//! that many disks: see `disks.rs`.
 
 use alloc::format;
 use alloc::string::{String, ToString};
@@ -17,24 +18,30 @@ use xen_blkfront::{Buffer, Config, Disk, FrontQueue, Lender};
 use xen_guest::{Guest, println};
 
 use crate::model::next;
-use crate::report;
+use crate::{disks, report};
 
 /// The virtual device number of `xvda`.
-const XVDA: u32 = 51712;
+pub const XVDA: u32 = 51712;
 
 /// Two bytes that the first block must hold, and where: the magic number of ext4's superblock.
 const MAGIC: (usize, [u8; 2]) = (1080, [0x53, 0xef]);
 
-struct Case {
-    is_write: bool,
+/// One case.
+pub struct Case {
+    /// Whether it writes.
+    pub is_write: bool,
     is_random: bool,
-    bytes: usize,
-    depth: usize,
-    count: u64,
+    /// Bytes of a request.
+    pub bytes: usize,
+    /// Requests in flight.
+    pub depth: usize,
+    /// Requests in all.
+    pub count: u64,
 }
 
 impl Case {
-    fn parse(text: &str) -> Option<Self> {
+    /// Reads `PATTERN-SIZE-DEPTH-COUNT`.
+    pub fn parse(text: &str) -> Option<Self> {
         let mut words = text.split('-');
         let pattern = words.next()?;
         let size = words.next()?;
@@ -65,6 +72,9 @@ pub fn run(
     config: &Config,
     cases: &str,
 ) -> Result<(), String> {
+    if let Some(count) = guest.argument("disks").and_then(|count| count.parse().ok()) {
+        return disks::run(store, guest, config, cases, count);
+    }
     let (mut disk, mut queues) =
         Disk::connect(store, guest, XVDA, config).map_err(|error| format!("xvda: {error}"))?;
     let mut pools = Vec::<Arc<Pool<Lender<'static, Guest>>>>::new();
@@ -197,13 +207,14 @@ fn drive(
     Ok(())
 }
 
-fn text(error: impl ToString) -> String {
+/// An error in words.
+pub fn text(error: impl ToString) -> String {
     error.to_string()
 }
 
 /// Executes an instruction that does nothing, and that `ci/rig/counters.c` looks for.
 #[inline(never)]
-fn mark() {
+pub fn mark() {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a no-operation; the last four bytes are a displacement that is not used.
     unsafe {

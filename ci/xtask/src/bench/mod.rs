@@ -41,6 +41,8 @@ enum Bench {
     Xen,
     /// Backends on real Xen, in deterministic virtual time: ours, Linux's and QEMU's
     XenBack,
+    /// Many disks of one daemon, on real Xen: what they cost each other, and memory
+    XenDisks,
 }
 
 /// Runs one bench, or all.
@@ -50,13 +52,14 @@ pub fn bench(options: &Options) -> Result<()> {
         Bench::Frontend => engines::run("frontend"),
         Bench::Xen => xen::run_front(options),
         Bench::XenBack => xen::run_back(options),
+        Bench::XenDisks => xen::run_disks(),
     };
     if let Some(bench) = options.name {
         return run(bench);
     }
     // One that fails does not keep the others from being run.
     let mut outcome = Ok(());
-    for bench in [Bench::Frontend, Bench::Backend, Bench::Xen, Bench::XenBack] {
+    for bench in [Bench::Frontend, Bench::Backend, Bench::Xen, Bench::XenBack, Bench::XenDisks] {
         if let Err(error) = run(bench) {
             eprintln!("error: {error:#}");
             outcome = Err(anyhow!("not every bench has a result"));

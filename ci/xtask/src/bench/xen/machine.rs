@@ -115,6 +115,8 @@ pub(super) struct Run {
     pub marks: Vec<Mark>,
     /// How many markers other guests had executed before.
     pub marks_before: usize,
+    /// What `pvblkd` had in memory meanwhile, in KiB.
+    pub memory: Option<u64>,
 }
 
 impl Run {
@@ -207,8 +209,13 @@ fn marker_program() -> Vec<u8> {
 }
 
 pub(super) fn ours(name: &str, words: &str, backend: Backend) -> Guest {
+    ours_with(name, words, backend.name, &[backend.disk])
+}
+
+/// Our guest with several disks, whose configuration is `disks`.
+pub(super) fn ours_with(name: &str, words: &str, backend: &'static str, disks: &[&str]) -> Guest {
     let own = format!("kernel=\"/guests/unikernel\"\ncmdline=\"{words}\"\nmemory=256\n");
-    guest(name, &own, backend)
+    guest(name, &own, backend, disks)
 }
 
 pub(super) fn linux(name: &str, memory: u32, words: &str, backend: Backend) -> Guest {
@@ -216,17 +223,18 @@ pub(super) fn linux(name: &str, memory: u32, words: &str, backend: Backend) -> G
         "kernel=\"/guests/vmlinux\"\nramdisk=\"/guests/linux.cpio\"\n\
          cmdline=\"console=hvc0 quiet {words}\"\nmemory={memory}\n"
     );
-    guest(name, &own, backend)
+    guest(name, &own, backend.name, &[backend.disk])
 }
 
-fn guest(name: &str, own: &str, backend: Backend) -> Guest {
-    let Backend { name: serves, disk } = backend;
+fn guest(name: &str, own: &str, backend: &'static str, disks: &[&str]) -> Guest {
+    let disks: Vec<String> = disks.iter().map(|disk| format!("\"{disk}\"")).collect();
     let configuration = format!(
         "name=\"{name}\"\ntype=\"pvh\"\nvcpus=1\n{own}tsc_mode=\"native\"\n\
-         disk=[\"{disk}\"]\n\
-         on_poweroff=\"preserve\"\non_reboot=\"preserve\"\non_crash=\"preserve\"\n"
+         disk=[{}]\n\
+         on_poweroff=\"preserve\"\non_reboot=\"preserve\"\non_crash=\"preserve\"\n",
+        disks.join(",")
     );
-    Guest { name: name.to_owned(), configuration, backend: serves }
+    Guest { name: name.to_owned(), configuration, backend }
 }
 
 pub(super) fn boot(
@@ -278,6 +286,10 @@ pub(super) fn boot(
                 (text.strip_prefix("ENDED "), order.last().and_then(|name| runs.get_mut(name)))
             {
                 how.clone_into(&mut run.ended);
+            } else if let (Some(memory), Some(run)) =
+                (text.strip_prefix("MEMORY "), order.last().and_then(|name| runs.get_mut(name)))
+            {
+                run.memory = memory.parse().ok();
             } else if text.contains("xl:") {
                 say(text);
             }

@@ -5,10 +5,12 @@
 //! of the code.
 
 mod back;
+mod disks;
 mod front;
 mod machine;
 
 pub use back::run as run_back;
+pub use disks::run as run_disks;
 pub use front::run as run_front;
 
 const NAME: &str = "xen";
