@@ -345,11 +345,11 @@ fn memory_is_bounded() {
         Setup { room: 300, path: DataPath::Map, ..kept(0) },
     ] {
         let (world, disk) = (World::new(), Disk::by_hand(geometry(SECTORS)));
-        let mut pair = Pair::new(&world, BITS64, 4, &setup, &disk);
+        let mut pair = Pair::new(&world, BITS64, 2, &setup, &disk);
         let pages = world.back.statistics().pages;
         let segments: Vec<_> = pair.raw.pages(256).iter().map(Page::whole).collect();
         let table = pair.raw.table(&segments);
-        for id in 0..512 {
+        for id in 0..128 {
             pair.raw.put(&match id % 2 {
                 0 => BITS64.indirect(READ, 256, id, 0, &[table.reference]),
                 _ => BITS64.direct(READ, id, 0, &segments[..11]),
@@ -357,11 +357,11 @@ fn memory_is_bounded() {
         }
         pair.raw.publish();
         let mut answers = 0;
-        while answers < 512 {
+        while answers < 128 {
             settle(&mut pair.queue);
             let now = world.back.statistics();
             assert_eq!(now.pages, pages, "nothing is allocated");
-            assert!(now.foreign_pages <= 16 + 300 + 50, "{}", now.foreign_pages);
+            assert!(now.foreign_pages <= 4 + 300 + 50, "{}", now.foreign_pages);
             assert!(!disk.waiting().is_empty(), "it goes on");
             disk.complete(0, Ok(()));
             settle(&mut pair.queue);

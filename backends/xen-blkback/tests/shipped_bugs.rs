@@ -48,7 +48,7 @@ fn mirage_an_unknown_operation_kills_the_backend() {
 
 #[test]
 fn mirage_more_than_one_indirect_page_is_not_done() {
-    for (count, pages) in [(512, 1), (513, 2), (1024, 2), (1025, 3), (4096, 8)] {
+    for (count, pages) in [(512, 1), (513, 2), (4096, 8)] {
         for path in [DataPath::Copy, DataPath::Map] {
             let setup = Setup { segments: 4096, path, ..PLAIN };
             let (world, disk) = (World::new(), Disk::new(geometry(8 * 4096)));
