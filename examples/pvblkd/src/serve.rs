@@ -56,6 +56,8 @@ pub fn serve(options: &Serve) -> Result<()> {
     }
     let processors = if config.pin.unwrap_or(false) { processors() } else { Vec::new() };
 
+    let signals = Signals::new([SIGTERM, SIGINT]).context("signals")?;
+
     // Before there are other threads: they have what this one has.
     if options.no_sandbox {
         if user.is_some() {
@@ -76,7 +78,7 @@ pub fn serve(options: &Serve) -> Result<()> {
     let registry = common.registry.clone();
     let mut daemon = Daemon::new(Arc::new(common), &store, &control, &classes)?;
 
-    end_by_signal(mailbox.clone())?;
+    end_by_signal(signals, mailbox.clone())?;
     let of_commands = registry.clone();
     start("commands", move || protocol::serve(&commands, &of_commands, &mailbox))?;
     if let Some(metrics) = metrics {
@@ -131,8 +133,7 @@ fn start(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
 }
 
 /// The first signal asks the daemon to end, the second one ends it.
-fn end_by_signal(mailbox: Mailbox<Message>) -> Result<()> {
-    let mut signals = Signals::new([SIGTERM, SIGINT]).context("signals")?;
+fn end_by_signal(mut signals: Signals, mailbox: Mailbox<Message>) -> Result<()> {
     start("signals", move || {
         for count in 0.. {
             if signals.forever().next().is_none() {

@@ -451,3 +451,42 @@ fn a_medium_that_fails_is_counted() {
     assert_eq!(report.total().errors, 2);
     daemon.stop();
 }
+
+/// What the daemon gives up, it does not need: everything in a thread that has given it up.
+#[test]
+fn nothing_that_is_given_up_is_missed() {
+    let work = || {
+        pvblkd::sandbox::drop_privileges(None).unwrap();
+        pvblkd::sandbox::filter_system_calls().unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let (file, _) = file_of(folder.path(), 1);
+        let run = folder.path().join("run");
+        let host = host();
+        let daemon = Running::start(&host, &run);
+        let socket = pvblkd::runtime::socket(&run);
+        let listener = pvblkd::protocol::listen(&socket).unwrap();
+        let (registry, mailbox) = (daemon.registry.clone(), daemon.mailbox.clone());
+        thread::spawn(move || pvblkd::protocol::serve(&listener, &registry, &mailbox));
+        let synchronous = DiskOptions { synchronous: Some(true), ..DiskOptions::default() };
+        for (source, options) in [
+            (&*file, DiskOptions::default()),
+            (&*file, synchronous),
+            ("memory:1M", DiskOptions::default()),
+        ] {
+            attach(&host, &NewDisk { options, ..disk(source) }).unwrap();
+            guest(&host, XVDB, &Config::default(), Box::new(write_and_read));
+            if source == file {
+                let bytes = daemon.resize(XVDB, Some("2M".parse().unwrap())).unwrap();
+                assert_eq!(bytes, 2 << 20);
+            }
+            let ask = pvblkd::protocol::Request::List {};
+            let disks: Vec<pvblkd::status::DiskReport> =
+                pvblkd::protocol::ask(&socket, &ask).unwrap();
+            assert_eq!(disks.len(), 1);
+            detach(&host, &place(XVDB), false).unwrap();
+            eventually("forgotten", || daemon.disks().is_empty());
+        }
+        daemon.stop();
+    };
+    thread::spawn(work).join().unwrap();
+}
