@@ -322,6 +322,26 @@ fn xsa_39_more_requests_than_the_ring_holds_end_the_queue_and_no_other() {
     }
 }
 
+/// A slot is free again when its request is answered, not when it was taken.
+#[test]
+fn xsa_39_requests_in_progress_count_as_well() {
+    for (claim, sane) in [(32, true), (33, false), (52, false)] {
+        let (world, disk) = (World::new(), Disk::by_hand(geometry(SECTORS)));
+        let mut pair = Pair::new(&world, BITS64, 0, &PLAIN, &disk);
+        let page = pair.raw.page(Access::ReadWrite);
+        for id in 0..32 {
+            pair.raw.put(&BITS64.direct(READ, id, 0, &[page.whole()]));
+        }
+        pair.raw.set(REQ_PROD, 20);
+        settle(&mut pair.queue);
+        assert_eq!(disk.waiting().len(), 20);
+        pair.raw.set(REQ_PROD, claim);
+        assert_eq!(pair.queue.work().is_ok(), sane, "{claim} with 20 in progress");
+        assert_eq!(disk.waiting().len(), if sane { 32 } else { 20 });
+        pair.close(&world);
+    }
+}
+
 #[test]
 fn xsa_39_a_ring_that_lies_from_the_start_is_not_opened() {
     let (world, disk) = (World::new(), Disk::new(geometry(SECTORS)));
