@@ -13,7 +13,7 @@
 # (the last two lines where that can be done) and, where xl's own way is not the way, backend_plug
 # and backend_unplug.
 #
-# /guests/cells has a line for each guest: NAME KIND SECONDS SECTOR. KIND is
+# /guests/cells has a line for each guest: NAME KIND SECONDS SECTOR live|later. KIND is
 #
 #   unikernel   does its work and ends
 #   linux       the same, but has its disk taken away and given back between
@@ -165,13 +165,14 @@ one_guest() {
 	rm -f "/var/log/xen/console/guest-$1.log"
 	disturb "$1" "$2" "/var/log/xen/console/guest-$1.log" &
 	helper=$!
-	guest "$1" "$seconds" later
+	guest "$1" "$seconds" "$how"
 	[ "$2" = crash ] || kill $helper 2>/dev/null
 	wait $helper
 }
 
-attempt() { # NAME KIND SECONDS SECTOR
+attempt() { # NAME KIND SECONDS SECTOR live|later
 	seconds=$3
+	how=$5
 	before=$(uptime)
 	backend_reset "$4"
 	one_guest "$1" "$2"
@@ -192,14 +193,14 @@ scenario() {
 	done
 	. /backend.sh
 	backend_up || return 1
-	while read -r name kind seconds sector; do
+	while read -r name kind seconds sector how; do
 		say "CASE $name"
-		attempt "$name" "$kind" "$seconds" "$sector" </dev/null
+		attempt "$name" "$kind" "$seconds" "$sector" "$how" </dev/null
 		tries=1
 		while emulator_fault "$domain" && [ $tries -lt 3 ]; do
 			say "AGAIN the emulator entered the guest half way (a triple fault in Xen's own code)"
 			tries=$((tries + 1))
-			attempt "$name" "$kind" "$seconds" "$sector" </dev/null
+			attempt "$name" "$kind" "$seconds" "$sector" "$how" </dev/null
 		done
 	done </guests/cells
 }

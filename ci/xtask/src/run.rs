@@ -7,13 +7,15 @@ use anyhow::{Context, Result, bail};
 use crate::foreign;
 use crate::guests::Guest;
 use crate::guests::case::Case;
+use crate::matrix::{self, Back};
 use crate::rig::Rig;
 
 /// What to run.
 #[derive(clap::Args)]
 pub struct Options {
     /// The guest: `unikernel` (ours), `linux` (the same checks by Linux's own driver), or
-    /// `foreign` (two guests that share pages)
+    /// `foreign` (two guests that share pages); or the backend, for a Linux guest to use: `pvblkd`,
+    /// `driver-domain`
     #[arg(default_value = "unikernel")]
     example: String,
     /// A PVH image of one's own in the unikernel's place
@@ -41,12 +43,25 @@ pub fn run(options: &Options) -> Result<()> {
         println!("PASS: pages of one guest were mapped and copied by another");
         return Ok(());
     }
+    let back = match options.example.as_str() {
+        "pvblkd" => Some(Back::PvblkdFile),
+        "driver-domain" => Some(Back::DriverDomain),
+        _ => None,
+    };
+    if let Some(back) = back {
+        matrix::show(&rig, back).context("FAIL")?;
+        println!("PASS: a Linux guest's file system and disk are as they must be, from both sides");
+        return Ok(());
+    }
     let guest = match (options.example.as_str(), &options.image) {
         ("unikernel", Some(image)) => Guest::image(&rig, image.clone())?,
         ("unikernel", None) if options.defmt => Guest::unikernel(&rig, &["defmt"])?,
         ("unikernel", None) => Guest::unikernel(&rig, &[])?,
         ("linux", None) => Guest::linux(&rig)?,
-        (other, _) => bail!("there is no example {other}: `unikernel`, `linux` or `foreign`"),
+        (other, _) => bail!(
+            "there is no example {other}: `unikernel`, `linux`, `foreign`, `pvblkd` or \
+             `driver-domain`"
+        ),
     };
     let case = Case { arguments: options.cmdline.clone(), ..Case::plain(&options.example) };
     let result = guest.run_one(&case, true);

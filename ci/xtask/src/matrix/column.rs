@@ -18,15 +18,18 @@ pub struct Column<'a> {
     back: Back,
     cells: Vec<Cell>,
     boot: Boot<'a>,
+    live: bool,
 }
 
 impl<'a> Column<'a> {
-    /// Builds and fetches what the column needs. `guests` are the files that guests start from.
+    /// Builds and fetches what the column needs. `guests` are the files that guests start from;
+    /// `live` shows their consoles as they come.
     pub fn prepare(
         rig: &Rig,
         back: Back,
         cells: Vec<Cell>,
         guests: &[(String, PathBuf)],
+        live: bool,
     ) -> Result<Self> {
         let needs = back.prepare(rig)?;
         let mut copies = guests.to_vec();
@@ -35,7 +38,7 @@ impl<'a> Column<'a> {
         let mut files = Vec::new();
         let mut list = String::new();
         for cell in &cells {
-            list.push_str(&cell.line());
+            list.push_str(&cell.line(live));
             for (name, content) in cell.configurations() {
                 files.push((format!("guests/{name}.xl"), content.into_bytes()));
             }
@@ -59,7 +62,7 @@ impl<'a> Column<'a> {
             timeout: Duration::from_secs(120 + seconds),
             ..Boot::default()
         };
-        Ok(Self { back, cells, boot })
+        Ok(Self { back, cells, boot, live })
     }
 
     /// Boots, and hands each cell's result to `done`. `files` is what is in the file system that
@@ -75,6 +78,9 @@ impl<'a> Column<'a> {
         };
         let outcome = self.boot.run(rig, |event| match event {
             Event::Guest(text) => {
+                if self.live {
+                    println!("{text}");
+                }
                 if let Some((_, seen)) = &mut current {
                     seen.lines.push(text.trim_end().to_owned());
                 }
@@ -91,6 +97,9 @@ impl<'a> Column<'a> {
                         *seen = Transcript::default();
                     }
                     seen.take_report(text);
+                }
+                if self.live && !text.starts_with("FOUND FILE") {
+                    say(text);
                 }
             }
         })?;

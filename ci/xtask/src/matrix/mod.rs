@@ -7,6 +7,7 @@ mod negotiation;
 mod rows;
 mod table;
 
+use std::path::PathBuf;
 use std::sync::mpsc::channel;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -22,7 +23,7 @@ use crate::report::{Tally, heading, say};
 use crate::rig::{Outcome, Rig};
 use cells::{Cell, Work};
 use column::Column;
-use columns::Back;
+pub use columns::Back;
 use rows::Front;
 use table::Row;
 
@@ -118,6 +119,20 @@ pub fn run(rig: &Rig, options: &Options, tally: &mut Tally) -> Result<()> {
     table::write(&rows)
 }
 
+/// Boots Xen with a Linux guest on `back` alone, and shows its console.
+pub fn show(rig: &Rig, back: Back) -> Result<()> {
+    let image = Image::prepare(rig)?;
+    let cell = Cell { back, work: Work::Everything, front: Front::LinuxPvh };
+    let column = Column::prepare(rig, back, vec![cell], &guests(rig, &image)?, true)?;
+    let mut reason = None;
+    let outcome = column.run(rig, &image.entries, |row| reason = row.reason)?;
+    say(format!("the machine ran for {:.1} s", outcome.seconds));
+    match reason {
+        None => Ok(()),
+        Some(reason) => bail!(reason),
+    }
+}
+
 /// A boot that is part of the matrix.
 enum Machine<'a> {
     /// A backend with all its frontends.
@@ -163,18 +178,12 @@ fn columns<'a>(
     image: &Image,
     rows: &mut Vec<Row>,
 ) -> Result<Vec<Column<'a>>> {
-    let (kernel, initramfs) = rig.cell_guest(&fio::prepare(rig)?)?;
-    let guests = [
-        ("guests/unikernel".into(), bare::build(bare::X86_64, "unikernel", &[])?),
-        ("guests/ext4.img".into(), image.file.clone()),
-        ("guests/vmlinux".into(), kernel),
-        ("guests/cell.cpio".into(), initramfs),
-    ];
+    let guests = guests(rig, image)?;
     let mut columns = Vec::new();
     for back in options.backs() {
         let cells = cells(options, back);
         if options.runs(back) {
-            columns.push(Column::prepare(rig, back, cells, &guests)?);
+            columns.push(Column::prepare(rig, back, cells, &guests, false)?);
         } else {
             let skip = |cell: &Cell| {
                 Row::skipped(cell.front, back, cell.options(), "the backend is not finished")
@@ -200,6 +209,17 @@ fn cells(options: &Options, back: Back) -> Vec<Cell> {
         }
     }
     cells
+}
+
+/// The files that guests start from, and the file system that the unikernel reads.
+fn guests(rig: &Rig, image: &Image) -> Result<Vec<(String, PathBuf)>> {
+    let (kernel, initramfs) = rig.cell_guest(&fio::prepare(rig)?)?;
+    Ok(vec![
+        ("guests/unikernel".into(), bare::build(bare::X86_64, "unikernel", &[])?),
+        ("guests/ext4.img".into(), image.file.clone()),
+        ("guests/vmlinux".into(), kernel),
+        ("guests/cell.cpio".into(), initramfs),
+    ])
 }
 
 /// What comes from a machine while it runs.
