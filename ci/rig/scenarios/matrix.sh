@@ -164,10 +164,10 @@ one_guest() {
 	} >"/guests/$1.cfg"
 	rm -f "/var/log/xen/console/guest-$1.log"
 	disturb "$1" "$2" "/var/log/xen/console/guest-$1.log" &
-	helper=$!
+	disturber=$!
 	guest "$1" "$seconds" "$how"
-	[ "$2" = crash ] || kill $helper 2>/dev/null
-	wait $helper
+	[ "$2" = crash ] || kill $disturber 2>/dev/null
+	wait $disturber
 }
 
 attempt() { # NAME KIND SECONDS SECTOR live|later
