@@ -64,7 +64,8 @@ pub fn run(
             lane.queue.set_batch(case.depth.div_ceil(2));
         }
         // Once through, so that the backend has mapped what it keeps mapped.
-        drive(guest, &mut lanes, &case, (case.depth * lanes.len()) as u64)?;
+        let once = (case.depth * lanes.len()) as u64;
+        drive(guest, &mut lanes, &case, once)?;
         mark();
         let start = guest.now();
         drive(guest, &mut lanes, &case, case.count)?;
