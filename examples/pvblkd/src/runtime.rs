@@ -129,10 +129,20 @@ impl Runtime {
 
     /// Removes the files of a disk that is over.
     pub fn forget(&self, disk: &DiskName) {
+        self.remove("memory-", disk);
+        self.forget_journals(disk);
+    }
+
+    /// Removes what the queues of a disk had in progress: the connection is over.
+    pub fn forget_journals(&self, disk: &DiskName) {
+        self.remove("journal-", disk);
+    }
+
+    fn remove(&self, kind: &str, disk: &DiskName) {
         let Ok(entries) = fs::read_dir(&self.folder) else { return };
         for entry in entries.flatten() {
             let name = entry.file_name();
-            let of = name.to_str().and_then(disk_of);
+            let of = name.to_str().filter(|name| name.starts_with(kind)).and_then(disk_of);
             if of.is_some_and(|of| (&*of.0, of.1, of.2) == (disk.class, disk.domain, disk.device)) {
                 let _ = fs::remove_file(entry.path());
             }
@@ -184,6 +194,8 @@ mod tests {
         assert_eq!(count(), 10);
         runtime.sweep(&[disk(2), disk(3)].into());
         assert_eq!(count(), 7);
+        runtime.forget_journals(&disk(3));
+        assert_eq!(count(), 5);
         runtime.forget(&disk(3));
         assert_eq!(count(), 4);
         let (_, origin) = runtime.journal(&disk(2), 1, 4096, true).unwrap();

@@ -66,10 +66,8 @@ pub fn serve(options: &Serve) -> Result<()> {
     } else {
         sandbox::drop_privileges(user.as_ref())?;
         sandbox::filter_system_calls()?;
-        if user.is_some() {
-            // Again, as who it is now.
-            drop(Worker::open().context("as the user of --user")?);
-        }
+        // Again, as what it is now.
+        drop(Worker::open().context("without privileges (its owner or --user must be allowed)")?);
     }
 
     let mailbox = Mailbox::new()?;

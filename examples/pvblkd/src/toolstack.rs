@@ -280,15 +280,15 @@ fn remove_backend<T: StoreTransport + Clock>(
     place: &Place,
 ) -> Result<(), pvblk_xen::store::Error> {
     let path = place.backend_path();
-    store.transaction(|nodes| {
-        nodes.remove(&path)?;
-        let Some((folder, _)) = path.rsplit_once('/') else { return Ok(()) };
-        match nodes.directory(folder) {
-            Ok(names) if names.is_empty() => nodes.remove(folder).map(drop),
-            // There is none, or it holds another disk.
-            _ => Ok(()),
-        }
-    })
+    store.remove(&path)?;
+    let Some((folder, _)) = path.rsplit_once('/') else { return Ok(()) };
+    // In a transaction of its own: the one that removed what was in it must not (EIO). What fails is
+    // no harm: it is an empty folder, or the daemon has removed it.
+    let _ = store.transaction(|nodes| match nodes.directory(folder)?.is_empty() {
+        true => nodes.remove(folder),
+        false => Ok(false),
+    });
+    Ok(())
 }
 
 /// Looks whenever there is news of the place, until there is something or patience is over.

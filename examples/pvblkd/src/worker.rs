@@ -17,6 +17,8 @@ use crate::backing::{Backing, QueueStore};
 use crate::figures::{Figures, QueueFigures};
 use crate::host::{Awaited, Host, WorkerPlatform};
 use crate::mail::Mailbox;
+use crate::mapped::Origin;
+use crate::runtime::{DiskName, Runtime};
 
 /// What a worker is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,12 +63,24 @@ pub struct Task<H> {
     pub plan: QueuePlan,
     /// The disk.
     pub backing: Backing,
+    /// Where it writes down what it has in progress.
+    pub journal: JournalPlace,
     /// Where it writes down what it did.
     pub figures: Arc<QueueFigures>,
     /// The processor that it is pinned to.
     pub processor: Option<usize>,
     /// The name of its thread, of which the system shows 15 bytes.
     pub name: String,
+}
+
+/// Where a queue writes down what it has in progress, for a daemon after this one.
+pub struct JournalPlace {
+    /// The folder.
+    pub runtime: Runtime,
+    /// The disk.
+    pub disk: DiskName,
+    /// Whether there is an earlier daemon's, whose requests are to be done.
+    pub resume: bool,
 }
 
 /// A worker's thread, as its owner sees it.
@@ -144,7 +158,22 @@ fn open<'t, P: WorkerPlatform>(
     // A ring has 32 slots for each of its pages.
     let depth = 32 * task.plan.references.len().min(16) as u16;
     let store = task.backing.queue(depth)?;
-    Ok(Queue::open(platform, &task.plan, store)?)
+    let JournalPlace { runtime, disk, resume } = &task.journal;
+    let bytes = task.plan.journal_bytes() as u64;
+    match runtime.journal(disk, task.plan.number, bytes, *resume) {
+        Ok((journal, origin)) => {
+            let resume = *resume && origin == Origin::Kept;
+            Ok(Queue::open_with(platform, &task.plan, store, Box::new(journal), resume)?)
+        }
+        Err(error) => {
+            log::warn!(
+                "{}: no journal in {}, so that requests may be lost if this program is killed: {error}",
+                task.name,
+                runtime.folder().display()
+            );
+            Ok(Queue::open(platform, &task.plan, store)?)
+        }
+    }
 }
 
 fn pin(processor: usize) -> rustix::io::Result<()> {

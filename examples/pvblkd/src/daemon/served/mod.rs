@@ -19,7 +19,7 @@ use crate::size::Size;
 use crate::status::{Connection, DiskStatus};
 use crate::toolstack;
 use crate::vdev::VirtualDevice;
-use crate::worker::{End, Handle, Order, Report, Task};
+use crate::worker::{End, Handle, JournalPlace, Order, Report, Task};
 
 /// Our hotplug script, which only waits for us: the toolstack's node `script` ends in it.
 const SCRIPT: &str = "/block-pvblkd";
@@ -277,6 +277,7 @@ impl<'s, 't, H: Host> Served<'s, 't, H> {
         self.complained = false;
         let (disk, connection) = (self.id, self.connection);
         let backing = backing.clone();
+        let resume = self.vbd.is_takeover();
         for (queue, plan) in plans.into_iter().enumerate() {
             let mailbox = self.common.mailbox.clone();
             let report = move |report| {
@@ -286,6 +287,11 @@ impl<'s, 't, H: Host> Served<'s, 't, H> {
                 host: self.common.host.clone(),
                 plan,
                 backing: backing.clone(),
+                journal: JournalPlace {
+                    runtime: self.common.runtime.clone(),
+                    disk: self.name.clone(),
+                    resume,
+                },
                 figures: self.status.queue(queue),
                 processor: self.common.next_processor(),
                 name: format!("{}-{}.{queue}", self.name.domain, VirtualDevice(self.name.device)),
@@ -325,6 +331,7 @@ impl<'s, 't, H: Host> Served<'s, 't, H> {
                 self.repents = true;
             }
         }
+        self.common.runtime.forget_journals(&self.name);
         self.workers.clear();
         self.stage = Stage::Idle;
         Ok(())
@@ -381,12 +388,9 @@ impl<'s, 't, H: Host> Served<'s, 't, H> {
     }
 
     fn note_connection(&self) {
-        let negotiated = self.vbd.negotiated();
-        let connection = negotiated.as_ref().map(Connection::from);
         self.status.update(|condition| condition.error.clear());
-        if let Some(connection) = connection {
-            let takeover = if self.vbd.is_takeover() { " (taken over)" } else { "" };
-            log::info!("{}: connected{takeover}: {connection}", self.path());
+        if self.vbd.is_takeover() {
+            log::info!("{}: the guest of an earlier daemon goes on", self.path());
         }
     }
 
