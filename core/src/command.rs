@@ -3,7 +3,9 @@
 use crate::extent::Extent;
 
 /// What a request does, as far as a wire is concerned.
+// As wide as a register, so that a command is moved in whole registers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
 pub enum Code {
     /// Transfer from the disk.
     Read,

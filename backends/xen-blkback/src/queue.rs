@@ -5,6 +5,7 @@ use alloc::vec::Vec;
 
 use pvblk::backend::{Backend, Store, Violation};
 use pvblk::memory::Access;
+use pvblk::plan::TABLES_MAX;
 use pvblk_xen::abi::{Abi, Abi32, Abi64, DIRECT_SEGMENTS, ring_slots};
 use pvblk_xen::back::{BackRing, Layout, Offer};
 use pvblk_xen::foreign::{Counts, ForeignMemory, Reach};
@@ -79,6 +80,9 @@ fn map<'t, T: ForeignGrants>(
     platform: &'t T,
     plan: &QueuePlan,
 ) -> Result<MappedPages<&'t T>, OpenError> {
+    if plan.references.is_empty() {
+        return Err(OpenError::Ring(ForeignError::Refused));
+    }
     MappedPages::map(platform, plan.peer, &plan.references, Access::ReadWrite)
         .map_err(OpenError::Ring)
 }
@@ -152,13 +156,16 @@ impl<'t, T: ForeignGrants + EventChannels, S: Store> Queue<'t, T, S> {
         store: S,
         ring: BackRing<&'t T>,
     ) -> Result<Self, OpenError> {
-        let memory = ForeignMemory::new(platform, plan.peer, &plan.reach)
-            .ok_or(OpenError::OutOfMemory(plan.reach.room))?;
+        let longest = plan.offer.indirect_segments.max(DIRECT_SEGMENTS);
+        // With less than one request takes, its tables included, none would ever be taken.
+        let room = plan.reach.room.max(longest + TABLES_MAX);
+        let reach = Reach { room, ..plan.reach };
+        let memory =
+            ForeignMemory::new(platform, plan.peer, &reach).ok_or(OpenError::OutOfMemory(room))?;
         let port = platform.bind_interdomain(plan.peer, plan.port)?;
         let line = Line { platform, port };
         // At most 512 slots, and 4096 segments.
         let slots = ring.slots() as u16;
-        let longest = plan.offer.indirect_segments.max(DIRECT_SEGMENTS);
         let store = Restricted::new(store, plan.restrictions);
         let engine = Backend::new(ring, memory, store, slots, longest);
         // What came before the channel was bound notified nobody; and the frontend may wait for

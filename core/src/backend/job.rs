@@ -63,8 +63,7 @@ pub(super) enum Exchange {
 
 /// A request in progress.
 pub(super) struct Job<K> {
-    /// `None` only before the first use.
-    pub key: Option<K>,
+    pub key: K,
     pub command: Command,
     /// Which sectors a read, write or discard is about, once that was checked.
     pub extent: Option<Extent>,
@@ -84,11 +83,11 @@ pub(super) struct Job<K> {
     pub tables: heapless::Vec<Lease, TABLES_MAX>,
 }
 
-impl<K> Job<K> {
+impl<K: Copy + Default> Job<K> {
     /// An empty job with room for `longest` segments.
     pub fn empty(longest: usize) -> Self {
         Self {
-            key: None,
+            key: K::default(),
             command: Command { code: Code::Flush, sector: 0, sectors: 0 },
             extent: None,
             status: Status::Done,
@@ -107,7 +106,7 @@ impl<K> Job<K> {
     /// A new request. Its memory is listed next.
     #[inline(always)]
     pub fn begin(&mut self, key: K, command: Command, round: u32) {
-        self.key = Some(key);
+        self.key = key;
         self.command = command;
         self.extent = None;
         self.status = Status::Done;
@@ -326,7 +325,7 @@ fn reach<W: Wire>(
 /// The jobs, as a store sees them.
 pub(super) struct InFlight<'a, K>(pub &'a Slots<Job<K>>);
 
-impl<K> Requests for InFlight<'_, K> {
+impl<K: Copy + Default> Requests for InFlight<'_, K> {
     fn memory(&self, tag: Tag) -> Option<Lent<'_>> {
         let job = self.0.get(tag)?;
         (job.steps.first() == Steps::MAIN && job.count > 0).then(|| job.lent())

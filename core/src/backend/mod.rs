@@ -434,8 +434,7 @@ where
     fn answer(&mut self, tag: Tag) {
         let Some(mut tenancy) = self.jobs.tenancy(tag) else { return };
         let job = tenancy.value();
-        let Some(key) = job.key else { return };
-        let status = job.status;
+        let (key, status) = (job.key, job.status);
         let filled = self.statistics.count(job);
         tenancy.vacate();
         self.wire.answer(&mut self.memory, key, status, filled);

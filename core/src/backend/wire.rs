@@ -67,7 +67,7 @@ pub trait Wire {
     /// The peer's name for a page.
     type Handle: Handle;
     /// What an answer needs to know of its request.
-    type Key: Copy;
+    type Key: Copy + Default;
     /// What describes one segment, as it was copied out of a request or a table.
     type Entry: Copy;
     /// Bytes of an entry in a table.

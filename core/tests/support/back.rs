@@ -253,7 +253,7 @@ pub struct Driver {
 }
 
 /// What an answer needs: the head, and where the status goes.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Key {
     head: u16,
     status: u64,

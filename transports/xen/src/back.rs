@@ -41,13 +41,14 @@ impl Layout {
 }
 
 /// What an answer needs of its request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Key {
+    id: u64,
     /// Where the request is in the journal.
     entry: EntryId,
-    id: u64,
-    /// For an indirect request the inner one: Linux's frontend closes its disk at anything else.
-    operation: u8,
+    /// An operation. For an indirect request the inner one: Linux's frontend closes its disk at
+    /// anything else.
+    operation: u32,
 }
 
 /// What a ring lets a frontend ask for.
@@ -92,7 +93,7 @@ impl Decoded {
         Self {
             offer: Offer { indirect_segments, ..offer },
             incoming: Incoming {
-                key: Key { entry: EntryId::NONE, id: 0, operation: 0 },
+                key: Key::default(),
                 command: Command { code: Code::Read, sector: 0, sectors: 0 },
                 list: List::Direct(0),
             },
@@ -111,7 +112,7 @@ impl Decoded {
     ) -> Taken {
         let head = A::read_head(ring, at);
         let RequestHead { operation, detail, id, sector, .. } = head;
-        self.incoming.key = Key { entry: EntryId::NONE, id, operation };
+        self.incoming.key = Key { id, entry: EntryId::NONE, operation: operation.into() };
         self.incoming.command.sector = sector;
         self.incoming.command.code = match operation {
             operation::READ => Code::Read,
@@ -151,7 +152,7 @@ impl Decoded {
                 Taken::Request
             }
             operation::INDIRECT if offer.indirect_segments > 0 => {
-                incoming.key.operation = detail;
+                incoming.key.operation = detail.into();
                 let code = match detail {
                     operation::READ => Code::Read,
                     operation::WRITE => Code::Write,
@@ -382,7 +383,7 @@ impl<P: ForeignGrants> Wire for BackRing<P> {
             Status::Failed => status::ERROR,
             Status::NotSupported => status::EOPNOTSUPP,
         };
-        let response = Response { id: key.id, operation: key.operation, status };
+        let response = Response { id: key.id, operation: key.operation as u8, status };
         let next = self.responses.stage();
         if let Some(journal) = &mut self.journal {
             journal.answered(key.entry, next);

@@ -64,20 +64,26 @@ const fn entries_for(slots: usize) -> usize {
 
 /// An entry's number; none for a request that is not in the journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct EntryId(u16);
+pub(crate) struct EntryId(u32);
 
 impl EntryId {
-    pub const NONE: Self = Self(u16::MAX);
+    pub const NONE: Self = Self(u32::MAX);
+}
+
+impl Default for EntryId {
+    fn default() -> Self {
+        Self::NONE
+    }
 }
 
 /// The journal of one ring.
 pub(crate) struct Journal {
     memory: Box<dyn Lasting>,
-    free: Vec<u16>,
+    free: Vec<u32>,
     /// Entries whose answers were not shown yet.
-    answered: Vec<u16>,
+    answered: Vec<u32>,
     /// Entries of a predecessor that are to be done again; the next one is the last.
-    again: Vec<u16>,
+    again: Vec<u32>,
 }
 
 impl Journal {
@@ -90,16 +96,15 @@ impl Journal {
                 return None;
             }
             region.write(at::MAGIC, &[0_u64]);
-            for entry in 0..entries {
-                region.store_u32(place(entry as u16) + at::STATE, state::FREE, Ordering::Release);
+            for entry in 0..entries as u32 {
+                region.store_u32(place(entry) + at::STATE, state::FREE, Ordering::Release);
             }
             region.store_u32(at::ENTRIES, entries as u32, Ordering::Release);
             region.store_u32(at::STRIDE, stride as u32, Ordering::Release);
             region.store_u32(at::NEXT, next, Ordering::Release);
             region.write(at::MAGIC, &[MAGIC]);
         }
-        // At most 1024 entries for 512 slots: they fit 16 bits.
-        let free = (0..entries as u16).rev().collect();
+        let free = (0..entries as u32).rev().collect();
         let answered = Vec::with_capacity(entries);
         Some(Self { memory, free, answered, again: Vec::new() })
     }
@@ -130,7 +135,7 @@ impl Journal {
                 return Err(memory);
             }
             next = number(at::NEXT);
-            for entry in (0..entries as u16).rev() {
+            for entry in (0..entries as u32).rev() {
                 let place = place(entry);
                 let is_before = |index: u32, end: u32| end.wrapping_sub(index) as i32 > 0;
                 let is_taken = is_before(number(place + at::REQUEST), next);
@@ -146,13 +151,15 @@ impl Journal {
                     free.push(entry);
                 }
             }
-            // Every request that was taken was answered, or is to be done again.
-            if again.len() as u32 != next.wrapping_sub(shown) {
+            // Every request that was taken was answered, or is to be done again; and no more were
+            // taken than the ring holds, whatever the frontend makes of its indices meanwhile.
+            let unanswered = next.wrapping_sub(shown);
+            if unanswered > slots || again.len() as u32 != unanswered {
                 return Err(memory);
             }
             // In the order in which they were made: there may be a barrier among them. The first
             // one is the last of the list.
-            let age = |entry: &u16| next.wrapping_sub(number(self::place(*entry) + at::REQUEST));
+            let age = |entry: &u32| next.wrapping_sub(number(self::place(*entry) + at::REQUEST));
             again.sort_unstable_by_key(age);
         }
         let answered = Vec::with_capacity(entries);
@@ -218,6 +225,6 @@ impl Journal {
     }
 }
 
-fn place(entry: u16) -> usize {
-    at::FIRST_ENTRY + usize::from(entry) * at::ENTRY_BYTES
+fn place(entry: u32) -> usize {
+    at::FIRST_ENTRY + entry as usize * at::ENTRY_BYTES
 }
