@@ -7,7 +7,7 @@
 //!
 //! The command line: `queues=N order=N persistent=0|1 trusted=0|1 segments=N` shape what the
 //! frontend asks for on `xvdb`; `seed=N` makes another pattern; `bench=...` runs a benchmark on
-//! `xvda` instead (see `bench.rs`).
+//! `xvda` instead (see `bench.rs`); `big=...` has 512 MiB under way at once instead (see `big.rs`).
 #![cfg_attr(target_os = "none", no_std, no_main)]
 
 #[cfg(target_os = "none")]
@@ -15,6 +15,10 @@ extern crate alloc;
 
 #[cfg(target_os = "none")]
 mod bench;
+#[cfg(target_os = "none")]
+mod big;
+#[cfg(target_os = "none")]
+mod disks;
 #[cfg(target_os = "none")]
 mod files;
 #[cfg(target_os = "none")]
@@ -40,7 +44,7 @@ mod image {
     use xen_blkfront::{Config, Disk};
     use xen_guest::{Guest, println};
 
-    use crate::{bench, files, hammer, report};
+    use crate::{bench, big, files, hammer, report};
 
     /// The virtual device numbers of `xvda` and `xvdb` (202 << 8 | disk << 4).
     const XVDA: u32 = 51712;
@@ -61,6 +65,9 @@ mod image {
         let store: &'static Store<'static, Guest> = Box::leak(Box::new(Store::new(guest)));
         if let Some(cases) = guest.argument("bench") {
             return bench::run(store, guest, &wanted(guest), cases);
+        }
+        if let Some(names) = guest.argument("big") {
+            return big::run(store, guest, names);
         }
 
         let config = Config::default();
