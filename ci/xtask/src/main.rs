@@ -3,6 +3,7 @@
 mod bare;
 mod bench;
 mod check;
+mod driver_domain;
 mod foreign;
 mod fuzz;
 mod guests;

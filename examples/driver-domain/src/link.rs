@@ -39,6 +39,8 @@ pub struct Link {
     ring_pages: usize,
     /// Mappings that it may have at a time.
     mappings: usize,
+    /// Its medium had something to do at once.
+    is_awake: bool,
     most: Most,
 }
 
@@ -85,7 +87,7 @@ impl Link {
             return Err(LinkError::AddressSpace(mappings));
         }
         let queue = Queue::open(guest, plan, medium)?;
-        Ok(Self { queue, guest, ring_pages, mappings, most: Most::default() })
+        Ok(Self { queue, guest, ring_pages, mappings, is_awake: false, most: Most::default() })
     }
 
     #[inline(always)]
@@ -104,7 +106,7 @@ impl Link {
         // Both are asked: asking takes the mark.
         let notified = self.guest.take(self.queue.port());
         let completed = self.medium().has_news(self.guest);
-        notified | completed | self.queue.is_busy()
+        notified | completed | self.is_awake | self.queue.is_busy()
     }
 
     /// Does a bounded amount of work if there is any. `true` if there is more.
@@ -124,7 +126,8 @@ impl Link {
         if bytes > self.most.bytes {
             self.most = Most { requests: after.requests - before.requests, bytes };
         }
-        Ok(more | self.medium().sleep())
+        self.is_awake = self.medium().sleep();
+        Ok(more | self.is_awake)
     }
 
     /// Takes nothing more from the frontend, and waits for the rest. `true` once there is none.

@@ -34,6 +34,8 @@ impl Settings {
         // A frontend may use any reference of its table for what it wants to be kept.
         let config = &mut settings.config;
         config.kept_references = config.kept_references.max(config.kept_pages.saturating_mul(2));
+        // A request is taken when there is room for the longest one: others are to fit beside that.
+        config.room += config.indirect_segments;
         settings
     }
 

@@ -1,0 +1,209 @@
+//! Our driver domain on real Xen, with several guests at a time: `examples/driver-domain`.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::bare;
+use crate::bench::fio;
+use crate::guests::image::{Entry, Image, compare};
+use crate::guests::transcript::{Transcript, value};
+use crate::project;
+use crate::report::say;
+use crate::rig::{Boot, Event, Rig};
+
+/// What the driver domain offers, and what it may take.
+const STORAGE: &str = "name=\"storage\"\ntype=\"pvh\"\nkernel=\"/guests/driver-domain\"\n\
+    cmdline=\"ram1=64m ram2=512m segments=4096 kept=140000 queues=2\"\nmemory=900\nvcpus=1\n\
+    tsc_mode=\"native\"\ndriver_domain=1\n\
+    disk=[\"phy:/dev/loop0,xvdb,r\", \"phy:/dev/loop1,xvdc,w\"]\n\
+    on_poweroff=\"preserve\"\non_reboot=\"preserve\"\non_crash=\"preserve\"\n";
+
+/// 512 MiB on one ring page.
+const OUTSTANDING: u64 = 512 << 20;
+
+/// Guests, and what else is in their configurations.
+const GUESTS: [(&str, &str); 6] = [
+    ("forwarded", "kernel=\"/guests/unikernel\"\nmemory=256\n"),
+    ("linux", LINUX),
+    ("crash", LINUX_WRITES),
+    ("beside", "kernel=\"/guests/unikernel\"\nmemory=256\n"),
+    ("after", "kernel=\"/guests/unikernel\"\nmemory=256\n"),
+    (
+        "big",
+        "kernel=\"/guests/unikernel\"\ncmdline=\"big=xvda\"\nmemory=600\nmax_grant_frames=512\n",
+    ),
+];
+
+const LINUX: &str = "kernel=\"/guests/vmlinux\"\nramdisk=\"/guests/cell.cpio\"\n\
+    cmdline=\"console=hvc0 loglevel=1\"\nmemory=512\n";
+const LINUX_WRITES: &str = "kernel=\"/guests/vmlinux\"\nramdisk=\"/guests/cell.cpio\"\n\
+    cmdline=\"console=hvc0 loglevel=1 task=write\"\nmemory=512\n";
+
+/// What `driver-domain.sh` does, step by step.
+const STEPS: [&str; 3] = ["together", "crash_beside", "big"];
+
+/// All that was said, by whom.
+#[derive(Default)]
+struct Seen {
+    guests: BTreeMap<String, Transcript>,
+    /// What the guest beside the destroyed one had said by then.
+    beside: Vec<String>,
+    /// How many domains are left at the end, dom0 included.
+    domains: Option<String>,
+}
+
+impl Seen {
+    fn take(&mut self, text: &str) {
+        if let Some((name, line)) = text.strip_prefix("CONSOLE ").and_then(|r| r.split_once('|')) {
+            self.guest(name).lines.push(line.trim_end().to_owned());
+        } else if let Some((name, how)) = words(text, "ENDED ") {
+            self.guest(name).take_report(&format!("ENDED {how}"));
+        } else if let Some((name, found)) = words(text, "DISK ") {
+            self.guest(name).take_report(&format!("DISK {found}"));
+        } else if text.starts_with("FOUND ") {
+            self.guest("linux").take_report(text);
+        } else if text.starts_with("MAPPED ") || text.starts_with("LEFT ") {
+            self.beside = self.guest("beside").lines.clone();
+            self.guest("crash").take_report(text);
+        } else if let Some(count) = text.strip_prefix("DOMAINS ") {
+            self.domains = Some(count.trim().to_owned());
+        }
+    }
+
+    fn guest(&mut self, name: &str) -> &mut Transcript {
+        self.guests.entry(name.to_owned()).or_default()
+    }
+
+    fn of(&self, name: &str) -> Result<&Transcript> {
+        self.guests.get(name).with_context(|| format!("the guest {name} was not created"))
+    }
+}
+
+fn words<'a>(text: &'a str, prefix: &str) -> Option<(&'a str, &'a str)> {
+    text.strip_prefix(prefix)?.split_once(' ')
+}
+
+/// Boots Xen with the driver domain and its guests. `live` shows their consoles as they come.
+pub fn run(rig: &Rig, live: bool) -> Result<()> {
+    let image = Image::prepare(rig)?;
+    let (kernel, initramfs) = rig.cell_guest(&fio::prepare(rig)?)?;
+    let scripts = project::rig_scripts().join("scenarios");
+    let mut files = vec![
+        ("guests/storage.cfg".into(), STORAGE.as_bytes().to_vec()),
+        ("guests/steps".into(), STEPS.join("\n").into_bytes()),
+    ];
+    for (name, own) in GUESTS {
+        let configuration = format!(
+            "name=\"{name}\"\ntype=\"pvh\"\nvcpus=1\ntsc_mode=\"native\"\n\
+             on_poweroff=\"preserve\"\non_reboot=\"preserve\"\non_crash=\"preserve\"\n{own}"
+        );
+        files.push((format!("guests/{name}.xl"), configuration.into_bytes()));
+    }
+    let boot = Boot {
+        name: "driver-domain",
+        scenario: "driver-domain",
+        files,
+        copies: vec![
+            ("matrix.sh".into(), scripts.join("matrix.sh")),
+            ("guests/driver-domain".into(), bare::build(bare::X86_64, "driver-domain", &[])?),
+            ("guests/unikernel".into(), bare::build(bare::X86_64, "unikernel", &[])?),
+            ("guests/ext4.img".into(), image.file.clone()),
+            ("guests/vmlinux".into(), kernel),
+            ("guests/cell.cpio".into(), initramfs),
+        ],
+        memory: 5120,
+        // A guest may have as large a table as its configuration says, up to this.
+        xen_arguments: "gnttab_max_frames=512",
+        timeout: Duration::from_secs(1500),
+        ..Boot::default()
+    };
+    say("booting Xen with Linux as dom0, a driver domain, and guests on that");
+    let mut seen = Seen::default();
+    let outcome = boot.run(rig, |event| {
+        let Event::Report(text) = event else { return };
+        match text.strip_prefix("CONSOLE ").and_then(|rest| rest.split_once('|')) {
+            Some((name, line)) if live => println!("{name:>9}| {line}"),
+            None if live || text.contains("xl:") => say(text),
+            _ => {}
+        }
+        seen.take(text);
+    })?;
+    say(format!("the machine ran for {:.1} s", outcome.seconds));
+    let checked = check(&seen, &image.entries);
+    if checked.is_err() {
+        outcome.debug_port().iter().for_each(say);
+    }
+    checked?;
+    outcome.check()
+}
+
+/// Everything that must hold.
+fn check(seen: &Seen, files: &[Entry]) -> Result<()> {
+    for name in ["forwarded", "after"] {
+        seen.of(name)?.check_work(files).with_context(|| name.to_owned())?;
+    }
+    // Its disk is gone with it.
+    seen.of("beside")?.check_end().context("the guest beside the one that was destroyed")?;
+    let was_at_work = seen.beside.iter().any(|line| line.starts_with("NEGOTIATED "))
+        && !seen.beside.iter().any(|line| line.starts_with("VERDICT "));
+    ensure!(was_at_work, "no other guest was at work when one was destroyed");
+    check_linux(seen.of("linux")?).context("linux")?;
+    check_crash(seen.of("crash")?)?;
+    check_big(seen.of("big")?).context("big")?;
+    let storage = seen.of("storage")?;
+    let left = |line: &&String| line.contains(" still mapped") && !line.contains(" 0 still mapped");
+    if let Some(line) = storage.lines.iter().find(left) {
+        bail!("the driver domain kept something: {line}");
+    }
+    ensure!(
+        storage.lines.iter().any(|line| line.contains(&format!(" {OUTSTANDING} bytes; "))),
+        "the driver domain did not see {OUTSTANDING} bytes outstanding"
+    );
+    ensure!(seen.domains.as_deref() == Some("1"), "domains are left: {:?}", seen.domains);
+    Ok(())
+}
+
+/// What the guest wrote is what dom0 finds.
+fn check_linux(guest: &Transcript) -> Result<()> {
+    guest.check_end()?;
+    let found = |prefix: &'static str| {
+        guest.reports.iter().filter_map(move |line| line.strip_prefix(prefix))
+    };
+    let tree: Vec<Entry> = guest.after("FILE ").filter_map(Entry::parse).collect();
+    ensure!(tree.len() > 30, "it wrote {} files only", tree.len());
+    compare(&tree, &found("FOUND FILE ").filter_map(Entry::parse).collect::<Vec<_>>())?;
+    let ranges: Vec<_> = found("FOUND RANGE ").collect();
+    for range in guest.after("RANGE ") {
+        ensure!(ranges.contains(&range.trim()), "RANGE {range}: dom0 finds {ranges:?}");
+    }
+    ensure!(guest.after("DISCARD ").any(|what| what == "zeroes"), "no discard");
+    Ok(())
+}
+
+/// The destroyed guest had pages mapped, and all of them came back.
+fn check_crash(guest: &Transcript) -> Result<()> {
+    let report = |prefix: &str| {
+        let line = guest.reports.iter().find_map(|line| line.strip_prefix(prefix));
+        line.with_context(|| format!("dom0 did not report {prefix}"))
+    };
+    let mapped: u64 = report("MAPPED ")?.parse().context("MAPPED")?;
+    ensure!(mapped > 0, "nothing was mapped when the guest was destroyed: it was not writing");
+    ensure!(report("LEFT ")? == "0 0", "left after the crash: {}", report("LEFT ")?);
+    Ok(())
+}
+
+/// As many bytes as there are slots of 16 MiB were under way at once, and came back as they were.
+fn check_big(guest: &Transcript) -> Result<()> {
+    guest.check_end()?;
+    for which in ["BIG write ", "BIG read "] {
+        let all: Vec<_> = guest.after(which).collect();
+        ensure!(all.len() == 2, "{which}: {} times", all.len());
+        for said in all {
+            let outstanding = value(said, "outstanding").and_then(|bytes| bytes.parse().ok());
+            ensure!(outstanding == Some(OUTSTANDING), "{said}");
+        }
+    }
+    Ok(())
+}
