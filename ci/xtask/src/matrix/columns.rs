@@ -81,11 +81,6 @@ impl Back {
         }
     }
 
-    /// Whether it takes part without being asked for by name.
-    pub fn is_ready(self) -> bool {
-        matches!(self, Self::Linux | Self::Qdisk)
-    }
-
     /// The file of `ci/rig/backends` that knows how to start it.
     pub fn script(self) -> PathBuf {
         project::rig_scripts().join("backends").join(match self {

@@ -27,7 +27,7 @@ pub use columns::Back;
 use rows::Front;
 use table::Row;
 
-/// What to run; everything that is ready when nothing is said.
+/// What to run; everything when nothing is said.
 #[derive(clap::Args, Default)]
 pub struct Options {
     /// Only these frontends
@@ -69,11 +69,6 @@ impl Options {
         all.filter(|back| self.wants_back(*back)).collect()
     }
 
-    /// Whether it takes part: an unfinished one does only if it is asked for.
-    fn runs(&self, back: Back) -> bool {
-        self.wants_back(back) && (back.is_ready() || self.back.contains(&back))
-    }
-
     fn negotiates(&self, front: Front) -> bool {
         // Linux's own way is there to prove the rig: only if it is asked for.
         let asked = match front {
@@ -100,14 +95,13 @@ pub fn matrix(options: &Options) -> Result<()> {
 /// Runs the matrix as part of something larger; each cell and each case counts as a test.
 pub fn run(rig: &Rig, options: &Options, tally: &mut Tally) -> Result<()> {
     heading("every frontend on every backend; every way of negotiating");
-    let mut rows = Vec::new();
     // The longest first.
     let mut machines = negotiations(rig, options)?;
     let image = Image::prepare(rig)?;
     if options.only != Some(Part::Negotiation) {
-        machines.extend(columns(rig, options, &image, &mut rows)?.into_iter().map(Machine::Column));
+        machines.extend(columns(rig, options, &image)?.into_iter().map(Machine::Column));
     }
-    rows.extend(boot_all(rig, machines, &image, tally));
+    let mut rows = boot_all(rig, machines, &image, tally);
     rows.sort_by_key(|row| {
         let back = Back::value_variants().iter().position(|back| back.name() == row.back);
         let front = Front::value_variants().iter().position(|front| front.name() == row.front);
@@ -171,27 +165,11 @@ fn negotiations<'a>(rig: &'a Rig, options: &Options) -> Result<Vec<Machine<'a>>>
     Ok(machines)
 }
 
-/// The columns that take part; those that do not yet leave rows that say so.
-fn columns<'a>(
-    rig: &Rig,
-    options: &Options,
-    image: &Image,
-    rows: &mut Vec<Row>,
-) -> Result<Vec<Column<'a>>> {
+/// The columns that take part.
+fn columns<'a>(rig: &Rig, options: &Options, image: &Image) -> Result<Vec<Column<'a>>> {
     let guests = guests(rig, image)?;
-    let mut columns = Vec::new();
-    for back in options.backs() {
-        let cells = cells(options, back);
-        if options.runs(back) {
-            columns.push(Column::prepare(rig, back, cells, &guests, false)?);
-        } else {
-            let skip = |cell: &Cell| {
-                Row::skipped(cell.front, back, cell.options(), "the backend is not finished")
-            };
-            rows.extend(cells.iter().map(skip));
-        }
-    }
-    Ok(columns)
+    let column = |back| Column::prepare(rig, back, cells(options, back), &guests, false);
+    options.backs().into_iter().map(column).collect()
 }
 
 /// The cells of one column.
