@@ -1,8 +1,10 @@
 //! The counters as Prometheus reads them (its text format, version 0.0.4), over HTTP.
 
 use std::fmt::Write as _;
+use std::fs::Permissions;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -64,7 +66,10 @@ impl Listener {
                 listener.map(Self::Tcp).with_context(|| format!("no metrics at {address}"))
             }
             Address::Unix(path) => {
-                let listener = crate::protocol::bind(path);
+                // Anybody may read counters who may look into the folder.
+                let mode = Permissions::from_mode(0o666);
+                let listener = crate::protocol::bind(path)
+                    .and_then(|listener| std::fs::set_permissions(path, mode).map(|()| listener));
                 listener
                     .map(Self::Unix)
                     .with_context(|| format!("no metrics at {}", path.display()))

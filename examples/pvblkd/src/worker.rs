@@ -93,8 +93,9 @@ pub struct Handle {
 /// A worker has little on its stack.
 const STACK_BYTES: usize = 256 << 10;
 
-/// Rounds of work between two looks at the clock while there is no end to the work.
-const BUSY_ROUNDS: u32 = 256;
+/// Rounds of work between two looks at the clock, and at what was done, while there is no end to the
+/// work.
+const BUSY_ROUNDS: u32 = 16;
 
 /// How often memory that is kept is looked through, in nanoseconds.
 const TIDY: u64 = 1_000_000_000;

@@ -265,6 +265,7 @@ impl<'s, 't, H: Host> Served<'s, 't, H> {
         if remove && let Err(error) = self.vbd.remove() {
             log::warn!("{path}: its nodes cannot be removed: {error}");
         }
+        toolstack::forget_error(self.store, &path);
         self.common.registry.remove(&self.name);
     }
 
