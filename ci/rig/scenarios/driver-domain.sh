@@ -1,10 +1,11 @@
 # The driver domain (`storage`), and guests with its disks, several at a time. It has two disks that
 # dom0's blkback serves: xvdb, a file system to be read, and xvdc, empty. The steps:
 #
-#   together   our unikernel on both of those, forwarded, while Linux works on a RAM disk, which is
-#              taken away from it and given back
-#   crash      Linux is destroyed while it writes to a RAM disk; our unikernel goes on beside it
-#   big        512 MiB outstanding on one ring page
+#   together      our unikernel on both of those, forwarded, while Linux works on a RAM disk, which is
+#                 taken away from it and given back
+#   crash_beside  Linux is destroyed while it writes to a RAM disk; our unikernel goes on beside it
+#   big           512 MiB outstanding on one ring page
+#   detach_own    xvdc is taken away from the driver domain itself
 #
 # Then the driver domain is asked to shut down. What matrix.sh defines is there, too.
 . /matrix.sh
@@ -84,13 +85,24 @@ together() {
 }
 
 crash_beside() {
-	crash_log=/var/log/xen/console/guest-crash.log
 	run crash 300 "$(disk ram1 xvdb rw)" &
 	crashing=$!
-	marker $crash_log WRITING 300 || return
-	crash crash &
-	run beside 300 "$(disk disk:xvdb xvda ro)" "$(disk ram:64m xvdb rw)"
-	wait $crashing
+	marker /var/log/xen/console/guest-crash.log WRITING 300 || return
+	sleep 1
+	crashed=$(xl domid crash)
+	say "MAPPED $(mapped "$crashed")"
+	run beside 300 "$(disk disk:xvdb xvda ro)" "$(disk ram:64m xvdb rw)" &
+	beside=$!
+	marker /var/log/xen/console/guest-beside.log 'NEGOTIATED device=xvdb' 120
+	xl destroy crash >&9 2>&1
+	tries=0
+	while [ "$(lingers "$crashed")" = 1 ] && [ $tries -lt 50 ]; do
+		tries=$((tries + 1))
+		usleep 100000
+	done
+	say "DESTROYED crash"
+	wait $beside $crashing
+	say "LEFT $(mapped "$crashed") $(lingers "$crashed")"
 	run after 300 "$(disk disk:xvdb xvda ro)" "$(disk ram1 xvdb rw)"
 	backend_content >/dev/null
 	first_bytes after $raw
@@ -98,6 +110,11 @@ crash_beside() {
 
 big() {
 	run big 600 "$(disk ram2 xvda rw)"
+}
+
+detach_own() {
+	xl block-detach storage xvdc >&9 2>&1
+	marker $storage_log 'own xvdc.*: closed' 30
 }
 
 scenario() {

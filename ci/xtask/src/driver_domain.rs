@@ -28,7 +28,11 @@ const GUESTS: [(&str, &str); 6] = [
     ("forwarded", "kernel=\"/guests/unikernel\"\nmemory=256\n"),
     ("linux", LINUX),
     ("crash", LINUX_WRITES),
-    ("beside", "kernel=\"/guests/unikernel\"\nmemory=256\n"),
+    // The hypervisor copies for this one, several queues at a time.
+    (
+        "beside",
+        "kernel=\"/guests/unikernel\"\ncmdline=\"persistent=0 queues=2 order=3\"\nmemory=256\n",
+    ),
     ("after", "kernel=\"/guests/unikernel\"\nmemory=256\n"),
     (
         "big",
@@ -42,14 +46,16 @@ const LINUX_WRITES: &str = "kernel=\"/guests/vmlinux\"\nramdisk=\"/guests/cell.c
     cmdline=\"console=hvc0 loglevel=1 task=write\"\nmemory=512\n";
 
 /// What `driver-domain.sh` does, step by step.
-const STEPS: [&str; 3] = ["together", "crash_beside", "big"];
+const STEPS: [&str; 4] = ["together", "crash_beside", "big", "detach_own"];
 
 /// All that was said, by whom.
 #[derive(Default)]
 struct Seen {
     guests: BTreeMap<String, Transcript>,
-    /// What the guest beside the destroyed one had said by then.
+    /// What the guest beside the destroyed one had said when that was gone.
     beside: Vec<String>,
+    /// What libxl did not like.
+    errors: Vec<String>,
     /// How many domains are left at the end, dom0 included.
     domains: Option<String>,
 }
@@ -65,8 +71,11 @@ impl Seen {
         } else if text.starts_with("FOUND ") {
             self.guest("linux").take_report(text);
         } else if text.starts_with("MAPPED ") || text.starts_with("LEFT ") {
-            self.beside = self.guest("beside").lines.clone();
             self.guest("crash").take_report(text);
+        } else if text.starts_with("DESTROYED ") {
+            self.beside = self.guest("beside").lines.clone();
+        } else if text.contains("libxl: error: ") {
+            self.errors.push(text.to_owned());
         } else if let Some(count) = text.strip_prefix("DOMAINS ") {
             self.domains = Some(count.trim().to_owned());
         }
@@ -146,23 +155,32 @@ fn check(seen: &Seen, files: &[Entry]) -> Result<()> {
     }
     // Its disk is gone with it.
     seen.of("beside")?.check_end().context("the guest beside the one that was destroyed")?;
+    ensure!(seen.errors.is_empty(), "libxl: {:?}", seen.errors);
     let was_at_work = seen.beside.iter().any(|line| line.starts_with("NEGOTIATED "))
         && !seen.beside.iter().any(|line| line.starts_with("VERDICT "));
     ensure!(was_at_work, "no other guest was at work when one was destroyed");
     check_linux(seen.of("linux")?).context("linux")?;
     check_crash(seen.of("crash")?)?;
     check_big(seen.of("big")?).context("big")?;
-    let storage = seen.of("storage")?;
-    let left = |line: &&String| line.contains(" still mapped") && !line.contains(" 0 still mapped");
-    if let Some(line) = storage.lines.iter().find(left) {
-        bail!("the driver domain kept something: {line}");
-    }
-    ensure!(
-        storage.lines.iter().any(|line| line.contains(&format!(" {OUTSTANDING} bytes; "))),
-        "the driver domain did not see {OUTSTANDING} bytes outstanding"
-    );
+    check_storage(&seen.of("storage")?.lines).context("storage")?;
     ensure!(seen.domains.as_deref() == Some("1"), "domains are left: {:?}", seen.domains);
     Ok(())
+}
+
+/// The driver domain kept nothing, saw all that was outstanding, and ended when it was asked to.
+fn check_storage(lines: &[String]) -> Result<()> {
+    let left = |line: &&String| line.contains(" still mapped") && !line.contains(" 0 still mapped");
+    if let Some(line) = lines.iter().find(left) {
+        bail!("it kept something: {line}");
+    }
+    let place = |words: &str| {
+        let place = lines.iter().position(|line| line.contains(words));
+        place.with_context(|| format!("it did not say {words:?}"))
+    };
+    place(&format!(" {OUTSTANDING} bytes; "))?;
+    let (taken, asked) = (place("own xvdc (64 MiB): closed")?, place("asked to end: PowerOff")?);
+    ensure!(taken < asked, "xvdc was closed only when the domain ended");
+    place("own xvdb (24 MiB, read-only): closed").map(drop)
 }
 
 /// What the guest wrote is what dom0 finds.
@@ -206,4 +224,73 @@ fn check_big(guest: &Transcript) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn storage() -> Vec<String> {
+        let lines = [
+            "xvda of domain 7: most at once: 32 requests, 536870912 bytes; 36 notifications sent",
+            "xvda of domain 7: 9 pages of it unmapped, 0 still mapped",
+            "own xvdc (64 MiB): closed",
+            "asked to end: PowerOff",
+            "own xvdb (24 MiB, read-only): closed",
+        ];
+        lines.map(str::to_owned).to_vec()
+    }
+
+    #[test]
+    fn the_driver_domain_must_keep_nothing_and_end() {
+        check_storage(&storage()).unwrap();
+        for missing in [0, 2, 3, 4] {
+            let mut lines = storage();
+            lines.remove(missing);
+            assert!(check_storage(&lines).is_err());
+        }
+        let mut lines = storage();
+        lines[1] = "xvda of domain 7: 9 pages of it unmapped, 10 still mapped".into();
+        assert!(check_storage(&lines).is_err());
+        lines = storage();
+        lines.swap(2, 3);
+        assert!(check_storage(&lines).is_err());
+    }
+
+    #[test]
+    fn lines_go_to_whom_they_belong() {
+        let mut seen = Seen::default();
+        for line in [
+            "CONSOLE beside|NEGOTIATED device=xvdb",
+            "MAPPED 40",
+            "DESTROYED crash",
+            "libxl: error: libxl_device.c:1181",
+            "CONSOLE beside|VERDICT PASS",
+            "LEFT 0 0",
+            "ENDED beside poweroff",
+            "DISK after ab 4096",
+            "DOMAINS 1",
+        ] {
+            seen.take(line);
+        }
+        assert_eq!(seen.of("beside").unwrap().ended, "poweroff");
+        assert_eq!(seen.of("after").unwrap().disk.as_deref(), Some("ab 4096"));
+        assert_eq!(seen.domains.as_deref(), Some("1"));
+        check_crash(seen.of("crash").unwrap()).unwrap();
+        assert_eq!((seen.beside.len(), seen.errors.len()), (1, 1));
+        assert!(seen.of("nobody").is_err());
+    }
+
+    #[test]
+    fn all_of_it_must_be_outstanding_at_once() {
+        let mut guest = Transcript::default();
+        for which in ["write", "read", "write", "read"] {
+            guest.lines.push(format!("BIG {which} requests=32 outstanding=536870912"));
+        }
+        guest.lines.push("VERDICT PASS".into());
+        guest.take_report("ENDED poweroff");
+        check_big(&guest).unwrap();
+        guest.lines[1] = "BIG read requests=31 outstanding=520093696".into();
+        assert!(check_big(&guest).is_err());
+    }
 }

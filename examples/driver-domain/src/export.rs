@@ -26,6 +26,10 @@ const EINVAL: u32 = 22;
 /// How long what is in flight may take once the frontend is gone, in nanoseconds.
 const DRAINING: u64 = 30_000_000_000;
 
+/// How long a vbd that is over keeps its nodes, in nanoseconds. The toolstack waits for the state
+/// Closed, and if the node is gone when it looks, that is an error to it.
+const LINGERING: u64 = 1_000_000_000;
+
 /// What a vbd is served from.
 pub enum Source {
     /// A RAM disk, whatever its name.
@@ -86,6 +90,8 @@ pub struct Export {
     links: Vec<Link>,
     /// Until when what is in flight may take; the frontend is gone.
     draining: Option<u64>,
+    /// When its nodes are to go: it is over.
+    over_at: Option<u64>,
     /// Everything is to be looked at.
     stirred: bool,
     /// All hypercalls of this domain when it was connected.
@@ -115,6 +121,7 @@ impl Export {
             source: None,
             links: Vec::new(),
             draining: None,
+            over_at: None,
             stirred: false,
             hypercalls: 0,
         };
@@ -185,8 +192,11 @@ impl Export {
                 self.stirred = true;
             }
             Event::Refused(refusal) => println!("{self}: refused: {refusal}"),
-            Event::Removed => return Ok(Step::Over),
+            Event::Removed => self.over_at = Some(now.saturating_add(LINGERING)),
             _ => {}
+        }
+        if self.over_at.is_some_and(|deadline| deadline <= now) {
+            return Ok(Step::Over);
         }
         if self.draining.is_some_and(|deadline| deadline <= now) {
             println!("{self}: {} does not answer", self.medium_name());
@@ -344,8 +354,8 @@ impl Export {
 
     /// When [`follow`](Self::follow) has something to do without an event of XenStore.
     pub fn deadline(&self) -> Option<u64> {
-        let draining = self.draining.into_iter();
-        draining.chain(self.vbd.deadline()).min()
+        let own = self.draining.into_iter().chain(self.over_at);
+        own.chain(self.vbd.deadline()).min()
     }
 
     /// It is over: removes its nodes, for which the toolstack waits. Gives back what it was served
