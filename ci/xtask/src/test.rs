@@ -7,6 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 
+use crate::driver_domain;
 use crate::foreign;
 use crate::guests::Guest;
 use crate::guests::case::Case;
@@ -81,6 +82,9 @@ fn xen(tally: &mut Tally) -> Result<()> {
     });
     tally.step("two guests: pages mapped and copied by one, granted by the other", || {
         foreign::run(&rig, false)
+    });
+    tally.step("driver domain: several guests, one destroyed, 512 MiB on one ring page", || {
+        driver_domain::run(&rig, false)
     });
     matrix::run(&rig, &matrix::Options::default(), tally)
 }
