@@ -70,8 +70,10 @@ impl MappedFile {
             })?;
         }
         let access = ProtFlags::READ | ProtFlags::WRITE;
+        // With all of its pages, so that no request takes a page fault.
+        let flags = MapFlags::SHARED | MapFlags::POPULATE;
         // SAFETY: at an address that the system chooses nothing else is mapped.
-        let base = unsafe { mmap(null_mut(), length, access, MapFlags::SHARED, &file, 0) }?;
+        let base = unsafe { mmap(null_mut(), length, access, flags, &file, 0) }?;
         let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
         Ok((Self { path: path.into(), _file: file, base, bytes: length }, origin))
     }
