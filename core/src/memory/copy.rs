@@ -36,7 +36,7 @@ pub(super) unsafe fn copy(from: *const u8, to: *mut u8, bytes: usize) {
 #[cfg(not(all(target_arch = "x86_64", not(miri))))]
 pub(super) unsafe fn copy(from: *const u8, to: *mut u8, bytes: usize) {
     let mut done = 0;
-    let is_word = |done: usize| (from.addr() + done | to.addr() + done).is_multiple_of(8);
+    let is_word = |done: usize| ((from.addr() + done) | (to.addr() + done)).is_multiple_of(8);
     while done < bytes {
         // SAFETY: below `bytes`, or at most 8 bytes before; words only where both are aligned.
         unsafe {

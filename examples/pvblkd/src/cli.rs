@@ -170,7 +170,7 @@ pub struct SourceArgs {
     /// size, it stays, and several disks may share it
     #[arg(long, value_name = "[NAME:]SIZE")]
     pub memory: Option<MemorySource>,
-    /// A disk on an NBD server: nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH
+    /// A disk on an NBD server: `nbd://HOST[:PORT]/EXPORT`, `nbd+unix:///EXPORT?socket=PATH`
     #[arg(long, value_name = "URL")]
     pub nbd: Option<String>,
 }
