@@ -115,7 +115,7 @@ pub(super) struct Run {
     pub marks: Vec<Mark>,
     /// How many markers other guests had executed before.
     pub marks_before: usize,
-    /// What `pvblkd` had in memory meanwhile, in KiB.
+    /// What `pvblkd` had in memory of its own meanwhile, in KiB.
     pub memory: Option<u64>,
 }
 
