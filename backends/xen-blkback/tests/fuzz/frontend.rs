@@ -416,6 +416,9 @@ pub fn hostile_threads(seed: u64) {
             }
         });
         let (mut sent, mut shown) = (0, start);
+        // A segment may name the ring's own page: then what is read from the disk lies over the
+        // indices, and the queue is closed for it.
+        let mut is_closed = false;
         for _ in 0..200 {
             while raw.produced.wrapping_sub(shown) < 32 {
                 raw.produced = raw.produced.wrapping_add(1);
@@ -428,18 +431,23 @@ pub fn hostile_threads(seed: u64) {
                     disk.complete(random.index(waiting), Ok(()));
                 }
             }
-            queue.work().expect("an honest index");
+            if queue.work().is_err() {
+                is_closed = true;
+                break;
+            }
             shown = raw.get(RSP_PROD);
             let owed = raw.produced.wrapping_sub(shown) as usize;
             assert!(queue.engine().in_progress() <= owed);
         }
         for _ in 0..200 {
             disk.complete_all();
-            let _ = queue.work().expect("an honest index");
+            is_closed |= queue.work().is_err();
         }
         drop(ends);
-        assert_eq!(raw.get(RSP_PROD), raw.produced, "each of {sent} is answered");
-        assert_eq!(queue.engine().in_progress(), 0);
+        if !is_closed {
+            assert_eq!(raw.get(RSP_PROD), raw.produced, "each of {sent} is answered");
+            assert_eq!(queue.engine().in_progress(), 0);
+        }
     });
     drop(queue);
     assert_eq!(world.front.statistics().mapped_by_peers, 0, "a mapping is left");
