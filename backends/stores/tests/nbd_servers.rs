@@ -261,8 +261,8 @@ fn several_queues_where_the_server_allows_them() {
 /// Kills and starts a server again and again while operations are in flight. The data is in the
 /// page cache of this host, which lives on, so that nothing may be lost.
 ///
-/// With qemu-nbd only: nbdkit, started a few milliseconds after it was killed, now and then ends by
-/// itself, and then nobody serves.
+/// With qemu-nbd only: nbdkit ends when the thread ends that started it (PR_SET_PDEATHSIG), which is
+/// here before the disk is read for the last time.
 fn restarts(durability: Durability) {
     for program in Program::installed().into_iter().filter(|program| *program == Program::Qemu) {
         for tcp in [false, true] {

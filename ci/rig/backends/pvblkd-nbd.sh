@@ -4,10 +4,14 @@
 nbd_folder=/tmp/nbd
 nbd_port=10809
 
-# start_nbd: serves each file of the folder under its name.
+# start_nbd: serves each file of the folder under its name. nbdkit has itself ended when its parent
+# ends (PR_SET_PDEATHSIG), so it gets one that waits for it.
 start_nbd() {
-	nbdkit --foreground --ipaddr 127.0.0.1 --port $nbd_port --pidfile /run/nbdkit.pid \
-		file dir=$nbd_folder >>/var/log/nbdkit.log 2>&1 &
+	(
+		nbdkit --foreground --ipaddr 127.0.0.1 --port $nbd_port --pidfile /run/nbdkit.pid \
+			file dir=$nbd_folder >>/var/log/nbdkit.log 2>&1
+		:
+	) &
 	tries=0
 	until nbd_greets; do
 		tries=$((tries + 1))

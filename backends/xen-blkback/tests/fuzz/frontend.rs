@@ -432,6 +432,7 @@ pub fn hostile_threads(seed: u64) {
                 }
             }
             if queue.work().is_err() {
+                assert_ne!(raw.get(REQ_PROD), raw.produced, "an honest index");
                 is_closed = true;
                 break;
             }
@@ -441,7 +442,11 @@ pub fn hostile_threads(seed: u64) {
         }
         for _ in 0..200 {
             disk.complete_all();
-            is_closed |= queue.work().is_err();
+            if queue.work().is_err() {
+                let is_honest = raw.get(REQ_PROD) == raw.produced;
+                assert!(is_closed || !is_honest, "an honest index");
+                is_closed = true;
+            }
         }
         drop(ends);
         if !is_closed {
