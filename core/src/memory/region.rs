@@ -2,7 +2,7 @@
 
 use core::marker::PhantomData;
 use core::ptr::NonNull;
-use core::sync::atomic::{AtomicU32, Ordering};
+use core::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
 use super::PAGE_BYTES;
 use super::copy::copy;
@@ -217,6 +217,22 @@ impl SharedRegion<'_> {
             self.write_bytes(offset, &ZEROES[..count]);
             offset += count;
         }
+    }
+
+    /// Loads an aligned `u16` atomically.
+    #[inline(always)]
+    pub fn load_u16(&self, offset: usize, order: Ordering) -> u16 {
+        let at = self.at(offset, 2, 2).cast::<AtomicU16>();
+        // SAFETY: in bounds, aligned, and only ever accessed through atomics and volatiles.
+        unsafe { at.as_ref() }.load(order)
+    }
+
+    /// Stores an aligned `u16` atomically.
+    #[inline(always)]
+    pub fn store_u16(&self, offset: usize, value: u16, order: Ordering) {
+        let at = self.at(offset, 2, 2).cast::<AtomicU16>();
+        // SAFETY: in bounds, aligned, and only ever accessed through atomics and volatiles.
+        unsafe { at.as_ref() }.store(value, order);
     }
 
     /// Loads an aligned `u32` atomically.
