@@ -19,6 +19,23 @@ pub enum Code {
     Discard,
     /// Give up the contents of a range and erase every copy.
     SecureDiscard,
+    /// Make a range read as zeroes, and keep its space.
+    WriteZeroes,
+    /// Make a range read as zeroes. Its space may be given up.
+    WriteZeroesMayUnmap,
+}
+
+impl Code {
+    /// Whether it is about a range of sectors without data.
+    #[inline(always)]
+    pub const fn is_range(self) -> bool {
+        match self {
+            Self::Discard | Self::SecureDiscard | Self::WriteZeroes | Self::WriteZeroesMayUnmap => {
+                true
+            }
+            Self::Read | Self::Write | Self::Flush | Self::Barrier => false,
+        }
+    }
 }
 
 /// The head of a request.
@@ -54,6 +71,8 @@ pub struct Features {
     pub discard: Option<DiscardUnits>,
     /// It can discard securely.
     pub secure_discard: bool,
+    /// It can write zeroes without being sent them.
+    pub write_zeroes: bool,
 }
 
 /// The units in which a disk discards, in sectors of 512 bytes.

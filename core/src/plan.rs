@@ -20,6 +20,25 @@ pub struct Limits {
     pub tables: usize,
     /// Bytes in one segment, at least a page. (blkif segments never leave a page anyway.)
     pub segment_bytes: u32,
+    /// What a request without data may be about.
+    pub ranges: RangeLimits,
+}
+
+/// The most sectors (of 512 bytes) in one request without data. A longer range is cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RangeLimits {
+    /// To discard.
+    pub discard: u64,
+    /// To discard securely.
+    pub secure_discard: u64,
+    /// To make read as zeroes.
+    pub write_zeroes: u64,
+}
+
+impl RangeLimits {
+    /// As many sectors as the disk has.
+    pub const NONE: Self =
+        Self { discard: u64::MAX, secure_discard: u64::MAX, write_zeroes: u64::MAX };
 }
 
 impl Limits {

@@ -44,6 +44,7 @@ const ALL: Features = Features {
     barrier: true,
     discard: Some(DiscardUnits { granularity: 1, alignment: 0 }),
     secure_discard: true,
+    write_zeroes: true,
 };
 
 impl Default for Setup {

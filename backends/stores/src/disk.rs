@@ -22,6 +22,8 @@ enum Work {
     Flush,
     Discard(Extent),
     SecureDiscard(Extent),
+    /// Whether the space may be given up.
+    WriteZeroes(Extent, bool),
 }
 
 impl Work {
@@ -166,6 +168,10 @@ where
                 Work::SecureDiscard(extent) => {
                     (Request::SecureDiscard { sector: extent.first(), sectors: extent.count() }, 1)
                 }
+                Work::WriteZeroes(extent, may_unmap) => {
+                    let (sector, sectors) = (extent.first(), extent.count());
+                    (Request::WriteZeroes { sector, sectors, may_unmap }, 1)
+                }
             };
             match self.queue.submit(request) {
                 Ok(tag) => {
@@ -289,6 +295,9 @@ where
             Operation::Flush => (Work::Flush, None),
             Operation::Discard { extent, secure: false } => (Work::Discard(extent), None),
             Operation::Discard { extent, secure: true } => (Work::SecureDiscard(extent), None),
+            Operation::WriteZeroes { extent, may_unmap } => {
+                (Work::WriteZeroes(extent, may_unmap), None)
+            }
             _ => return Submitted::Done(Err(StoreError::Unsupported)),
         };
         // The caller keeps to the capacity.

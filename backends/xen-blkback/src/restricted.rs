@@ -54,7 +54,7 @@ impl Restrictions {
 
     fn allow(&self, operation: &Operation<'_>) -> bool {
         match operation {
-            Operation::Write { .. } => !self.read_only,
+            Operation::Write { .. } | Operation::WriteZeroes { .. } => !self.read_only,
             Operation::Discard { .. } => !self.read_only && !self.no_discard,
             _ => true,
         }

@@ -65,7 +65,7 @@ pub(super) enum Exchange {
 pub(super) struct Job<K> {
     pub key: K,
     pub command: Command,
-    /// Which sectors a read, write or discard is about, once that was checked.
+    /// Which sectors the request is about, once that was checked.
     pub extent: Option<Extent>,
     pub status: Status,
     pub steps: Steps,
@@ -181,8 +181,12 @@ impl<K: Copy + Default> Job<K> {
 
     /// All segments are there: checks the whole against the disk. A bad request is one that failed.
     #[inline(always)]
-    pub fn check(&mut self, geometry: &Geometry, sum: Sum) {
-        let aligned = sum.bits & (geometry.logical_bytes - 1) == 0;
+    pub fn check<W: Wire<Key = K>>(&mut self, geometry: &Geometry, sum: Sum) {
+        // The sum need not be looked at in bytes if the segments were.
+        let aligned = match W::SEGMENTS_IN_SECTORS {
+            true => sum.bits & (geometry.logical_bytes - 1) == 0,
+            false => sum.bytes.is_multiple_of(SECTOR_BYTES.into()),
+        };
         if !aligned || !self.make_extent(geometry, sum.bytes / u64::from(SECTOR_BYTES)) {
             self.status = Status::Failed;
         }
@@ -271,6 +275,10 @@ impl<K: Copy + Default> Job<K> {
                 match self.command.code {
                     Code::Discard => Some(Operation::Discard { extent, secure: false }),
                     Code::SecureDiscard => Some(Operation::Discard { extent, secure: true }),
+                    Code::WriteZeroes => Some(Operation::WriteZeroes { extent, may_unmap: false }),
+                    Code::WriteZeroesMayUnmap => {
+                        Some(Operation::WriteZeroes { extent, may_unmap: true })
+                    }
                     Code::Read | Code::Write | Code::Flush | Code::Barrier => self.transfer(),
                 }
             }

@@ -26,8 +26,8 @@ impl Lease {
 /// Memory that [`at_hand`](Self::at_hand) returned stays valid and mapped until a
 /// [`tidy`](Self::tidy) whose `oldest` lies after the round in which it was asked for. Memory that
 /// [`resolve`](Self::resolve) returned does until [`give_back`](Self::give_back). It is aligned to
-/// 8 bytes if the segment's offset is, and as long as the segment. It can be written to if the
-/// access was [`Access::ReadWrite`].
+/// 8 bytes, whatever the segment's offset is, and as long as the segment. It can be written to if
+/// the access was [`Access::ReadWrite`].
 pub unsafe trait PeerMemory {
     /// The peer's name for a page.
     type Handle: Handle;

@@ -42,6 +42,8 @@ pub struct Statistics {
     pub flushes: u64,
     /// Discards that were done.
     pub discards: u64,
+    /// Ranges of zeroes that were written without data.
+    pub zeroes: u64,
     /// Bytes read.
     pub bytes_read: u64,
     /// Bytes written.
@@ -77,6 +79,7 @@ impl Statistics {
                 self.bytes_written += bytes;
             }
             (Status::Done, Code::Discard | Code::SecureDiscard) => self.discards += 1,
+            (Status::Done, Code::WriteZeroes | Code::WriteZeroesMayUnmap) => self.zeroes += 1,
             _ => self.errors += 1,
         }
         0
@@ -167,6 +170,7 @@ where
             match self.wire.take(&mut self.memory) {
                 Ok(Taken::Request) => self.admit(),
                 Ok(Taken::Refused(status)) => self.refuse(status),
+                Ok(Taken::Settled(filled)) => self.reply(Status::Done, filled),
                 Ok(Taken::Nothing) => break,
                 Err(violation) => {
                     self.violation = Some(violation);
@@ -217,7 +221,7 @@ where
         let mut sum = Sum::default();
         let direct = self.wire.direct();
         job.gather::<W>(&mut self.memory, &mut sum, direct.len(), |place| direct[place]);
-        job.check(&self.geometry, sum);
+        job.check::<W>(&self.geometry, sum);
         if job.is_fetched || job.status != Status::Done {
             vacancy.occupy();
             return self.gathered(tag);
@@ -242,25 +246,26 @@ where
     #[inline(never)]
     fn admit_other(&mut self, tag: Tag, list: List) {
         let Some(job) = self.jobs.get_mut(tag) else { return };
-        let Features { flush, barrier, discard, secure_discard } = self.features;
+        let Features { flush, barrier, discard, secure_discard, write_zeroes } = self.features;
         let supported = match job.command.code {
             Code::Read | Code::Write => true,
             Code::Flush => flush,
             Code::Barrier => barrier,
             Code::Discard => discard.is_some(),
             Code::SecureDiscard => discard.is_some() && secure_discard,
+            Code::WriteZeroes | Code::WriteZeroesMayUnmap => write_zeroes,
         };
         if !supported {
             job.status = Status::NotSupported;
             return self.finish(tag);
         }
         job.steps = match job.command.code {
-            Code::Read | Code::Write | Code::Discard | Code::SecureDiscard => Steps::MAIN,
             Code::Flush => Steps::FLUSH_BEFORE,
             Code::Barrier => {
                 self.barrier = Some(tag);
                 if flush { Steps::FLUSH_BEFORE } else { Steps::NONE }
             }
+            _ => Steps::MAIN,
         };
         match list {
             List::Indirect(segments) => self.reach_tables(tag, segments),
@@ -277,7 +282,7 @@ where
                 let mut sum = Sum::default();
                 let direct = self.wire.direct();
                 job.gather::<W>(&mut self.memory, &mut sum, direct.len(), |place| direct[place]);
-                job.check(&self.geometry, sum);
+                job.check::<W>(&self.geometry, sum);
                 self.gathered(tag);
             }
         }
@@ -350,7 +355,7 @@ where
             let entry = W::entries(&table, count);
             job.gather::<W>(&mut self.memory, &mut sum, count, entry);
         }
-        job.check(&self.geometry, sum);
+        job.check::<W>(&self.geometry, sum);
         self.gathered(tag);
     }
 
@@ -402,6 +407,7 @@ where
                 Some(Operation::Flush) => (features.flush, features.barrier) = (false, false),
                 Some(Operation::Discard { secure: true, .. }) => features.secure_discard = false,
                 Some(Operation::Discard { .. }) => features.discard = None,
+                Some(Operation::WriteZeroes { .. }) => features.write_zeroes = false,
                 _ => {}
             }
         }
@@ -461,9 +467,15 @@ where
     /// Answers what the wire refused.
     #[cold]
     fn refuse(&mut self, status: Status) {
-        let key = self.wire.incoming().key;
         self.statistics.errors += 1;
-        self.wire.answer(&mut self.memory, key, status, 0);
+        self.reply(status, 0);
+    }
+
+    /// Answers the request that was taken last, for which nobody moves in.
+    #[cold]
+    fn reply(&mut self, status: Status, filled: u64) {
+        let key = self.wire.incoming().key;
+        self.wire.answer(&mut self.memory, key, status, filled);
         self.answered = true;
     }
 

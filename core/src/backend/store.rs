@@ -32,6 +32,14 @@ pub enum Operation<'a> {
         /// Erase every copy of them, too.
         secure: bool,
     },
+    /// Make the sectors read as zeroes.
+    WriteZeroes {
+        /// Which sectors.
+        extent: Extent,
+        /// Whether their space may be given up. If not, a later write must not fail for want of
+        /// space.
+        may_unmap: bool,
+    },
 }
 
 /// What became of an operation when it was submitted.

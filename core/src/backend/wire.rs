@@ -26,6 +26,9 @@ pub enum Taken {
     Request,
     /// A request that the wire refuses: it is answered at once.
     Refused(Status),
+    /// A request that is about the device and not its data, and that the wire has carried out
+    /// itself: it is answered at once. That many bytes of the request's memory hold data now.
+    Settled(u64),
 }
 
 /// Where the segments of a request are.
@@ -72,6 +75,9 @@ pub trait Wire {
     type Entry: Copy;
     /// Bytes of an entry in a table.
     const ENTRY_BYTES: usize;
+    /// Whether every segment keeps to the disk's logical sector, as blkif has it. If not, it is
+    /// enough that all of a request's segments together do.
+    const SEGMENTS_IN_SECTORS: bool;
 
     /// Takes the next request, if there is one. Its slot is copied once.
     ///
@@ -83,7 +89,8 @@ pub trait Wire {
         memory: &mut impl PeerMemory<Handle = Self::Handle>,
     ) -> Result<Taken, Violation>;
 
-    /// The request that was taken last. Of one that was refused only the key says something.
+    /// The request that was taken last. Of one that was refused or settled only the key says
+    /// something.
     fn incoming(&self) -> &Incoming<Self::Key>;
 
     /// The segments of the request that was taken last, if they were in the request itself.

@@ -331,6 +331,20 @@ where
         self.perform(|| Request::Discard { sector, sectors }).await
     }
 
+    /// Makes a range read as zeroes. The disk may give up its space if `may_unmap` says so.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`].
+    pub async fn write_zeroes(
+        &self,
+        sector: u64,
+        sectors: u64,
+        may_unmap: bool,
+    ) -> Result<(), Error> {
+        self.perform(|| Request::WriteZeroes { sector, sectors, may_unmap }).await
+    }
+
     async fn perform(&self, request: impl Fn() -> Request<Buffer<S>>) -> Result<(), Error> {
         loop {
             let rooms = self.rooms();

@@ -20,7 +20,7 @@ pub use crate::command::{Code, Command, DiscardUnits, Features, Status};
 use crate::extent::{Extent, ExtentError, Geometry, SECTOR_BYTES};
 use crate::indirect::{Chain, TableEntry, TablePool, TableRef};
 use crate::memory::{Access, PAGE_BYTES, Share};
-use crate::plan::{DIRECT_SEGMENTS_MAX, Limits, Segment, Segments, TABLES_MAX};
+use crate::plan::{DIRECT_SEGMENTS_MAX, Limits, RangeLimits, Segment, Segments, TABLES_MAX};
 use crate::table::{Slots, Tag};
 
 #[cfg(feature = "async")]
@@ -72,6 +72,10 @@ impl Features {
             }
             Code::SecureDiscard => {
                 self.secure_discard = false;
+                Outlook::Failed(IoError::Unsupported)
+            }
+            Code::WriteZeroes | Code::WriteZeroesMayUnmap => {
+                self.write_zeroes = false;
                 Outlook::Failed(IoError::Unsupported)
             }
             Code::Read | Code::Write => Outlook::Failed(IoError::Unsupported),
@@ -178,7 +182,7 @@ impl Work {
     }
 
     /// Checks a request that moves data against the disk, and lends its buffer. Returns how much
-    /// there is to do; see [`bytes`](Self::bytes).
+    /// there is to do; see [`amount`](Self::amount).
     fn check_transfer<H>(
         &self,
         geometry: &Geometry,
@@ -195,17 +199,21 @@ impl Work {
     }
 
     /// Checks a request without data against the disk, and cuts it down to what the disk does.
-    /// Returns how much there is to do; see [`bytes`](Self::bytes).
+    /// Returns how much there is to do; see [`amount`](Self::amount).
     fn check_command(
         &mut self,
         geometry: &Geometry,
         features: &Features,
     ) -> Result<u64, SubmitError> {
-        if !matches!(self.code, Code::Discard | Code::SecureDiscard) {
+        if !self.code.is_range() {
             self.code = if features.flush { Code::Flush } else { Code::Barrier };
             return Ok(u64::from(features.flush || features.barrier));
         }
         let extent = self.extent(geometry)?;
+        if matches!(self.code, Code::WriteZeroes | Code::WriteZeroesMayUnmap) {
+            let sectors = features.write_zeroes.then_some(self.sectors);
+            return sectors.ok_or(SubmitError::Unsupported);
+        }
         let units = features.discard.ok_or(SubmitError::Unsupported)?;
         let secure = self.code == Code::SecureDiscard;
         if secure && !features.secure_discard {
@@ -216,38 +224,55 @@ impl Work {
             return Err(ExtentError::Misaligned.into());
         }
         (self.sector, self.sectors) = inside.unwrap_or_default();
-        Ok(u64::from(inside.is_some()))
+        Ok(self.sectors)
     }
 
-    /// Checks what was taken for one disk against another one. `false` if there is nothing to do.
+    /// Checks what was taken for one disk against another one. Returns how much there is to do; see
+    /// [`amount`](Self::amount).
     fn recheck<H>(
         &mut self,
         buffer: Option<&impl Payload<H>>,
         geometry: &Geometry,
         features: &Features,
-    ) -> Result<bool, IoError> {
+    ) -> Result<u64, IoError> {
         match buffer {
             Some(buffer) => {
-                let extent = self.extent(geometry).map_err(|_| IoError::Device)?;
-                let holds = buffer.holds(extent.bytes(), geometry.logical_bytes);
-                if holds { Ok(true) } else { Err(IoError::Device) }
+                let bytes = self.extent(geometry).map_err(|_| IoError::Device)?.bytes();
+                let holds = buffer.holds(bytes, geometry.logical_bytes);
+                if holds { Ok(bytes) } else { Err(IoError::Device) }
             }
             None => {
-                if matches!(self.code, Code::Discard | Code::SecureDiscard) {
+                if self.code.is_range() {
                     self.extent(geometry).map_err(|_| IoError::Device)?;
                 }
-                let left = self.check_command(geometry, features);
-                left.map(|left| left > 0).map_err(|_| IoError::Unsupported)
+                self.check_command(geometry, features).map_err(|_| IoError::Unsupported)
             }
         }
     }
 
-    /// How many bytes there are to do. A command without data counts as one.
-    fn bytes(&self) -> u64 {
+    /// How much there is to do: bytes of a transfer, sectors of a range without data. A flush counts
+    /// as one.
+    fn amount(&self) -> u64 {
         match self.code {
             Code::Read | Code::Write => self.sectors * u64::from(SECTOR_BYTES),
-            _ => 1,
+            Code::Flush | Code::Barrier => 1,
+            _ => self.sectors,
         }
+    }
+
+    /// The most sectors of a range that go into one request: whole units of the disk, as far as the
+    /// limits allow.
+    fn most(&self, limits: &RangeLimits, geometry: &Geometry, features: &Features) -> u64 {
+        let logical = u64::from(geometry.logical_bytes / SECTOR_BYTES).max(1);
+        let units = features.discard.map_or(1, |units| u64::from(units.granularity));
+        let (most, unit) = match self.code {
+            Code::Discard => (limits.discard, units),
+            Code::SecureDiscard => (limits.secure_discard, units),
+            Code::WriteZeroes | Code::WriteZeroesMayUnmap => (limits.write_zeroes, 1),
+            Code::Read | Code::Write | Code::Flush | Code::Barrier => return 1,
+        };
+        let unit = if unit > most || unit < logical { logical } else { unit };
+        (most / unit * unit).max(logical)
     }
 }
 
@@ -262,7 +287,7 @@ struct Job<P> {
     whole: bool,
     /// Up to where the buffer is on the wire.
     cursor: Cursor,
-    /// Bytes that are not on the wire yet; see [`Work::bytes`].
+    /// How much is not on the wire yet; see [`Work::amount`].
     left: u64,
     /// Parts that were not answered yet.
     outstanding: u32,
@@ -388,7 +413,10 @@ where
             let Some(tag) = self.waiting.pop_front() else { return };
             let Some(job) = self.jobs.get_mut(tag) else { continue };
             match job.work.recheck(job.buffer.as_ref(), &self.geometry, &self.features) {
-                Ok(true) => self.waiting.push_back(tag),
+                Ok(left) if left > 0 => {
+                    job.left = left;
+                    self.waiting.push_back(tag);
+                }
                 outcome => {
                     job.left = 0;
                     job.outlook = outcome.map_or_else(Outlook::Failed, |_| Outlook::Done);
@@ -416,7 +444,7 @@ where
                 continue;
             }
             if let Some(job) = self.jobs.get_mut(tag) {
-                job.rewind(job.work.bytes());
+                job.rewind(job.work.amount());
                 waiting.push((job.sequence, tag));
             }
         }
@@ -460,6 +488,10 @@ where
             Request::Discard { sector, sectors } => self.command(Code::Discard, sector, sectors),
             Request::SecureDiscard { sector, sectors } => {
                 self.command(Code::SecureDiscard, sector, sectors)
+            }
+            Request::WriteZeroes { sector, sectors, may_unmap } => {
+                let code = if may_unmap { Code::WriteZeroesMayUnmap } else { Code::WriteZeroes };
+                self.command(code, sector, sectors)
             }
         }
     }
@@ -546,8 +578,12 @@ where
     #[inline(never)]
     fn stage(&mut self, tag: Tag) -> bool {
         match (&mut self.peer, self.jobs.get_mut(tag)) {
-            (Peer::Present(link), Some(job)) => {
+            (Peer::Present(link), Some(job)) if job.buffer.is_some() => {
                 link.stage(tag, job, &mut self.parts, &mut self.statistics)
+            }
+            (Peer::Present(link), Some(job)) => {
+                let most = job.work.most(&link.limits.ranges, &self.geometry, &self.features);
+                link.stage_command(tag, job, most, &mut self.parts, &mut self.statistics)
             }
             _ => false,
         }
@@ -681,7 +717,7 @@ where
         // Whoever failed and still waits is the first in the line.
         let waits = job.outlook != Outlook::Done && self.waiting.front() == Some(&tag);
         if job.outlook == Outlook::Again {
-            job.rewind(job.work.bytes());
+            job.rewind(job.work.amount());
             if !waits {
                 self.waiting.push_back(tag);
             }
@@ -805,7 +841,7 @@ impl<W: Wire, S: Share<Handle = W::Handle>> Link<W, S> {
         room.then_some(Segment { handle, offset, bytes: bytes as u32 })
     }
 
-    /// Puts as much of a job on the wire as fits. `true` if that is all of it.
+    /// Puts as much of a job on the wire as fits, which moves data. `true` if that is all of it.
     fn stage<P: Payload<W::Handle>>(
         &mut self,
         tag: Tag,
@@ -814,59 +850,82 @@ impl<W: Wire, S: Share<Handle = W::Handle>> Link<W, S> {
         statistics: &mut Statistics,
     ) -> bool {
         let Work { code, sector, sectors } = job.work;
+        let Some(buffer) = &job.buffer else { return false };
         while job.left > 0 {
             let Some(vacancy) = parts.vacancy() else { return false };
             let id = vacancy.tag().to_id() | PART;
             let mut chain = Chain::EMPTY;
-            if let Some(buffer) = &job.buffer {
-                let mut segments = Segments::new(buffer, job.cursor, job.left, &self.limits);
-                let mut direct = heapless::Vec::<Segment<W::Handle>, DIRECT_SEGMENTS_MAX>::new();
-                let takes_tables = self.limits.has_indirect() && self.tables.count() > 0;
-                let most =
-                    self.limits.direct_segments as u64 * u64::from(self.limits.segment_bytes);
-                // More than that is sure not to fit without tables.
-                if job.left <= most || !takes_tables {
-                    while direct.len() < self.limits.direct_segments {
-                        let Some(segment) = segments.next() else { break };
-                        // There is room: `direct_segments` is at most the capacity.
-                        let _ = direct.push(segment);
-                    }
+            let mut segments = Segments::new(buffer, job.cursor, job.left, &self.limits);
+            let mut direct = heapless::Vec::<Segment<W::Handle>, DIRECT_SEGMENTS_MAX>::new();
+            let takes_tables = self.limits.has_indirect() && self.tables.count() > 0;
+            let most = self.limits.direct_segments as u64 * u64::from(self.limits.segment_bytes);
+            // More than that is sure not to fit without tables.
+            if job.left <= most || !takes_tables {
+                while direct.len() < self.limits.direct_segments {
+                    let Some(segment) = segments.next() else { break };
+                    // There is room: `direct_segments` is at most the capacity.
+                    let _ = direct.push(segment);
                 }
-                let indirect = segments.left() > 0 && takes_tables;
-                let shape = if indirect { Shape::Indirect } else { Shape::Direct(direct.len()) };
-                // All tables taken means that answers will give some back.
-                if !self.wire.has_room(shape) || (indirect && self.tables.available() == 0) {
-                    return false;
-                }
-                let sector = sector + sectors - job.left / u64::from(SECTOR_BYTES);
-                let command = |left| {
-                    let sectors = (job.left - left) / u64::from(SECTOR_BYTES);
-                    Command { code, sector, sectors }
-                };
-                if indirect {
-                    segments = Segments::new(buffer, job.cursor, job.left, &self.limits);
-                    let (filled, numbers) = self.fill_tables(&mut chain, &mut segments, code);
-                    let mut tables = heapless::Vec::<TableRef<'_, W::Handle>, TABLES_MAX>::new();
-                    for number in &numbers {
-                        tables.extend(self.tables.table(*number));
-                    }
-                    statistics.indirect += 1;
-                    statistics.tables += tables.len() as u64;
-                    let memory = Memory::Indirect { segments: filled, tables: &tables };
-                    self.wire.stage(id, &command(segments.left()), memory);
-                } else {
-                    self.wire.stage(id, &command(segments.left()), Memory::Direct(&direct));
-                }
-                statistics.bytes += job.left - segments.left();
-                (job.cursor, job.left) = (segments.cursor(), segments.left());
-            } else {
-                if !self.wire.has_room(Shape::Direct(0)) {
-                    return false;
-                }
-                self.wire.stage(id, &Command { code, sector, sectors }, Memory::Direct(&[]));
-                job.left = 0;
             }
+            let indirect = segments.left() > 0 && takes_tables;
+            let shape = if indirect { Shape::Indirect } else { Shape::Direct(direct.len()) };
+            // All tables taken means that answers will give some back.
+            if !self.wire.has_room(shape) || (indirect && self.tables.available() == 0) {
+                return false;
+            }
+            let sector = sector + sectors - job.left / u64::from(SECTOR_BYTES);
+            let command = |left| {
+                let sectors = (job.left - left) / u64::from(SECTOR_BYTES);
+                Command { code, sector, sectors }
+            };
+            if indirect {
+                segments = Segments::new(buffer, job.cursor, job.left, &self.limits);
+                let (filled, numbers) = self.fill_tables(&mut chain, &mut segments, code);
+                let mut tables = heapless::Vec::<TableRef<'_, W::Handle>, TABLES_MAX>::new();
+                for number in &numbers {
+                    tables.extend(self.tables.table(*number));
+                }
+                statistics.indirect += 1;
+                statistics.tables += tables.len() as u64;
+                let memory = Memory::Indirect { segments: filled, tables: &tables };
+                self.wire.stage(id, &command(segments.left()), memory);
+            } else {
+                self.wire.stage(id, &command(segments.left()), Memory::Direct(&direct));
+            }
+            statistics.bytes += job.left - segments.left();
+            (job.cursor, job.left) = (segments.cursor(), segments.left());
             *vacancy.occupy() = Part { job: Some(tag), chain };
+            job.outstanding += 1;
+            statistics.parts += 1;
+        }
+        true
+    }
+
+    /// Puts as much of a job without data on the wire as fits, `most` sectors in a request. `true`
+    /// if that is all of it.
+    fn stage_command<P>(
+        &mut self,
+        tag: Tag,
+        job: &mut Job<P>,
+        most: u64,
+        parts: &mut Slots<Part>,
+        statistics: &mut Statistics,
+    ) -> bool {
+        let Work { code, sector, sectors } = job.work;
+        while job.left > 0 {
+            let Some(vacancy) = parts.vacancy() else { return false };
+            if !self.wire.has_room(Shape::Direct(0)) {
+                return false;
+            }
+            let count = job.left.min(most);
+            let command = match code.is_range() {
+                true => Command { code, sector: sector + (sectors - job.left), sectors: count },
+                false => Command { code, sector, sectors },
+            };
+            let id = vacancy.tag().to_id() | PART;
+            self.wire.stage(id, &command, Memory::Direct(&[]));
+            job.left -= count;
+            *vacancy.occupy() = Part { job: Some(tag), chain: Chain::EMPTY };
             job.outstanding += 1;
             statistics.parts += 1;
         }

@@ -302,6 +302,21 @@ where
         self.perform(Request::Discard { sector, sectors })
     }
 
+    /// Makes a range read as zeroes, and sleeps until it is done. The disk may give up the space of
+    /// the range if `may_unmap` says so.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`].
+    pub fn write_zeroes(
+        &mut self,
+        sector: u64,
+        sectors: u64,
+        may_unmap: bool,
+    ) -> Result<(), Error> {
+        self.perform(Request::WriteZeroes { sector, sectors, may_unmap })
+    }
+
     fn perform(&mut self, request: Request<Buffer<S>>) -> Result<(), Error> {
         self.settle_orphans()?;
         let tag = self.submit(request).map_err(|rejected| rejected.error)?;

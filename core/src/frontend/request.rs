@@ -46,6 +46,16 @@ pub enum Request<P> {
         /// How many sectors.
         sectors: u64,
     },
+    /// Make a range read as zeroes.
+    WriteZeroes {
+        /// The first sector.
+        sector: u64,
+        /// How many sectors.
+        sectors: u64,
+        /// Whether the disk may give up their space. If not, they can be written to later even if
+        /// the disk has run out of space.
+        may_unmap: bool,
+    },
 }
 
 impl<P> Request<P> {
@@ -53,7 +63,10 @@ impl<P> Request<P> {
     pub fn into_buffer(self) -> Option<P> {
         match self {
             Self::Read { buffer, .. } | Self::Write { buffer, .. } => Some(buffer),
-            Self::Flush | Self::Discard { .. } | Self::SecureDiscard { .. } => None,
+            Self::Flush
+            | Self::Discard { .. }
+            | Self::SecureDiscard { .. }
+            | Self::WriteZeroes { .. } => None,
         }
     }
 }
@@ -80,7 +93,7 @@ pub enum SubmitError {
     /// The buffer is too small, or its pieces do not keep to the disk's logical sector.
     #[error("the buffer does not hold the sectors")]
     Buffer,
-    /// The disk does not do this (discard, secure discard).
+    /// The disk does not do this (discard, secure discard, write zeroes).
     #[error("the disk does not support this operation")]
     Unsupported,
     /// The buffer could not be shared with the peer.

@@ -9,7 +9,8 @@ use crate::plan::Segment;
 /// The memory of a request.
 #[derive(Debug)]
 pub enum Memory<'a, H> {
-    /// Segments that go into the request itself; none for a command without data.
+    /// Segments that go into the request itself; none for a command without data of the user's. Such
+    /// a command may have data of the wire's own (VirtIO's ranges), which is the wire's affair.
     Direct(&'a [Segment<H>]),
     /// Segments that were already written to tables: `segments` of them, each table full but the
     /// last. The wire may still fill in the entries that it reserved.
@@ -24,7 +25,7 @@ pub enum Memory<'a, H> {
 /// Which room a request takes on the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shape {
-    /// A request with that many segments of its own.
+    /// A request with that many segments of its own; with none, any of the commands without data.
     Direct(usize),
     /// A request that names tables.
     Indirect,
@@ -62,7 +63,8 @@ pub trait Wire {
     /// Whether [`stage`](Self::stage) would find room for one more request of this shape.
     fn has_room(&self, shape: Shape) -> bool;
 
-    /// Writes a request where the peer does not look yet. There must be room.
+    /// Writes a request where the peer does not look yet. There must be room. Of the commands without
+    /// data only those come that the disk's [`Features`](crate::command::Features) have.
     fn stage(&mut self, id: u64, command: &Command, memory: Memory<'_, Self::Handle>);
 
     /// Shows all staged requests to the peer. `true` if the peer asked to be notified of them.

@@ -216,7 +216,9 @@ pub mod kind {
     pub const IN: u32 = 0;
     pub const OUT: u32 = 1;
     pub const FLUSH: u32 = 4;
+    pub const GET_ID: u32 = 8;
     pub const DISCARD: u32 = 11;
+    pub const WRITE_ZEROES: u32 = 13;
     pub const SECURE_ERASE: u32 = 14;
     pub const BARRIER: u32 = 0x8000_0000;
 }
@@ -302,6 +304,7 @@ impl Wire for Virtqueue {
     type Key = Key;
     type Entry = Descriptor;
     const ENTRY_BYTES: usize = 16;
+    const SEGMENTS_IN_SECTORS: bool = false;
 
     fn take(&mut self, memory: &mut impl PeerMemory<Handle = Address>) -> Result<Taken, Violation> {
         let mut driver = self.driver.borrow_mut();
@@ -424,6 +427,7 @@ pub enum Deed {
     Write(u64, u64),
     Flush,
     Discard(u64, u64, bool),
+    WriteZeroes(u64, u64, bool),
 }
 
 /// A disk. Clones are the same disk.
@@ -459,6 +463,7 @@ impl Disk {
                 barrier: true,
                 discard: Some(DiscardUnits { granularity: 1, alignment: 0 }),
                 secure_discard: true,
+                write_zeroes: true,
             },
             capacity: 64,
             bytes: super::pattern(sectors as usize * 512, 9),
@@ -504,7 +509,9 @@ impl State {
                 assert_eq!(memory.bytes(), count * 512);
                 memory.drain(0, &mut self.bytes[range(first, count)]);
             }
-            (Deed::Discard(first, count, _), None) => self.bytes[range(first, count)].fill(0),
+            (Deed::Discard(first, count, _) | Deed::WriteZeroes(first, count, _), None) => {
+                self.bytes[range(first, count)].fill(0);
+            }
             (Deed::Flush, None) => {}
             (deed, memory) => panic!("{deed:?} with {memory:?}"),
         }
@@ -536,6 +543,9 @@ impl Store for Disk {
             Operation::Flush => (Deed::Flush, None),
             Operation::Discard { extent, secure } => {
                 (Deed::Discard(extent.first(), extent.count(), secure), None)
+            }
+            Operation::WriteZeroes { extent, may_unmap } => {
+                (Deed::WriteZeroes(extent.first(), extent.count(), may_unmap), None)
             }
             other => panic!("{other:?}"),
         };

@@ -8,7 +8,7 @@ use std::rc::Rc;
 use pvblk::frontend::{Answer, Code, Command, Memory as Data, Shape, Status, Violation, Wire};
 use pvblk::indirect::{TableEntry, TableRef};
 use pvblk::memory::{Access, Handle, PAGE_BYTES};
-use pvblk::plan::{Limits, Segment};
+use pvblk::plan::{Limits, RangeLimits, Segment};
 
 use super::memory::{Address, Memory, Naming, Reference};
 
@@ -308,8 +308,8 @@ impl<K: Kind> Peer<K> {
                     at += bytes as usize;
                 }
             }
-            Code::Discard | Code::SecureDiscard => self.disk[at..at + bytes].fill(0),
-            Code::Flush | Code::Barrier => {}
+            code if code.is_range() => self.disk[at..at + bytes].fill(0),
+            _ => {}
         }
         Status::Done
     }
@@ -422,7 +422,13 @@ pub fn limits<K: Kind>(
     segment_bytes: u32,
 ) -> Limits {
     let segment_bytes = if K::MERGES { segment_bytes } else { PAGE_BYTES as u32 };
-    Limits { direct_segments: direct, indirect_segments: indirect, tables, segment_bytes }
+    Limits {
+        direct_segments: direct,
+        indirect_segments: indirect,
+        tables,
+        segment_bytes,
+        ranges: RangeLimits::NONE,
+    }
 }
 
 /// The memory that segments cover, as the address of every sector in it.

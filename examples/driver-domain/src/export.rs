@@ -384,6 +384,7 @@ fn both(one: Features, other: Features) -> Features {
         barrier: one.barrier && other.barrier,
         discard: one.discard.and(other.discard),
         secure_discard: one.secure_discard && other.secure_discard,
+        write_zeroes: one.write_zeroes && other.write_zeroes,
     }
 }
 

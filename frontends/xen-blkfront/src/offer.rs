@@ -93,6 +93,8 @@ impl Properties {
                 barrier: flag(nodes, backend, "feature-barrier")?,
                 discard,
                 secure_discard: secure_discard && discard.is_some(),
+                // blkif has no such request.
+                write_zeroes: false,
             },
             persistent: flag(nodes, backend, "feature-persistent")?,
             cdrom: info & info::CDROM != 0,

@@ -31,6 +31,8 @@ pub mod operation {
     pub const DISCARD: u8 = 5;
     /// A read or write whose segments are in pages of their own.
     pub const INDIRECT: u8 = 6;
+    /// Nothing that blkif has.
+    pub const NONE: u8 = u8::MAX;
 }
 
 /// `BLKIF_DISCARD_SECURE`: erase every copy.

@@ -321,6 +321,7 @@ impl<P: ForeignGrants> Wire for BackRing<P> {
     type Key = Key;
     type Entry = SegmentEntry;
     const ENTRY_BYTES: usize = size_of::<SegmentEntry>();
+    const SEGMENTS_IN_SECTORS: bool = true;
 
     #[inline(always)]
     fn take(

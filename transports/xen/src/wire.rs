@@ -5,7 +5,7 @@ use core::sync::atomic::Ordering;
 
 use pvblk::frontend::{Answer, Code, Command, Memory, Shape, Status, Violation, Wire};
 use pvblk::memory::{Access, PagesError, Share, SharedPages, SharedRegion};
-use pvblk::plan::{Limits, Segment};
+use pvblk::plan::{Limits, RangeLimits, Segment};
 use pvblk::ring::{Consumer, Producer, SharedIndex};
 
 use crate::abi::{
@@ -121,6 +121,7 @@ pub fn limits(indirect: usize, tables: usize) -> Limits {
         indirect_segments: if indirect > DIRECT_SEGMENTS { indirect } else { 0 },
         tables: INDIRECT_PAGES,
         segment_bytes: pvblk::memory::PAGE_BYTES as u32,
+        ranges: RangeLimits::NONE,
     }
 }
 
@@ -133,6 +134,8 @@ fn operation_of(code: Code) -> u8 {
         Code::Flush => operation::FLUSH_DISKCACHE,
         Code::Barrier => operation::WRITE_BARRIER,
         Code::Discard | Code::SecureDiscard => operation::DISCARD,
+        // No disk on this wire has that feature, and no backend does such an operation.
+        Code::WriteZeroes | Code::WriteZeroesMayUnmap => operation::NONE,
     }
 }
 

@@ -159,7 +159,13 @@ impl Target {
     }
 
     pub(super) fn features(&self) -> Features {
-        Features { flush: true, barrier: false, discard: self.discard, secure_discard: false }
+        Features {
+            flush: true,
+            barrier: false,
+            discard: self.discard,
+            secure_discard: false,
+            write_zeroes: false,
+        }
     }
 
     /// Whether an access can go past the page cache. Those that cannot may be mixed with those that

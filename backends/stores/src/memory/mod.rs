@@ -289,6 +289,7 @@ impl<A: PageAllocator> Store for MemoryDisk<A> {
             barrier: false,
             discard: Some(DiscardUnits { granularity, alignment: 0 }),
             secure_discard: true,
+            write_zeroes: true,
         }
     }
 
@@ -304,7 +305,9 @@ impl<A: PageAllocator> Store for MemoryDisk<A> {
             Operation::Write { extent, memory } => self.disk.write(extent, memory),
             Operation::Flush => Ok(()),
             // There is one copy of the data, so that this is secure.
-            Operation::Discard { extent, .. } => self.disk.clear(extent),
+            Operation::Discard { extent, .. } | Operation::WriteZeroes { extent, .. } => {
+                self.disk.clear(extent)
+            }
             _ => return Submitted::Done(Err(StoreError::Unsupported)),
         };
         Submitted::Done(outcome.map_err(|OutOfRange| StoreError::Medium))

@@ -302,6 +302,7 @@ impl Shared {
             barrier: false,
             discard: trims.then_some(DiscardUnits { granularity, alignment: 0 }),
             secure_discard: false,
+            write_zeroes: false,
         }
     }
 }

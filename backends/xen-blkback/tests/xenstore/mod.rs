@@ -195,6 +195,7 @@ pub fn disk() -> Disk {
         barrier: true,
         discard: Some(DiscardUnits { granularity: 8, alignment: 1 }),
         secure_discard: true,
+        write_zeroes: true,
     };
     Disk { geometry, features, cdrom: false, removable: false }
 }

@@ -26,7 +26,7 @@ use pvblk::frontend::{
 };
 use pvblk::indirect::TablePool;
 use pvblk::memory::{Access, Handle, PAGE_BYTES, PageAllocator, Share, ShareError, StillShared};
-use pvblk::plan::{Limits, Segment};
+use pvblk::plan::{Limits, RangeLimits, Segment};
 
 pub const SECTOR: usize = 512;
 
@@ -67,8 +67,13 @@ pub fn connect(geometry: Geometry) -> (Peer, TestQueue) {
     peer.state().logical_bytes = geometry.logical_bytes as usize;
     let features = Features { flush: true, ..Features::default() };
     let mut frontend = Frontend::new(CAPACITY, geometry, features);
-    let limits =
-        Limits { direct_segments: 3, indirect_segments: 0, tables: 0, segment_bytes: 4096 };
+    let limits = Limits {
+        direct_segments: 3,
+        indirect_segments: 0,
+        tables: 0,
+        segment_bytes: 4096,
+        ranges: RangeLimits::NONE,
+    };
     let wire = TestWire { peer: peer.clone(), staged: VecDeque::new() };
     frontend.attach(Link { wire, limits, tables: TablePool::empty() }, geometry, features);
     let pool = Pool::new(peer.clone(), BUFFERS as u32, BUFFER_BYTES).expect("there is memory");
