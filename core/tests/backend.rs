@@ -8,7 +8,9 @@ use pvblk::backend::{Backend, Round, StoreError, Violation};
 use pvblk::memory::PAGE_BYTES;
 
 mod support;
-use support::back::{Chain, Deed, Descriptor, Disk, Driver, Guest, RAM, Reached, Virtqueue, kind};
+use support::back::{
+    Chain, Deed, Descriptor, Disk, Driver, Guest, IDENTITY, RAM, Reached, Virtqueue, kind,
+};
 use support::memory::Address;
 use support::{Random, pattern};
 
@@ -87,10 +89,16 @@ impl Device {
 
     /// A discard, whose range is in the guest's memory.
     fn discard(&mut self, kind: u32, sector: u64, sectors: u32) -> u16 {
+        self.range(kind, sector, sectors, 0)
+    }
+
+    /// A command whose range is in the guest's memory, with flags.
+    fn range(&mut self, kind: u32, sector: u64, sectors: u32, flags: u32) -> u16 {
         let (head, mut chain) = self.chain(kind, 0, &[]);
         let at = TABLES + u64::from(head) * 16;
         self.guest.write(at, &sector.to_le_bytes());
-        self.guest.write(at + 8, &u64::from(sectors).to_le_bytes());
+        self.guest.write(at + 8, &sectors.to_le_bytes());
+        self.guest.write(at + 12, &flags.to_le_bytes());
         chain.data = vec![Descriptor { address: at, bytes: 16, writes: false }];
         self.put((head, chain))
     }
@@ -240,6 +248,88 @@ fn a_request_that_is_wrong_fails_and_fills_nothing() {
         // And it goes on.
         let head = device.request(kind::IN, 0, &[good]);
         assert_eq!(device.ask(head), (DONE, 4097));
+    }
+}
+
+/// Segments of any length, at any address, as long as they are whole sectors together.
+#[test]
+fn segments_need_not_be_whole_sectors_where_the_wire_says_so() {
+    for fetches in [false, true] {
+        for in_tables in [false, true] {
+            let disk = Disk::new(SECTORS);
+            let mut device = Device::new(&disk, fetches);
+            let begin = |device: &mut Device, kind, data: &[_]| match in_tables {
+                true => device.tabled(kind, 8, data),
+                false => device.request(kind, 8, data),
+            };
+            let pieces = [(DATA + 1, 7), (DATA + 16, 500), (DATA + 0x1003, 4096), (DATA + 8, 5)];
+            let bytes = pieces.iter().map(|(_, bytes)| *bytes as usize).sum();
+            let written = pattern(bytes, 3);
+            let mut left = &written[..];
+            for (address, bytes) in pieces {
+                let (now, later) = left.split_at(bytes as usize);
+                device.guest.write(address, now);
+                left = later;
+            }
+            let head = begin(&mut device, kind::OUT, &pieces);
+            assert_eq!(device.ask(head), (DONE, 1));
+            assert!(disk.0.borrow().bytes[8 * 512..][..bytes] == written);
+            pieces
+                .iter()
+                .for_each(|(at, bytes)| device.guest.write(*at, &vec![0; *bytes as usize]));
+            let head = begin(&mut device, kind::IN, &pieces);
+            assert_eq!(device.ask(head), (DONE, bytes as u32 + 1));
+            let parts = pieces.map(|(at, bytes)| device.guest.read(at, bytes as usize));
+            assert!(parts.concat() == written);
+            // A byte too few, and a byte too many; a sector, where the disk has larger ones.
+            for last in [4, 6] {
+                let mut data = pieces;
+                data[3].1 = last;
+                let head = begin(&mut device, kind::IN, &data);
+                assert_eq!(device.ask(head), (FAILED, 1));
+            }
+            disk.0.borrow_mut().geometry.logical_bytes = 4096;
+            device.engine.refresh();
+            let head = begin(&mut device, kind::IN, &pieces);
+            assert_eq!(device.ask(head), (FAILED, 1));
+            let head = begin(&mut device, kind::IN, &[(DATA, 512), (DATA + 512, 3584)]);
+            assert_eq!(device.ask(head), (DONE, 4097));
+        }
+    }
+}
+
+#[test]
+fn zeroes_are_written_without_data() {
+    for fetches in [false, true] {
+        let disk = Disk::new(SECTORS);
+        let mut device = Device::new(&disk, fetches);
+        for (flags, may_unmap) in [(0, false), (1, true)] {
+            let head = device.range(kind::WRITE_ZEROES, 16, 24, flags);
+            assert_eq!(device.ask(head), (DONE, 1));
+            assert_eq!(disk.deeds(), [Deed::WriteZeroes(16, 24, may_unmap)]);
+        }
+        for (sector, sectors) in [(0, 0), (SECTORS - 1, 2), (u64::MAX, 1)] {
+            let head = device.range(kind::WRITE_ZEROES, sector, sectors, 0);
+            assert_eq!(device.ask(head), (FAILED, 1));
+        }
+        let statistics = device.engine.statistics();
+        assert_eq!((statistics.zeroes, statistics.discards, statistics.errors), (2, 0, 3));
+        assert_eq!(disk.deeds(), []);
+    }
+}
+
+#[test]
+fn what_the_wire_settles_itself_is_answered_and_is_neither_io_nor_an_error() {
+    for fetches in [false, true] {
+        let disk = Disk::new(SECTORS);
+        let mut device = Device::new(&disk, fetches);
+        let head = device.request(kind::GET_ID, 0, &[(DATA, 20)]);
+        assert_eq!(device.ask(head), (DONE, 21));
+        assert_eq!(device.guest.read(DATA, 20), IDENTITY);
+        assert_eq!(device.engine.in_progress(), 0);
+        let statistics = device.engine.statistics();
+        assert_eq!((statistics.commits, statistics.reads, statistics.errors), (1, 0, 0));
+        assert_eq!(disk.deeds(), []);
     }
 }
 
@@ -400,13 +490,15 @@ fn what_the_store_does_not_do_is_taken_back() {
     let barrier: Begin = |device| device.request(kind::BARRIER, 0, &[]);
     let discard: Begin = |device| device.discard(kind::DISCARD, 8, 8);
     let erase: Begin = |device| device.discard(kind::SECURE_ERASE, 8, 8);
-    // Which of the four are gone with which.
-    let all = [flush, barrier, discard, erase];
+    let zeroes: Begin = |device| device.discard(kind::WRITE_ZEROES, 8, 8);
+    // Which of the five are gone with which.
+    let all = [flush, barrier, discard, erase, zeroes];
     let gone = [
-        [true, true, false, false],
-        [true, true, false, false],
-        [false, false, true, true],
-        [false, false, false, true],
+        [true, true, false, false, false],
+        [true, true, false, false, false],
+        [false, false, true, true, false],
+        [false, false, false, true, false],
+        [false, false, false, false, true],
     ];
     for (begin, gone) in all.iter().zip(gone) {
         let disk = Disk::new(SECTORS);
@@ -428,6 +520,7 @@ fn what_the_store_does_not_do_is_taken_back() {
             features.barrier,
             features.discard.is_some(),
             features.discard.is_some() && features.secure_discard,
+            features.write_zeroes,
         ];
         assert_eq!(left.map(|left| !left), gone);
     }
@@ -442,7 +535,7 @@ fn a_read_only_disk_is_not_written_and_not_discarded() {
         let head = device.request(kind, 0, &[(DATA, 4096)]);
         assert_eq!(device.ask(head), (FAILED, 1));
     }
-    for kind in [kind::DISCARD, kind::SECURE_ERASE] {
+    for kind in [kind::DISCARD, kind::SECURE_ERASE, kind::WRITE_ZEROES] {
         let head = device.discard(kind, 0, 8);
         assert_eq!(device.ask(head), (FAILED, 1));
     }

@@ -125,10 +125,11 @@ unsafe impl PeerMemory for Reached {
     }
 
     fn at_hand(&mut self, segment: &Segment<Address>, _access: Access) -> Option<NonNull<u8>> {
-        if self.fetches && segment.bytes >= 512 {
+        let address = segment.handle.0 + u64::from(segment.offset);
+        if self.fetches && segment.bytes >= 512 || !address.is_multiple_of(8) {
             return None;
         }
-        self.guest.find(segment.handle.0 + u64::from(segment.offset), segment.bytes.into())
+        self.guest.find(address, segment.bytes.into())
     }
 
     fn pages_at_hand(&mut self, _access: Access) -> impl FnMut(u64) -> Option<NonNull<u8>> {
@@ -222,6 +223,9 @@ pub mod kind {
     pub const SECURE_ERASE: u32 = 14;
     pub const BARRIER: u32 = 0x8000_0000;
 }
+
+/// What a device says to GET_ID.
+pub const IDENTITY: &[u8; 20] = b"a disk of this test\0";
 
 /// A descriptor: an address, a length, whether the device writes to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -325,12 +329,21 @@ impl Wire for Virtqueue {
             kind::BARRIER => Code::Barrier,
             kind::DISCARD => Code::Discard,
             kind::SECURE_ERASE => Code::SecureDiscard,
+            kind::WRITE_ZEROES => Code::WriteZeroes,
+            kind::GET_ID => {
+                let into = chain.data.first().map(|data| at(data.address, IDENTITY.len() as u32));
+                let base = into.and_then(|into| memory.at_hand(&into, Access::ReadWrite));
+                let Some(base) = base else { return Ok(Taken::Refused(Status::Failed)) };
+                // SAFETY: at hand in this round.
+                unsafe { SharedRegion::new(base, IDENTITY.len()) }.write_bytes(0, IDENTITY);
+                return Ok(Taken::Settled(IDENTITY.len() as u64));
+            }
             _ => return Ok(Taken::Refused(Status::NotSupported)),
         };
         self.incoming.command = Command { code, sector, sectors: 0 };
         (self.data, self.tables) = (chain.data, Vec::new());
-        if matches!(code, Code::Discard | Code::SecureDiscard) {
-            // The range is in the data.
+        if code.is_range() {
+            // The range is in the data, and whether it may be unmapped.
             let range = self.data.first().filter(|data| data.bytes == 16);
             let Some(range) = range.and_then(|data| copy::<16>(memory, data.address)) else {
                 return Ok(Taken::Refused(Status::Failed));
@@ -340,6 +353,9 @@ impl Wire for Virtqueue {
                 u64::from_le_bytes(range[..8].try_into().expect("eight bytes"));
             self.incoming.command.sectors =
                 u32::from_le_bytes(range[8..12].try_into().expect("four bytes")).into();
+            if code == Code::WriteZeroes && range[12] & 1 == 1 {
+                self.incoming.command.code = Code::WriteZeroesMayUnmap;
+            }
         }
         self.incoming.list = List::Direct(self.data.len());
         if let Some((tables, count)) = chain.tables {
