@@ -6,9 +6,7 @@
 use std::env;
 
 fn main() {
-    let folder = env::var("CARGO_MANIFEST_DIR").expect("cargo sets it");
-    let script = format!("{folder}/pvh.ld");
-    println!("cargo:rerun-if-changed={script}");
+    let script = env::var("DEP_PVH_GUEST_LINKER_SCRIPT").expect("pvh-guest says where it is");
     println!("cargo:linker_script={script}");
     if env::var("CARGO_CFG_TARGET_OS").as_deref() == Ok("none") {
         // This package's own examples are images too.

@@ -11,7 +11,7 @@ use crate::report::{Tally, heading, say};
 use crate::shell;
 
 /// Crates that must build for a 64-bit x86 machine without an operating system.
-const BARE_X86_64: [&str; 10] = [
+const BARE_X86_64: [&str; 11] = [
     "pvblk",
     "pvblk-xen",
     "xen-blkfront",
@@ -19,6 +19,7 @@ const BARE_X86_64: [&str; 10] = [
     "xen-blkback",
     "pvblk-stores",
     "xen-hypercalls",
+    "pvh-guest",
     "xen-guest",
     "unikernel",
     "driver-domain",

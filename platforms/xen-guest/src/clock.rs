@@ -4,15 +4,13 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use xen_hypercalls::shared_info::VcpuTimeInfo;
 
-use crate::arch;
-
 /// The latest time given out: the clock must not go back when Xen corrects its parameters.
 static LATEST: AtomicU64 = AtomicU64::new(0);
 
 /// Nanoseconds of system time. 0 before the shared page is there.
 pub(crate) fn now() -> u64 {
     let Some(shared) = crate::events::shared_info() else { return 0 };
-    let time = read(&shared.vcpu_info[0].time, arch::counter);
+    let time = read(&shared.vcpu_info[0].time, pvh_guest::counter);
     LATEST.fetch_max(time, Ordering::Relaxed).max(time)
 }
 

@@ -6,12 +6,12 @@
 
 use core::fmt;
 
+use pvh_guest::sync::Locked;
 use xen_hypercalls::event_channel::Port;
 use xen_hypercalls::sched;
 
 use crate::byte_ring::ByteRing;
-use crate::sync::Locked;
-use crate::{arch, clock, events};
+use crate::{clock, debug_port, events};
 
 /// Bytes of the ring for output.
 const RING_BYTES: u32 = 2048;
@@ -62,11 +62,6 @@ pub fn print(text: fmt::Arguments<'_>) {
     let _ = fmt::Write::write_fmt(&mut out, text);
 }
 
-/// A writer for the last words of a program.
-pub(crate) fn emergency() -> Writer {
-    Writer { signal: None }
-}
-
 /// Waits until the console daemon has read everything, but not for ever.
 pub(crate) fn flush() {
     let give_up = clock::now() + FLUSH_NANOSECONDS;
@@ -83,7 +78,7 @@ pub(crate) fn flush() {
 }
 
 /// Writes to the console; its daemon is told once, when the writer is dropped.
-pub(crate) struct Writer {
+struct Writer {
     signal: Option<Port>,
 }
 
@@ -97,7 +92,7 @@ impl Writer {
                 Some((ring.output.write(rest).ok()?, ring.port))
             });
             // No ring, a broken ring, or one that this very code was using when it failed.
-            let Some(Some((written, port))) = step else { return arch::debug_port::write(rest) };
+            let Some(Some((written, port))) = step else { return debug_port::write(rest) };
             rest = &rest[written..];
             self.signal = Some(port);
             if !rest.is_empty() {

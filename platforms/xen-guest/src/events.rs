@@ -8,13 +8,13 @@ use core::ptr;
 use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 use core::task::Waker;
 
+use pvh_guest::interrupts;
+use pvh_guest::sync::{Locked, without_interrupts};
 use xen_hypercalls::event_channel as op;
 use xen_hypercalls::shared_info::SharedInfo;
 use xen_hypercalls::{Errno, vcpu};
 
-use crate::arch::interrupts;
 use crate::clock;
-use crate::sync::{Locked, without_interrupts};
 
 /// Ports that can be used. Xen gives the lowest that is free, so this is a limit on how many are
 /// open at a time; the ABI has 4096.

@@ -9,8 +9,8 @@
 use core::ptr::NonNull;
 use core::sync::atomic::AtomicU64;
 
-use crate::pages::PAGE_BYTES;
-use crate::sync::Locked;
+use pvh_guest::pages::PAGE_BYTES;
+use pvh_guest::sync::Locked;
 
 /// Slots that the window grows by: their places in the list of free ones fill a page.
 const CHUNK: usize = PAGE_BYTES / size_of::<u32>();

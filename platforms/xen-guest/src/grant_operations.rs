@@ -8,6 +8,7 @@ use pvblk::memory::Access;
 use pvblk_xen::platform::{
     CopyDirection, CopyOperation, DomainId, ForeignError, GrantRef, MapOperation, MappedPage,
 };
+use pvh_guest::pages::PAGE_BYTES;
 use xen_hypercalls::grant_table::{
     self, CopyPointer, GNTCOPY_DEST_GREF, GNTCOPY_SOURCE_GREF, GNTMAP_HOST_MAP, GNTMAP_READONLY,
     GrantCopy, MapGrantRef, Status, UnmapGrantRef,
@@ -15,7 +16,6 @@ use xen_hypercalls::grant_table::{
 use xen_hypercalls::{DOMID_SELF, sched};
 
 use crate::foreign::Window;
-use crate::pages::PAGE_BYTES;
 
 /// Operations in one hypercall. (Xen itself flushes the TLB once in 32 unmappings.)
 const BATCH: usize = 64;

@@ -2,12 +2,11 @@
 
 use core::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
+use pvh_guest::pages::PAGE_BYTES;
+use pvh_guest::sync::Locked;
 use xen_hypercalls::grant_table::{
     self, GTF_PERMIT_ACCESS, GTF_READING, GTF_READONLY, GTF_WRITING, RESERVED_ENTRIES,
 };
-
-use crate::pages::PAGE_BYTES;
-use crate::sync::Locked;
 
 /// An entry as it is in memory: Xen sets bits in the flags at any time.
 #[repr(C)]

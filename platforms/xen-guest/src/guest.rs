@@ -2,13 +2,14 @@
 
 use core::ops::Range;
 
+use pvh_guest::command_line::argument;
+use pvh_guest::pages;
+use pvh_guest::ram::Ram;
+
 use crate::foreign::Window;
 use crate::grants::GrantTable;
 use crate::store::Store;
-use crate::{PortStatistics, Statistics, clock, events, pages};
-
-/// Ranges of RAM that are taken note of. A PVH guest has one or two.
-const MAX_RAM_RANGES: usize = 8;
+use crate::{PortStatistics, Statistics, clock, events};
 
 /// The running guest.
 ///
@@ -20,7 +21,7 @@ pub struct Guest {
     pub(crate) store: Store,
     command_line: &'static str,
     module: Option<&'static [u8]>,
-    ram: ([Range<u64>; MAX_RAM_RANGES], usize),
+    ram: Ram,
 }
 
 impl Guest {
@@ -46,8 +47,7 @@ impl Guest {
     /// The guest's RAM: ranges of guest-physical addresses in bytes, as the hypervisor reported it.
     #[must_use]
     pub fn ram(&self) -> &[Range<u64>] {
-        let (ranges, count) = &self.ram;
-        &ranges[..*count]
+        self.ram.ranges()
     }
 
     /// Makes room for `pages` pages of other domains, besides those that are mapped now: mapping
@@ -100,13 +100,6 @@ impl Guest {
     }
 }
 
-fn argument<'a>(command_line: &'a str, key: &str) -> Option<&'a str> {
-    command_line
-        .split_ascii_whitespace()
-        .rev()
-        .find_map(|word| word.strip_prefix(key)?.strip_prefix('='))
-}
-
 #[cfg(target_os = "none")]
 pub(crate) use start::start;
 
@@ -115,26 +108,23 @@ pub(crate) use start::start;
 mod start {
     use core::cell::UnsafeCell;
     use core::mem::MaybeUninit;
-    use core::ops::Range;
 
+    use pvh_guest::pages::{self, PAGE_BYTES};
+    use pvh_guest::ram::Ram;
+    use pvh_guest::{FIRST_VECTOR, StartInfo, interrupts, paging};
     use xen_hypercalls::grant_table;
     use xen_hypercalls::hvm::{self, Parameter};
     use xen_hypercalls::memory::{self, MapSpace};
 
-    use super::{Guest, MAX_RAM_RANGES};
-    use crate::arch::start_info::StartInfo;
-    use crate::arch::{descriptors, interrupts, paging};
+    use super::Guest;
     use crate::foreign::{Machine, Window};
     use crate::grants::{ENTRIES_PER_FRAME, GrantTable};
-    use crate::pages::PAGE_BYTES;
     use crate::store::Store;
-    use crate::{console, events, pages};
+    use crate::{console, events};
 
     const MIB: u64 = 1 << 20;
     const GIB: u64 = 1 << 30;
     const FOUR_GIB: u64 = 1 << 32;
-    /// Firmware tables and the unmapped page 0 are below; none of it is handed out.
-    const LOWEST_RAM: u64 = MIB;
     /// Interrupt controllers and the pages shared with the toolstack's daemons are above.
     const HIGHEST_GAP: u64 = 0xf000_0000;
 
@@ -150,26 +140,14 @@ mod start {
         safe fn xen_guest_main(guest: &'static Guest) -> !;
     }
 
-    unsafe extern "C" {
-        static xen_guest_image_end: u8;
-    }
-
-    /// # Safety
-    ///
-    /// Called once, by the entry code, on its stack, with interrupts off and the tables loaded.
-    /// `start_info` is the address that the hypervisor gave.
-    pub(crate) unsafe fn start(start_info: u32) -> ! {
-        // SAFETY: the caller's promise; what the start info occupies is reserved below.
-        let Some(info) = (unsafe { StartInfo::new(start_info) }) else {
-            panic!("the hypervisor gave no start info");
-        };
-
-        // SAFETY: nothing else uses the RAM yet, and all of it below 4 GiB is mapped.
-        let ram = unsafe { take_memory(&info) };
+    /// Called once, by the entry code.
+    pub(crate) fn start(info: &StartInfo) -> ! {
+        // SAFETY: nothing else uses the RAM yet: interrupts are off, and this is the start.
+        let ram = unsafe { Ram::take(info) };
         let size = grant_table::query_size().expect("the grant table has a size");
         let table_bytes = u64::from(size.max_frames) * PAGE_BYTES as u64;
         // The shared page, then the grant table.
-        let shared = find_place(&info, PAGE_BYTES as u64 + table_bytes);
+        let shared = find_place(info, PAGE_BYTES as u64 + table_bytes);
         TABLE_FRAME.store(shared / PAGE_BYTES as u64 + 1, core::sync::atomic::Ordering::Relaxed);
         // SAFETY: nobody uses that place, and its addresses are mapped to themselves.
         unsafe {
@@ -202,23 +180,18 @@ mod start {
         let store = unsafe { Store::new(store_page, store_port) };
 
         // SAFETY: the handler of the vector is in place.
-        unsafe {
-            hvm::set_parameter(
-                Parameter::CallbackIrq,
-                hvm::callback_vector(descriptors::EVENT_VECTOR),
-            )
-        }
-        .expect("events can be delivered as an interrupt vector");
+        unsafe { hvm::set_parameter(Parameter::CallbackIrq, hvm::callback_vector(FIRST_VECTOR)) }
+            .expect("events can be delivered as an interrupt vector");
         events::start_timer().expect("the timer can be bound");
 
         #[cfg(feature = "heap")]
-        crate::heap::start();
+        pvh_guest::heap::start();
         #[cfg(feature = "log")]
-        crate::logger::start(super::argument(info.command_line(), "log"));
+        pvh_guest::logger::start(super::argument(info.command_line(), "log"));
 
         let guest = Guest {
             grants,
-            foreign: foreign_window(&info),
+            foreign: foreign_window(info),
             store,
             command_line: info.command_line(),
             module: info.module(),
@@ -243,72 +216,13 @@ mod start {
     fn foreign_window(info: &StartInfo) -> Window {
         let ends = info.memory_map().map(|(start, bytes, _)| start.saturating_add(bytes));
         let end = ends.max().unwrap_or(0).clamp(FOUR_GIB, paging::MOST);
-        let machine = Machine { allocate: || pages::allocate(1), map_gib };
+        let machine = Machine { allocate: || pages::allocate(1), map_gib: paging::map_gib };
         Window::new(end.next_multiple_of(GIB), paging::end_of_addresses(), machine)
-    }
-
-    fn map_gib(number: u64) -> bool {
-        let Some(directory) = pages::allocate(1) else { return false };
-        // SAFETY: the page was just allocated and is not given back. The window begins above what
-        // is mapped at the start, ends below what the tables can map, and asks for each GiB once.
-        unsafe { paging::map_gib(number, directory.addr().get() as u64) };
-        true
     }
 
     /// Memory is mapped to itself.
     fn address(physical: u64) -> *mut u8 {
         core::ptr::with_exposed_provenance_mut(physical as usize)
-    }
-
-    /// Gives the page allocator the RAM.
-    ///
-    /// # Safety
-    ///
-    /// Called once; nobody uses the RAM but the image and the start info.
-    unsafe fn take_memory(info: &StartInfo) -> ([Range<u64>; MAX_RAM_RANGES], usize) {
-        let mut ranges = [const { 0..0 }; MAX_RAM_RANGES];
-        let mut count = 0;
-        let ram = info.memory_map().filter(|(_, _, is_ram)| *is_ram);
-        for (start, bytes, _) in ram.take(MAX_RAM_RANGES) {
-            ranges[count] = start..start.saturating_add(bytes);
-            count += 1;
-        }
-
-        let mut low = [const { 0..0 }; MAX_RAM_RANGES];
-        for (part, range) in low.iter_mut().zip(&ranges) {
-            let (start, end) = (range.start.max(LOWEST_RAM), range.end.min(FOUR_GIB));
-            *part = start..end.max(start);
-        }
-        let image_end = &raw const xen_guest_image_end as u64;
-        let occupied = info.occupied().chain(core::iter::once(0..image_end));
-        let occupied = core::array::from_fn::<_, 32, _>({
-            let mut rest = occupied;
-            move |_| rest.next().unwrap_or(0..0)
-        });
-        // SAFETY: the entry code mapped the first 4 GiB to themselves; what is in use is in the
-        // list of what is occupied.
-        unsafe {
-            pages::start(
-                &low,
-                ranges.iter().map(|r| r.end).max().unwrap_or(0),
-                occupied.iter().cloned(),
-            )
-        }
-        .expect("there is RAM");
-
-        let end = ranges.iter().map(|range| range.end).max().unwrap_or(0);
-        // SAFETY: at the start, with interrupts off; the pages are below 4 GiB so far and stay.
-        let mapped = unsafe {
-            paging::identity_map(end, || pages::allocate(1).map(|page| page.addr().get() as u64))
-        };
-        for range in &ranges[..count] {
-            let (start, end) = (range.start.max(FOUR_GIB), range.end.min(mapped));
-            if start < end {
-                // SAFETY: just mapped, and not used yet.
-                unsafe { pages::add(start..end) };
-            }
-        }
-        (ranges, count)
     }
 
     /// Guest-physical addresses below 4 GiB for pages of the hypervisor: the first gap in the memory
@@ -336,19 +250,5 @@ mod start {
             // SAFETY: the toolstack made this page for the console; every port is masked.
             unsafe { console::start(address(frame * PAGE_BYTES as u64), port) };
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::argument;
-
-    #[test]
-    fn arguments_are_whole_words_and_the_last_counts() {
-        let line = "mode=read disk=xvda  mode=write modest=1";
-        assert_eq!(argument(line, "mode"), Some("write"));
-        assert_eq!(argument(line, "modes"), None);
-        assert_eq!(argument(line, "disk"), Some("xvda"));
-        assert_eq!(argument("", "disk"), None);
     }
 }

@@ -40,44 +40,28 @@ compile_error!("choose one of the features `log` and `defmt` of xen-guest, not b
 #[cfg(all(target_os = "none", not(target_arch = "x86_64")))]
 compile_error!("xen-guest knows x86_64 PVH guests only, so far");
 
-#[cfg(target_arch = "x86_64")]
-mod x86_64;
-#[cfg(target_arch = "x86_64")]
-use x86_64 as arch;
-
 mod byte_ring;
 mod clock;
 pub mod console;
-#[cfg(all(target_os = "none", feature = "critical-section"))]
-mod critical_section;
-#[cfg(all(target_os = "none", feature = "defmt"))]
-mod defmt_logger;
+mod debug_port;
 mod events;
 mod foreign;
-mod frames;
 mod grant_operations;
 mod grants;
 mod guest;
-#[cfg(all(target_os = "none", feature = "heap"))]
-mod heap;
-#[cfg(all(target_os = "none", feature = "log"))]
-mod logger;
-mod pages;
 mod platform;
 mod power;
+#[cfg(target_os = "none")]
+mod runtime;
 mod statistics;
 mod store;
-mod sync;
 
 pub use guest::Guest;
 pub use power::{crash, power_off, reboot};
 pub use statistics::{PortStatistics, Statistics};
 
 #[doc(hidden)]
-pub use pvh as __pvh;
-#[cfg(target_os = "none")]
-#[doc(hidden)]
-pub use x86_64::xen_guest_start32 as __start32;
+pub use pvh_guest as __pvh_guest;
 
 /// Names the program's main function, of type `fn(&'static Guest) -> !`. Used once an image.
 ///
@@ -86,7 +70,7 @@ pub use x86_64::xen_guest_start32 as __start32;
 macro_rules! entry {
     ($start:path) => {
         #[cfg(target_os = "none")]
-        $crate::__pvh::xen_elfnote_phys32_entry!($crate::__start32);
+        $crate::__pvh_guest::note!();
 
         #[cfg(target_os = "none")]
         #[unsafe(no_mangle)]
@@ -98,14 +82,4 @@ macro_rules! entry {
         #[cfg(not(target_os = "none"))]
         const _: fn(&'static $crate::Guest) -> ! = $start;
     };
-}
-
-#[cfg(target_os = "none")]
-#[panic_handler]
-fn panic(info: &core::panic::PanicInfo<'_>) -> ! {
-    use core::fmt::Write;
-
-    // Writing to the console cannot fail.
-    let _ = writeln!(console::emergency(), "\n{info}");
-    crash()
 }

@@ -8,9 +8,10 @@ use pvblk_xen::platform::{
     Clock, CopyOperation, DomainId, EventChannels, EventError, ForeignGrants, GrantError, GrantRef,
     Grants, MapOperation, MappedPage, Port, StillMapped, StoreBroken, StoreTransport,
 };
+use pvh_guest::pages;
 use xen_hypercalls::{Errno, event_channel};
 
-use crate::{Guest, clock, events, grant_operations, pages};
+use crate::{Guest, clock, events, grant_operations};
 
 // SAFETY: the pages come from the guest's RAM, each given out once until it is released, aligned,
 // zeroed and mapped.

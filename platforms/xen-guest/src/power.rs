@@ -2,7 +2,7 @@
 
 use xen_hypercalls::sched::{self, ShutdownReason};
 
-use crate::{arch, console};
+use crate::console;
 
 /// Ends the domain normally, once the console's output was read (or two seconds have passed).
 pub fn power_off() -> ! {
@@ -23,5 +23,5 @@ fn end(reason: ShutdownReason) -> ! {
     console::flush();
     // It returns only if it was refused; then there is nothing left to do but to stop.
     let _ = sched::shutdown(reason);
-    arch::interrupts::halt_forever()
+    pvh_guest::interrupts::halt_forever()
 }

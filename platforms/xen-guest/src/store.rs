@@ -3,11 +3,11 @@
 use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use core::task::Waker;
 
+use pvh_guest::sync::Locked;
 use xen_hypercalls::event_channel::Port;
 
 use crate::byte_ring::{BadIndex, ByteRing};
 use crate::events;
-use crate::sync::Locked;
 
 /// `XENSTORE_RING_SIZE`.
 const RING_BYTES: u32 = 1024;

@@ -1,15 +1,17 @@
 //! From the hypervisor's 32-bit entry to Rust in 64-bit mode.
 //!
-//! Xen enters with paging off, flat segments, interrupts off and the address of the start info in
+//! The hypervisor enters with paging off, flat segments, interrupts off and the address of the start info in
 //! ebx (`docs/misc/pvh.pandoc` in Xen's tree). The tables made here map the first 4 GiB to
 //! themselves: 2 MiB pages, but for the first 2 MiB, which are mapped page by page so that page 0
 //! and the page under the stack can be left out.
 
 use core::arch::global_asm;
 
+use crate::StartInfo;
+
 unsafe extern "C" {
     /// The entry that the image's ELF note names. Not to be called.
-    pub fn xen_guest_start32() -> !;
+    pub fn pvh_guest_start32() -> !;
 }
 
 /// Bytes of the one stack.
@@ -17,25 +19,25 @@ const STACK_BYTES: usize = 256 * 1024;
 
 global_asm!(
     r#"
-    .section .stack.xen_guest, "aw", @nobits
+    .section .stack.pvh_guest, "aw", @nobits
     .balign 4096
     .skip 4096                      # the guard
     .skip {stack_bytes}
 
-    .section .bss.xen_guest_boot, "aw", @nobits
+    .section .bss.pvh_guest_boot, "aw", @nobits
     .balign 4096
-    .globl xen_guest_pml4
-xen_guest_pml4:
+    .globl pvh_guest_pml4
+pvh_guest_pml4:
     .skip 4096
-    .globl xen_guest_pdpt
-xen_guest_pdpt:
+    .globl pvh_guest_pdpt
+pvh_guest_pdpt:
     .skip 4096
 boot_pd:
     .skip 4096 * 4
 boot_pt:
     .skip 4096
 
-    .section .rodata.xen_guest_boot, "a"
+    .section .rodata.pvh_guest_boot, "a"
     .balign 8
 boot_gdt:                           # null, 64-bit code, data
     .quad 0, 0x00af9b000000ffff, 0x00cf93000000ffff
@@ -43,16 +45,16 @@ boot_gdtr:
     .word 23
     .long boot_gdt
 
-    .section .text.xen_guest_boot, "ax"
+    .section .text.pvh_guest_boot, "ax"
     .code32
-    .globl xen_guest_start32
-xen_guest_start32:
+    .globl pvh_guest_start32
+pvh_guest_start32:
     cld
     cli
-    movl $xen_guest_stack_top, %esp
+    movl $pvh_guest_stack_top, %esp
 
-    movl $xen_guest_pdpt + 3, xen_guest_pml4
-    movl $xen_guest_pdpt, %edi      # four page directories
+    movl $pvh_guest_pdpt + 3, pvh_guest_pml4
+    movl $pvh_guest_pdpt, %edi      # four page directories
     movl $boot_pd + 3, %eax
     movl $4, %ecx
 1:  movl %eax, (%edi)
@@ -80,14 +82,14 @@ xen_guest_start32:
     jnz 3b
     movl $boot_pt + 3, boot_pd
     movl $0, boot_pt                # page 0: a null pointer faults
-    movl $xen_guest_stack_guard, %eax
+    movl $pvh_guest_stack_guard, %eax
     shrl $9, %eax                   # (address / 4096) * 8
     movl $0, boot_pt(%eax)
 
     movl %cr4, %eax
     orl  $0x620, %eax               # PAE, OSFXSR, OSXMMEXCPT
     movl %eax, %cr4
-    movl $xen_guest_pml4, %eax
+    movl $pvh_guest_pml4, %eax
     movl %eax, %cr3
     movl $0xc0000080, %ecx          # EFER.LME
     rdmsr
@@ -119,8 +121,11 @@ xen_guest_start32:
 );
 
 extern "C" fn rust_entry(start_info: u32) -> ! {
-    super::descriptors::load();
-    // SAFETY: called once, by the entry code, with the address that the hypervisor gave; the first
-    // 4 GiB are mapped to themselves, and interrupts are off.
-    unsafe { crate::guest::start(start_info) }
+    crate::descriptors::load();
+    // SAFETY: this is the address that the hypervisor gave; the first 4 GiB are mapped to
+    // themselves, and what the start info occupies is reserved when the RAM is taken.
+    let Some(info) = (unsafe { StartInfo::new(start_info) }) else {
+        panic!("the hypervisor gave no start info");
+    };
+    crate::runtime::start(info)
 }

@@ -5,7 +5,7 @@ use core::ops::Range;
 use pvh::start_info::reader::{IdentityMap, StartInfoReader};
 
 /// The start info, read where it lies.
-pub(crate) struct StartInfo {
+pub struct StartInfo {
     reader: StartInfoReader<'static, IdentityMap>,
     address: u64,
 }
@@ -15,25 +15,25 @@ impl StartInfo {
     ///
     /// `address` is what the hypervisor gave at the entry, and the first 4 GiB are mapped to
     /// themselves. The memory that [`occupied`](Self::occupied) names is not reused.
-    pub(crate) unsafe fn new(address: u32) -> Option<Self> {
+    pub unsafe fn new(address: u32) -> Option<Self> {
         // SAFETY: the caller's promise; the hypervisor vouches for the addresses inside.
         let reader = unsafe { StartInfoReader::from_paddr_identity(address) }?;
         Some(Self { reader, address: u64::from(address) })
     }
 
     /// The command line; empty if there is none, or it is not UTF-8.
-    pub(crate) fn command_line(&self) -> &'static str {
+    pub fn command_line(&self) -> &'static str {
         self.reader.cmdline().and_then(|line| line.to_str().ok()).unwrap_or("")
     }
 
     /// The memory map as (first byte, bytes, whether it is RAM).
-    pub(crate) fn memory_map(&self) -> impl Iterator<Item = (u64, u64, bool)> {
+    pub fn memory_map(&self) -> impl Iterator<Item = (u64, u64, bool)> {
         const RAM: u32 = 1;
         self.reader.memmap().iter().map(|entry| (entry.addr, entry.size, entry.ty == RAM))
     }
 
     /// The memory that the start info and what it points to lie in.
-    pub(crate) fn occupied(&self) -> impl Iterator<Item = Range<u64>> {
+    pub fn occupied(&self) -> impl Iterator<Item = Range<u64>> {
         let raw = self.reader.raw();
         let range = |start: u64, bytes: u64| start..start + bytes;
         [
@@ -48,8 +48,8 @@ impl StartInfo {
         )
     }
 
-    /// The first module's bytes (`ramdisk=` in the domain's configuration), if there is one.
-    pub(crate) fn module(&self) -> Option<&'static [u8]> {
+    /// The first module's bytes, if there is one: on Xen `ramdisk=` in the domain's configuration.
+    pub fn module(&self) -> Option<&'static [u8]> {
         // The slice borrows from the start info's memory, which is never reused.
         self.reader.modlist().next().map(|module| {
             let bytes = module.as_slice();

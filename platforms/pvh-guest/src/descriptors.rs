@@ -2,12 +2,10 @@
 
 use core::arch::{asm, global_asm};
 use core::cell::UnsafeCell;
-use core::fmt::Write;
 
-use crate::power;
+use crate::runtime::{self, FIRST_VECTOR, VECTORS};
 
-/// The interrupt vector that events are delivered as: the first after the processor's own.
-pub(crate) const EVENT_VECTOR: u8 = 32;
+const GATES: usize = FIRST_VECTOR as usize + VECTORS as usize;
 
 const CODE_SELECTOR: u16 = 8;
 const TASK_SELECTOR: u16 = 24;
@@ -58,7 +56,7 @@ struct Tables {
     /// 104 bytes, in 32-bit words because its 64-bit fields are not aligned.
     task_state: [u32; 26],
     segments: [u64; 5],
-    gates: [Gate; EVENT_VECTOR as usize + 1],
+    gates: [Gate; GATES],
 }
 
 struct TablesCell(UnsafeCell<Tables>);
@@ -70,7 +68,7 @@ static TABLES: TablesCell = TablesCell(UnsafeCell::new(Tables {
     exception_stack: [0; EXCEPTION_STACK_BYTES],
     task_state: [0; 26],
     segments: [0; 5],
-    gates: [Gate::EMPTY; EVENT_VECTOR as usize + 1],
+    gates: [Gate::EMPTY; GATES],
 }));
 
 /// What `lgdt` and `lidt` take.
@@ -82,12 +80,13 @@ struct Pointer {
 
 unsafe extern "C" {
     /// 32 stubs of 16 bytes each, one an exception.
-    fn xen_guest_exceptions();
-    fn xen_guest_upcall();
+    fn pvh_guest_exceptions();
+    /// As many stubs of 16 bytes for the platform's interrupts.
+    fn pvh_guest_interrupts();
 }
 
 /// Makes and loads the tables. Called once, by the entry code, with interrupts off.
-pub(super) fn load() {
+pub(crate) fn load() {
     // SAFETY: the only reference, made once, on the one vCPU, with interrupts off.
     let tables = unsafe { &mut *TABLES.0.get() };
 
@@ -106,11 +105,15 @@ pub(super) fn load() {
         task_state >> 32,
     ];
 
-    let stubs = xen_guest_exceptions as *const () as u64;
-    for (vector, gate) in tables.gates.iter_mut().enumerate().take(EVENT_VECTOR as usize) {
+    let stubs = pvh_guest_exceptions as *const () as u64;
+    let (exceptions, interrupts) = tables.gates.split_at_mut(FIRST_VECTOR as usize);
+    for (vector, gate) in exceptions.iter_mut().enumerate() {
         *gate = Gate::interrupt(stubs + 16 * vector as u64, 1);
     }
-    tables.gates[EVENT_VECTOR as usize] = Gate::interrupt(xen_guest_upcall as *const () as u64, 0);
+    let stubs = pvh_guest_interrupts as *const () as u64;
+    for (number, gate) in interrupts.iter_mut().enumerate() {
+        *gate = Gate::interrupt(stubs + 16 * number as u64, 0);
+    }
 
     let gdt = Pointer {
         limit: (size_of_val(&tables.segments) - 1) as u16,
@@ -130,7 +133,7 @@ pub(super) fn load() {
 
 global_asm!(
     r#"
-    .section .text.xen_guest_interrupts, "ax"
+    .section .text.pvh_guest_interrupts, "ax"
     .macro exception_stub vector, has_error_code
     .balign 16
     .if \has_error_code == 0
@@ -140,9 +143,9 @@ global_asm!(
     jmp exception_common
     .endm
 
-    .globl xen_guest_exceptions
+    .globl pvh_guest_exceptions
     .balign 16
-xen_guest_exceptions:
+pvh_guest_exceptions:
     .irp vector, 0,1,2,3,4,5,6,7
     exception_stub \vector, 0
     .endr
@@ -174,37 +177,48 @@ exception_common:
 
     # The processor aligned the stack and pushed five words; with these nine it is aligned again.
     # The Rust side keeps the other registers, and is built without vector registers.
-    .globl xen_guest_upcall
+    .globl pvh_guest_interrupts
     .balign 16
-xen_guest_upcall:
+pvh_guest_interrupts:
+    .set vector, {first}
+    .rept {count}
+    .balign 16
+    push rdi
+    mov edi, vector
+    jmp interrupt_common
+    .set vector, vector + 1
+    .endr
+
+interrupt_common:
     push rax
     push rcx
     push rdx
     push rsi
-    push rdi
     push r8
     push r9
     push r10
     push r11
     cld
-    call {upcall}
+    call {interrupt}
     pop r11
     pop r10
     pop r9
     pop r8
-    pop rdi
     pop rsi
     pop rdx
     pop rcx
     pop rax
+    pop rdi
     iretq
 "#,
     exception = sym exception,
-    upcall = sym upcall,
+    interrupt = sym interrupt,
+    first = const FIRST_VECTOR,
+    count = const VECTORS,
 );
 
-extern "C" fn upcall() {
-    crate::events::upcall();
+extern "C" fn interrupt(vector: u8) {
+    runtime::interrupt(vector);
 }
 
 /// What the stubs and the processor pushed.
@@ -219,18 +233,15 @@ struct ExceptionFrame {
     stack_segment: u64,
 }
 
-/// Tells what happened and ends the domain as crashed.
+/// Tells what happened and ends the guest as crashed.
 extern "C" fn exception(frame: &ExceptionFrame) -> ! {
     let fault_address: u64;
     // SAFETY: reading cr2 has no effect.
     unsafe {
         asm!("mov {}, cr2", out(reg) fault_address, options(nomem, nostack, preserves_flags))
     };
-    let mut out = crate::console::emergency();
-    // Writing to the console cannot fail.
-    let _ = writeln!(
-        out,
-        "\nexception {} ({}), error code {:#x}\n  at {:#x}, stack {:#x}, flags {:#x}, cr2 {:#x}",
+    runtime::print(format_args!(
+        "\nexception {} ({}), error code {:#x}\n  at {:#x}, stack {:#x}, flags {:#x}, cr2 {:#x}\n",
         frame.vector,
         name(frame.vector),
         frame.error_code,
@@ -238,9 +249,8 @@ extern "C" fn exception(frame: &ExceptionFrame) -> ! {
         frame.stack,
         frame.flags,
         fault_address,
-    );
-    drop(out);
-    power::crash()
+    ));
+    runtime::crash()
 }
 
 fn name(vector: u64) -> &'static str {

@@ -3,7 +3,7 @@
 use core::ops::Range;
 
 /// A set of frames that are handed out in runs. A set bit is a frame that is not free.
-pub(crate) struct Frames {
+pub struct Frames {
     words: &'static mut [u64],
     free: usize,
     /// No frame below this is free: where searches for one frame start.
@@ -12,35 +12,35 @@ pub(crate) struct Frames {
 
 impl Frames {
     /// How many words [`new`](Self::new) needs for frames 0 to `end`.
-    pub(crate) const fn words_for(end: usize) -> usize {
+    pub const fn words_for(end: usize) -> usize {
         end.div_ceil(64)
     }
 
     /// No frame is free at first.
-    pub(crate) fn new(words: &'static mut [u64]) -> Self {
+    pub fn new(words: &'static mut [u64]) -> Self {
         words.fill(u64::MAX);
         let lowest = words.len() * 64;
         Self { words, free: 0, lowest }
     }
 
     /// Frames that are free.
-    pub(crate) fn free(&self) -> usize {
+    pub fn free(&self) -> usize {
         self.free
     }
 
     /// Makes frames free; those beyond the set's end are ignored.
-    pub(crate) fn release(&mut self, frames: Range<usize>) {
+    pub fn release(&mut self, frames: Range<usize>) {
         self.lowest = self.lowest.min(frames.start);
         self.update(frames, false);
     }
 
     /// Makes frames not free, whether they were or not.
-    pub(crate) fn reserve(&mut self, frames: Range<usize>) {
+    pub fn reserve(&mut self, frames: Range<usize>) {
         self.update(frames, true);
     }
 
     /// Takes `count` free frames that follow each other, the lowest there are; gives the first.
-    pub(crate) fn take(&mut self, count: usize) -> Option<usize> {
+    pub fn take(&mut self, count: usize) -> Option<usize> {
         if count == 0 || count > self.free {
             return None;
         }

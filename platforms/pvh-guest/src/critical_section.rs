@@ -2,7 +2,7 @@
 
 use critical_section::RawRestoreState;
 
-use crate::arch::interrupts;
+use crate::interrupts;
 
 struct InterruptsOff;
 

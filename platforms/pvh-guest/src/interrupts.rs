@@ -11,7 +11,7 @@ const INTERRUPT_FLAG: u64 = 1 << 9;
 
 /// Switches interrupts off; says whether they were on.
 #[inline]
-pub(crate) fn disable() -> bool {
+pub fn disable() -> bool {
     #[cfg(target_os = "none")]
     {
         let flags: u64;
@@ -26,7 +26,7 @@ pub(crate) fn disable() -> bool {
 
 /// Switches interrupts on.
 #[inline]
-pub(crate) fn enable() {
+pub fn enable() {
     #[cfg(target_os = "none")]
     // SAFETY: changes nothing but the interrupt flag; handlers are in place before any code that
     // calls this. Not `nomem`, as above.
@@ -38,7 +38,7 @@ pub(crate) fn enable() {
 /// Switches interrupts on and sleeps until one comes. There is no gap between the two: the
 /// processor takes interrupts only after the instruction that follows `sti`.
 #[inline]
-pub(crate) fn enable_and_halt() {
+pub fn enable_and_halt() {
     #[cfg(target_os = "none")]
     // SAFETY: as for `enable`.
     unsafe {
@@ -47,7 +47,7 @@ pub(crate) fn enable_and_halt() {
 }
 
 /// Switches interrupts off and stops for good.
-pub(crate) fn halt_forever() -> ! {
+pub fn halt_forever() -> ! {
     loop {
         #[cfg(target_os = "none")]
         // SAFETY: nothing runs any more on this vCPU.

@@ -23,7 +23,7 @@ struct Allocator;
 static ALLOCATOR: Allocator = Allocator;
 
 /// Takes the block for small things.
-pub(crate) fn start() {
+pub fn start() {
     let bytes = (pages::free() * PAGE_BYTES / 16).clamp(SMALLEST, LARGEST);
     if let Some(block) = pages::allocate(bytes / PAGE_BYTES) {
         // SAFETY: these pages were just allocated, and the heap keeps them for good.

@@ -5,8 +5,8 @@ use core::sync::atomic::{AtomicBool, Ordering};
 
 use defmt::Encoder;
 
-use crate::arch::interrupts;
-use crate::console;
+use crate::interrupts;
+use crate::runtime;
 
 #[defmt::global_logger]
 struct ConsoleLogger;
@@ -36,16 +36,16 @@ unsafe impl defmt::Logger for ConsoleLogger {
         assert!(!STATE.taken.swap(true, Ordering::Acquire), "a defmt message inside another");
         STATE.interrupts.store(were_on, Ordering::Relaxed);
         // SAFETY: this is the one user.
-        unsafe { (*STATE.encoder.get()).start_frame(console::write) };
+        unsafe { (*STATE.encoder.get()).start_frame(runtime::write) };
     }
 
     unsafe fn flush() {
-        console::flush();
+        runtime::flush();
     }
 
     unsafe fn release() {
         // SAFETY: this is still the one user.
-        unsafe { (*STATE.encoder.get()).end_frame(console::write) };
+        unsafe { (*STATE.encoder.get()).end_frame(runtime::write) };
         STATE.taken.store(false, Ordering::Release);
         if STATE.interrupts.load(Ordering::Relaxed) {
             interrupts::enable();
@@ -54,6 +54,6 @@ unsafe impl defmt::Logger for ConsoleLogger {
 
     unsafe fn write(bytes: &[u8]) {
         // SAFETY: this is the one user.
-        unsafe { (*STATE.encoder.get()).write(bytes, console::write) };
+        unsafe { (*STATE.encoder.get()).write(bytes, runtime::write) };
     }
 }

@@ -11,7 +11,7 @@ use crate::frames::Frames;
 use crate::sync::Locked;
 
 /// Bytes in a page.
-pub(crate) const PAGE_BYTES: usize = 4096;
+pub const PAGE_BYTES: usize = 4096;
 
 static FRAMES: Locked<Option<Frames>> = Locked::new(None);
 
@@ -23,7 +23,7 @@ static RAM_END: AtomicU64 = AtomicU64::new(0);
 /// # Safety
 ///
 /// `ram` is mapped to itself, and nobody uses the memory in `ram` outside `occupied`.
-pub(crate) unsafe fn start(
+pub unsafe fn start(
     ram: &[Range<u64>],
     end: u64,
     occupied: impl Iterator<Item = Range<u64>> + Clone,
@@ -72,7 +72,7 @@ fn frame_of(address: u64) -> usize {
 ///
 /// `ram` is mapped to itself, and nobody uses it.
 #[cfg(target_os = "none")]
-pub(crate) unsafe fn add(ram: Range<u64>) {
+pub unsafe fn add(ram: Range<u64>) {
     FRAMES.with(|slot| {
         if let Some(frames) = slot {
             let start = ram.start.next_multiple_of(PAGE_BYTES as u64);
@@ -82,7 +82,7 @@ pub(crate) unsafe fn add(ram: Range<u64>) {
 }
 
 /// Takes `count` zeroed pages that follow each other.
-pub(crate) fn allocate(count: usize) -> Option<NonNull<u8>> {
+pub fn allocate(count: usize) -> Option<NonNull<u8>> {
     let first = FRAMES.with(|slot| slot.as_mut()?.take(count))?;
     let base = NonNull::new(core::ptr::with_exposed_provenance_mut::<u8>(first * PAGE_BYTES))?;
     // SAFETY: these frames are mapped to themselves and were free.
@@ -96,7 +96,7 @@ pub(crate) fn allocate(count: usize) -> Option<NonNull<u8>> {
 ///
 /// They are those of one earlier [`allocate`], and nobody uses them any more: not the program, and
 /// no other domain.
-pub(crate) unsafe fn release(base: NonNull<u8>, count: usize) {
+pub unsafe fn release(base: NonNull<u8>, count: usize) {
     let first = base.addr().get() / PAGE_BYTES;
     FRAMES.with(|slot| {
         if let Some(frames) = slot {
@@ -106,12 +106,12 @@ pub(crate) unsafe fn release(base: NonNull<u8>, count: usize) {
 }
 
 /// Pages that are free.
-pub(crate) fn free() -> usize {
+pub fn free() -> usize {
     FRAMES.with(|slot| slot.as_ref().map_or(0, Frames::free))
 }
 
 /// The guest frame of a page; `None` if the address is not a page's or lies beyond all RAM.
-pub(crate) fn frame_of_page(page: NonNull<u8>) -> Option<u32> {
+pub fn frame_of_page(page: NonNull<u8>) -> Option<u32> {
     let address = page.addr().get();
     if !address.is_multiple_of(PAGE_BYTES) || address as u64 >= RAM_END.load(Ordering::Relaxed) {
         return None;

@@ -3,13 +3,13 @@
 use core::cell::UnsafeCell;
 use core::sync::atomic::{AtomicBool, Ordering};
 
-use crate::arch::interrupts;
+use crate::interrupts;
 
 /// A value that is only touched with interrupts off.
 ///
 /// On the one vCPU that is all the exclusion there has to be. The flag is there for what is left:
 /// using a value inside its own use (a fault of this crate), and tests with threads on a host.
-pub(crate) struct Locked<T> {
+pub struct Locked<T> {
     taken: AtomicBool,
     value: UnsafeCell<T>,
 }
@@ -18,7 +18,8 @@ pub(crate) struct Locked<T> {
 unsafe impl<T: Send> Sync for Locked<T> {}
 
 impl<T> Locked<T> {
-    pub(crate) const fn new(value: T) -> Self {
+    /// A value that nobody uses yet.
+    pub const fn new(value: T) -> Self {
         Self { taken: AtomicBool::new(false), value: UnsafeCell::new(value) }
     }
 
@@ -27,7 +28,7 @@ impl<T> Locked<T> {
     /// # Panics
     ///
     /// If the value is in use.
-    pub(crate) fn with<R>(&self, use_it: impl FnOnce(&mut T) -> R) -> R {
+    pub fn with<R>(&self, use_it: impl FnOnce(&mut T) -> R) -> R {
         match self.try_with(use_it) {
             Some(result) => result,
             None => panic!("a guarded value was used while it was in use"),
@@ -35,7 +36,7 @@ impl<T> Locked<T> {
     }
 
     /// Uses the value with interrupts off, unless it is in use.
-    pub(crate) fn try_with<R>(&self, use_it: impl FnOnce(&mut T) -> R) -> Option<R> {
+    pub fn try_with<R>(&self, use_it: impl FnOnce(&mut T) -> R) -> Option<R> {
         without_interrupts(|| {
             if self.taken.swap(true, Ordering::Acquire) {
                 return None;
@@ -51,7 +52,7 @@ impl<T> Locked<T> {
 
 /// Runs something with interrupts off; they are on again afterwards if they were on before.
 #[inline]
-pub(crate) fn without_interrupts<R>(run: impl FnOnce() -> R) -> R {
+pub fn without_interrupts<R>(run: impl FnOnce() -> R) -> R {
     let were_on = interrupts::disable();
     let result = run();
     if were_on {
