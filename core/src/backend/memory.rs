@@ -2,7 +2,7 @@
 
 use core::ptr::NonNull;
 
-use crate::memory::{Access, Handle};
+use crate::memory::{Access, Handle, Piece, SharedRegion, region_of};
 use crate::plan::Segment;
 
 /// A segment that is being fetched, or that was.
@@ -38,6 +38,18 @@ pub unsafe trait PeerMemory {
     /// The segment's memory, if that can be reached without further ado. `access` is what is done to
     /// it: `Read` for what is to be written to the disk.
     fn at_hand(&mut self, segment: &Segment<Self::Handle>, access: Access) -> Option<NonNull<u8>>;
+
+    /// The segment's memory, as [`at_hand`](Self::at_hand), to copy to or from now. For wires that
+    /// keep requests in the peer's memory.
+    #[inline(always)]
+    fn at_hand_region(
+        &mut self,
+        segment: &Segment<Self::Handle>,
+        access: Access,
+    ) -> Option<SharedRegion<'_>> {
+        let base = self.at_hand(segment, access)?;
+        region_of(Piece::new(base, segment.bytes as usize))
+    }
 
     /// Looks many whole pages up, as [`at_hand`](Self::at_hand), by the [bits](Handle::to_bits) of
     /// their handles. Bits that are no handle's are at nobody's hand.

@@ -54,6 +54,10 @@ pub enum Violation {
     /// The peer claims more requests than the ring holds.
     #[error("the peer claims more requests than the ring holds")]
     TooManyRequests,
+    /// A request is not one: its descriptors lie outside of the queue, go in a circle, or cannot be
+    /// reached.
+    #[error("the peer's queue holds a chain of descriptors that is none")]
+    BadChain,
 }
 
 impl From<Overrun> for Violation {

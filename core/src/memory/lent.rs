@@ -26,7 +26,7 @@ impl Piece {
 
     /// `bytes` bytes at `base`. This only names the memory.
     #[inline(always)]
-    pub fn new(base: NonNull<u8>, bytes: usize) -> Self {
+    pub const fn new(base: NonNull<u8>, bytes: usize) -> Self {
         Self { base, bytes }
     }
 
@@ -41,6 +41,15 @@ impl Piece {
     pub fn bytes(&self) -> usize {
         self.bytes
     }
+}
+
+/// A piece that its owner has promised to keep where it is, aligned to 8 bytes, as memory to copy to
+/// and from: see [`PeerMemory::at_hand_region`](crate::backend::PeerMemory::at_hand_region).
+#[inline(always)]
+pub(crate) fn region_of<'a>(piece: Piece) -> Option<SharedRegion<'a>> {
+    let aligned = piece.base.addr().get().is_multiple_of(8);
+    // SAFETY: the implementation of `PeerMemory` vouches for the memory; the alignment was checked.
+    aligned.then(|| unsafe { SharedRegion::new_aligned(piece.base, piece.bytes) })
 }
 
 /// The memory of one request, lent to a [`Store`](crate::backend::Store).

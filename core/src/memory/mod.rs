@@ -12,6 +12,7 @@ mod lent;
 mod pages;
 mod region;
 
+pub(crate) use lent::region_of;
 pub use lent::{Lent, Piece};
 pub use pages::{PageRun, PagesError, SharedPages};
 pub use region::{SharedRegion, Word};
