@@ -30,14 +30,14 @@ pub struct Cursor {
     pub offset: u32,
 }
 
-/// Shared memory inside one page.
+/// Shared memory inside one page, or in pages that follow each other in the peer's eyes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fragment<H> {
-    /// The page.
+    /// The (first) page.
     pub handle: H,
     /// Where the fragment begins, in bytes from the start of the page.
     pub offset: u32,
-    /// How long it is, in bytes, to the end of the page or of the piece.
+    /// How long it is, in bytes.
     pub bytes: u32,
 }
 
@@ -78,7 +78,8 @@ pub trait Payload<H> {
     /// [`StillShared`] if the peer holds on to it. The payload then refuses to be used again.
     fn reclaim(&mut self) -> Result<(), StillShared>;
 
-    /// The fragment at `cursor`. Past the end there are none; the caller stays inside what
+    /// The fragment at `cursor`, to the end of its page or piece. Past the end there are none; the
+    /// caller stays inside what
     /// [`holds`](Self::holds) confirmed.
     fn fragment(&self, cursor: Cursor) -> Option<Fragment<H>>;
 
@@ -115,6 +116,9 @@ pub struct Pool<S: Share> {
     /// half, so that a stale comparison fails.
     head: AtomicU64,
     pages_each: u32,
+    /// How many bytes from its beginning every buffer is one run of memory in the peer's eyes: all
+    /// of it, or a page.
+    run_bytes: AtomicU32,
 }
 
 const NONE: u32 = u32::MAX;
@@ -136,7 +140,10 @@ impl<S: Share> Pool<S> {
             (0..count).map(|i| AtomicU32::new(if i + 1 < count { i + 1 } else { NONE })).collect();
         let head = AtomicU64::new(if count > 0 { 0 } else { u64::from(NONE) });
         // It fits: the product of it and a count does.
-        Ok(Arc::new(Self { pages, next, head, pages_each: pages_each as u32 }))
+        let pages_each = pages_each as u32;
+        let pool = Self { pages, next, head, pages_each, run_bytes: AtomicU32::new(0) };
+        pool.measure_runs();
+        Ok(Arc::new(pool))
     }
 
     /// The size of one buffer in bytes: a multiple of the page.
@@ -181,7 +188,21 @@ impl<S: Share> Pool<S> {
     ///
     /// [`ShareError`].
     pub fn share_anew(&self) -> Result<(), ShareError> {
-        self.pages.share_anew(Access::ReadWrite)
+        let outcome = self.pages.share_anew(Access::ReadWrite);
+        self.measure_runs();
+        outcome
+    }
+
+    /// Notes whether the pages of each buffer follow each other in the peer's eyes.
+    fn measure_runs(&self) {
+        let follows = |page: usize| {
+            page.is_multiple_of(self.pages_each as usize)
+                || self.pages.handle(page).follows(self.pages.handle(page - 1))
+        };
+        let is_run = (0..self.pages.count()).all(follows);
+        let bytes = if is_run { self.bytes_each() } else { PAGE_BYTES };
+        // A cursor counts in 32 bits: larger buffers are cut anyway.
+        self.run_bytes.store(u32::try_from(bytes).unwrap_or(PAGE_BYTES as u32), Ordering::Relaxed);
     }
 }
 
@@ -238,8 +259,8 @@ impl<S: Share> Payload<S::Handle> for PoolBuffer<S> {
     fn registered(&self, bytes: u64) -> Option<Fragment<S::Handle>> {
         let first = (self.number * self.pool.pages_each) as usize;
         let handle = self.pool.pages.handle(first);
-        let fragment = Fragment { handle, offset: 0, bytes: PAGE_BYTES as u32 };
-        (bytes <= PAGE_BYTES as u64).then_some(fragment)
+        let run = self.pool.run_bytes.load(Ordering::Relaxed);
+        (bytes <= u64::from(run)).then_some(Fragment { handle, offset: 0, bytes: run })
     }
 
     #[inline(always)]

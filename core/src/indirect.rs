@@ -96,7 +96,8 @@ impl<S: Share, E: TableEntry> TablePool<S, E> {
     ///
     /// # Errors
     ///
-    /// [`PagesError`] if there is no memory, or no budget to share it.
+    /// [`PagesError`] if there is no memory, or no budget to share it, or if the pages of a table do
+    /// not follow each other in the peer's eyes.
     pub fn new(
         share: S,
         count: u16,
@@ -107,6 +108,12 @@ impl<S: Share, E: TableEntry> TablePool<S, E> {
             return Ok(Self::empty());
         }
         let pages = SharedPages::new(share, usize::from(count) * pages_each, access)?;
+        let follows = |page: usize| {
+            page.is_multiple_of(pages_each) || pages.handle(page).follows(pages.handle(page - 1))
+        };
+        if !(0..pages.count()).all(follows) {
+            return Err(PagesError::Scattered);
+        }
         let next = (0..count).map(|i| if i + 1 < count { i + 1 } else { NONE }).collect();
         let available = usize::from(count);
         let free = 0;

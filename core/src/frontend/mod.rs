@@ -837,7 +837,8 @@ impl<W: Wire, S: Share<Handle = W::Handle>> Link<W, S> {
     #[inline(always)]
     fn segment<P: Payload<W::Handle>>(&self, buffer: &P, bytes: u64) -> Option<Segment<W::Handle>> {
         let Fragment { handle, offset, .. } = buffer.registered(bytes)?;
-        let room = self.wire.has_room(Shape::Direct(1));
+        let fits = bytes <= u64::from(self.limits.segment_bytes);
+        let room = fits && self.wire.has_room(Shape::Direct(1));
         room.then_some(Segment { handle, offset, bytes: bytes as u32 })
     }
 

@@ -17,6 +17,9 @@ pub enum PagesError {
     /// The pages could not be shared with the peer.
     #[error(transparent)]
     Share(#[from] ShareError),
+    /// Pages that follow each other here do not in the peer's eyes.
+    #[error("a run of pages is not one in the peer's eyes: use smaller ones")]
+    Scattered,
 }
 
 /// The handles of whole pages that follow each other in a buffer.

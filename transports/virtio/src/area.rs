@@ -1,9 +1,9 @@
 //! The areas of a driver's queue, in pages of its own.
 
-use pvblk::memory::{Handle, PAGE_BYTES, Share, SharedPages};
+use pvblk::memory::{Handle, PAGE_BYTES, PagesError, Share, SharedPages};
 
 use crate::address::Address;
-use crate::queue::{Addresses, QueueError};
+use crate::queue::Addresses;
 
 /// Where the areas are, in bytes from the first page.
 #[derive(Clone, Copy)]
@@ -29,7 +29,7 @@ impl PageAreas {
     }
 
     /// Whether each area, so many bytes long, is contiguous in the device's eyes.
-    pub fn check<S>(&self, pages: &SharedPages<S>, bytes: [usize; 3]) -> Result<(), QueueError>
+    pub fn check<S>(&self, pages: &SharedPages<S>, bytes: [usize; 3]) -> Result<(), PagesError>
     where
         S: Share<Handle = Address>,
     {
@@ -37,7 +37,7 @@ impl PageAreas {
             let (first, last) = (start / PAGE_BYTES, (start + bytes - 1) / PAGE_BYTES);
             let follows = |page: usize| pages.handle(page + 1).follows(pages.handle(page));
             if !(first..last).all(follows) {
-                return Err(QueueError::Scattered);
+                return Err(PagesError::Scattered);
             }
         }
         Ok(())

@@ -17,6 +17,7 @@ use pvblk::memory::{Access, PAGE_BYTES, SharedRegion};
 use pvblk::plan::Segment;
 
 use crate::address::Address;
+use crate::queue::{Addresses, Area, Rings};
 
 /// A run of guest memory, and where it is here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -348,7 +349,7 @@ impl Ours {
     /// Hands out memory for a segment.
     fn lend(&mut self, address: u64, bytes: usize, access: Access) -> Option<Lease> {
         let (at, taken) = (self.handed_out, bytes.next_multiple_of(SECTOR_BYTES as usize));
-        let end = at.checked_add(taken).filter(|end| *end <= self.pages.bytes())?;
+        let end = at.checked_add(taken).filter(|end| *end <= self.pages.bytes)?;
         if self.slots.len() == self.slots.capacity() {
             return None;
         }
@@ -358,7 +359,7 @@ impl Ours {
         self.copied += 1;
         // The next request must find room for all that it may take.
         let segments = self.slots.capacity() / REQUESTS;
-        let is_enough = self.pages.bytes() - end >= self.longest
+        let is_enough = self.pages.bytes - end >= self.longest
             && self.slots.capacity() - self.slots.len() >= segments;
         self.room = if is_enough { segments } else { 0 };
         Some(lease)
@@ -376,36 +377,92 @@ impl Ours {
 
 /// Pages of ours. They are copied to and from only, as the guest's are.
 struct Pages {
-    pages: NonNull<[MaybeUninit<Page>]>,
+    /// One more than there are: an allocator that is asked for no more than the alignment of a word
+    /// gives untouched memory, if it can.
+    all: NonNull<[MaybeUninit<Page>]>,
+    base: NonNull<u8>,
+    bytes: usize,
 }
 
-#[repr(align(4096))]
-struct Page(#[allow(dead_code)] [u8; PAGE_BYTES]);
+type Page = [u64; PAGE_BYTES / 8];
 
 // SAFETY: the pages belong to this value alone.
 unsafe impl Send for Pages {}
 
 impl Pages {
     fn new(count: usize) -> Self {
-        Self { pages: NonNull::from(Box::leak(Box::<[Page]>::new_zeroed_slice(count))) }
-    }
-
-    fn bytes(&self) -> usize {
-        self.pages.len() * PAGE_BYTES
+        let all = NonNull::from(Box::leak(Box::<[Page]>::new_zeroed_slice(count + 1)));
+        let first = all.cast::<u8>();
+        let before = first.addr().get().next_multiple_of(PAGE_BYTES) - first.addr().get();
+        // SAFETY: less than the one page that there is more.
+        let base = unsafe { first.add(before) };
+        Self { all, base, bytes: count * PAGE_BYTES }
     }
 
     /// A part of them. `at` is a multiple of 8.
     fn part(&self, at: usize, bytes: usize) -> SharedRegion<'_> {
         // SAFETY: the pages are there until the drop, which the borrow precludes; only regions are
-        // made of them, and pages are aligned.
-        unsafe { SharedRegion::new(self.pages.cast(), self.bytes()) }.part(at, bytes)
+        // made of them, and they are aligned.
+        unsafe { SharedRegion::new(self.base, self.bytes) }.part(at, bytes)
     }
 }
 
 impl Drop for Pages {
     fn drop(&mut self) {
         // SAFETY: it came from a box, and nobody has any part of it any more.
-        drop(unsafe { Box::from_raw(self.pages.as_ptr()) });
+        drop(unsafe { Box::from_raw(self.all.as_ptr()) });
+    }
+}
+
+/// A queue in guest memory.
+#[derive(Debug)]
+pub struct GuestRings {
+    /// The descriptor area, the driver area, the device area: the window in which each lies, and how
+    /// far into it. Windows begin at a multiple of 8 bytes, areas need not.
+    areas: [(NonNull<u8>, usize, usize); 3],
+    _ram: GuestRam,
+}
+
+// SAFETY: as for `Region`.
+unsafe impl Send for GuestRings {}
+
+impl GuestRings {
+    /// The queue at these addresses, whose areas have so many bytes. `None` if an area is not in one
+    /// region of the guest's memory. Whether it is aligned as its queue wants it is not asked.
+    pub fn new(ram: GuestRam, addresses: Addresses, bytes: [usize; 3]) -> Option<Self> {
+        let Addresses { descriptors, driver, device } = addresses;
+        let mut areas = [(NonNull::dangling(), 0, 0); 3];
+        let wanted = [descriptors, driver, device].into_iter().zip(bytes);
+        for (area, (address, bytes)) in areas.iter_mut().zip(wanted) {
+            let before = address % 8;
+            let window = ram.window(address - before, before.checked_add(bytes as u64)?)?;
+            *area = (window.base(), window.len(), before as usize);
+        }
+        Some(Self { areas, _ram: ram })
+    }
+
+    #[inline(always)]
+    fn area(&self, number: usize) -> Area<'_> {
+        let (base, bytes, offset) = self.areas[number];
+        // SAFETY: a window of memory that is mapped as long as `_ram`.
+        Area { region: unsafe { SharedRegion::new(base, bytes) }, offset }
+    }
+}
+
+impl Rings for GuestRings {
+    #[inline(always)]
+    fn descriptors(&self) -> Area<'_> {
+        self.area(0)
+    }
+
+    #[inline(always)]
+    fn driver(&self) -> Area<'_> {
+        self.area(1)
+    }
+
+    #[inline(always)]
+    fn device(&self) -> Area<'_> {
+        self.area(2)
     }
 }
 
@@ -602,6 +659,33 @@ mod tests {
         assert_eq!(memory.resolve(Lease::NONE), None);
         memory.give_back(Lease::NONE, true);
         assert!(!memory.release(Lease::NONE));
+    }
+
+    #[test]
+    fn queues_are_found() {
+        let memory = memory();
+        let new = |descriptors, driver, device| {
+            let addresses = Addresses { descriptors, driver, device };
+            GuestRings::new(memory.ram().clone(), addresses, [0x100, 0x16, 0x26])
+        };
+        let rings = new(0x1000, 0x2002, 0x3fda).unwrap();
+        let (driver, device) = (rings.driver(), rings.device());
+        assert_eq!(
+            rings.descriptors().region.base(),
+            memory.ram().window(0x1000, 8).unwrap().base()
+        );
+        assert_eq!((driver.offset, driver.region.len()), (2, 0x18));
+        assert_eq!((device.offset, device.region.len()), (2, 0x28));
+        for (descriptors, driver, device) in [
+            (0x2f10, 0x2002, 0x3000),
+            (0x1000, 0x5fec, 0x3000),
+            (0x1000, 0x2002, 0x3fdc),
+            (0x1000, 0x2002, 0x4000),
+            (u64::MAX, 0x2002, 0x3000),
+            (0x1000, u64::MAX - 7, 0x3000),
+        ] {
+            assert!(new(descriptors, driver, device).is_none());
+        }
     }
 
     #[test]

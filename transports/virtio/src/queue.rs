@@ -18,12 +18,10 @@ pub enum QueueError {
     /// any number up to that if it is packed, at least 3 for a driver.
     #[error("a queue cannot have {0} descriptors")]
     Size(u32),
-    /// There is no memory, or it cannot be shared.
+    /// There is no memory, it cannot be shared, or what must be contiguous in the device's eyes is
+    /// not: a smaller queue may fit.
     #[error(transparent)]
     Pages(#[from] PagesError),
-    /// Pages that follow each other here do not in the device's eyes: a smaller queue may fit.
-    #[error("the memory of the queue is not contiguous in the device's eyes")]
-    Scattered,
     /// An area is not where it can be, or not as large as the queue needs.
     #[error("an area of the queue is misaligned or too small")]
     BadArea,
