@@ -1,5 +1,6 @@
 //! The device's side of a split virtqueue.
 
+use alloc::vec::Vec;
 use core::sync::atomic::Ordering;
 
 use pvblk::backend::{PeerMemory, Violation};
@@ -18,6 +19,8 @@ pub struct DeviceQueue<R: Rings> {
     rings: R,
     available: Consumer<u16>,
     used: Producer<u16>,
+    /// Heads of requests that a predecessor had taken and not answered; the next one is the last.
+    again: Vec<u16>,
     /// The number of descriptors, a power of two, less one.
     mask: u16,
     has_events: bool,
@@ -34,14 +37,35 @@ impl<R: Rings> DeviceQueue<R> {
     ///
     /// [`QueueError::Size`], [`QueueError::BadArea`].
     pub fn attach(rings: R, size: u16, features: Features, next: u16) -> Result<Self, QueueError> {
+        Self::resume(rings, size, features, next, &[])
+    }
+
+    /// Takes up a queue of a device that is gone. `answered` is the index of its next answer, and
+    /// `again` are the heads of the requests that it had taken and not answered, in the order in which
+    /// they came: they are taken first.
+    ///
+    /// # Errors
+    ///
+    /// [`QueueError`], as for [`attach`](Self::attach); `Size` if there are more of them than the
+    /// queue holds.
+    pub fn resume(
+        rings: R,
+        size: u16,
+        features: Features,
+        answered: u16,
+        again: &[u16],
+    ) -> Result<Self, QueueError> {
         let layout = Layout::new(size)?;
         check_area(&rings.descriptors(), layout.descriptors, 8)?;
         check_area(&rings.driver(), layout.driver, 2)?;
         check_area(&rings.device(), layout.device, 4)?;
+        let count = u16::try_from(again.len()).ok().filter(|count| *count <= size);
+        let count = count.ok_or(QueueError::Size(size.into()))?;
         Ok(Self {
             rings,
-            available: Consumer::new(next),
-            used: Producer::new(next),
+            available: Consumer::new(answered.wrapping_add(count)),
+            used: Producer::new(answered),
+            again: again.iter().rev().copied().collect(),
             mask: size - 1,
             has_events: features.contains(Features::EVENT_INDEX),
             has_tables: features.contains(Features::INDIRECT),
@@ -65,6 +89,9 @@ impl<R: Rings> DeviceQueue<R> {
     fn next_head(&mut self) -> Result<Option<u16>, Violation> {
         let mut next = self.available.take();
         if next.is_none() {
+            if let Some(head) = self.again.pop() {
+                return Ok(Some(head));
+            }
             if !self.has_events && !self.quiet {
                 self.quiet = true;
                 self.rings.device().store(FLAGS, UNWANTED);
@@ -167,6 +194,9 @@ impl<R: Rings> queue::DeviceQueue for DeviceQueue<R> {
 
     #[inline]
     fn sleep(&mut self) -> Result<bool, Violation> {
+        if !self.again.is_empty() {
+            return Ok(true);
+        }
         let room = self.room();
         self.quiet = false;
         let (device, driver) = (self.rings.device(), self.rings.driver());
