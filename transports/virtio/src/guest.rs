@@ -17,7 +17,6 @@ use pvblk::memory::{Access, PAGE_BYTES, SharedRegion};
 use pvblk::plan::Segment;
 
 use crate::address::Address;
-use crate::queue::{Addresses, Area, Rings};
 
 /// A run of guest memory, and where it is here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -414,58 +413,6 @@ impl Drop for Pages {
     }
 }
 
-/// A queue in guest memory.
-#[derive(Debug)]
-pub struct GuestRings {
-    /// The descriptor area, the driver area, the device area: the window in which each lies, and how
-    /// far into it. Windows begin at a multiple of 8 bytes, areas need not.
-    areas: [(NonNull<u8>, usize, usize); 3],
-    _ram: GuestRam,
-}
-
-// SAFETY: as for `Region`.
-unsafe impl Send for GuestRings {}
-
-impl GuestRings {
-    /// The queue at these addresses, whose areas have so many bytes. `None` if an area is not in one
-    /// region of the guest's memory. Whether it is aligned as its queue wants it is not asked.
-    pub fn new(ram: GuestRam, addresses: Addresses, bytes: [usize; 3]) -> Option<Self> {
-        let Addresses { descriptors, driver, device } = addresses;
-        let mut areas = [(NonNull::dangling(), 0, 0); 3];
-        let wanted = [descriptors, driver, device].into_iter().zip(bytes);
-        for (area, (address, bytes)) in areas.iter_mut().zip(wanted) {
-            let before = address % 8;
-            let window = ram.window(address - before, before.checked_add(bytes as u64)?)?;
-            *area = (window.base(), window.len(), before as usize);
-        }
-        Some(Self { areas, _ram: ram })
-    }
-
-    #[inline(always)]
-    fn area(&self, number: usize) -> Area<'_> {
-        let (base, bytes, offset) = self.areas[number];
-        // SAFETY: a window of memory that is mapped as long as `_ram`.
-        Area { region: unsafe { SharedRegion::new(base, bytes) }, offset }
-    }
-}
-
-impl Rings for GuestRings {
-    #[inline(always)]
-    fn descriptors(&self) -> Area<'_> {
-        self.area(0)
-    }
-
-    #[inline(always)]
-    fn driver(&self) -> Area<'_> {
-        self.area(1)
-    }
-
-    #[inline(always)]
-    fn device(&self) -> Area<'_> {
-        self.area(2)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use core::sync::atomic::AtomicU64;
@@ -659,33 +606,6 @@ mod tests {
         assert_eq!(memory.resolve(Lease::NONE), None);
         memory.give_back(Lease::NONE, true);
         assert!(!memory.release(Lease::NONE));
-    }
-
-    #[test]
-    fn queues_are_found() {
-        let memory = memory();
-        let new = |descriptors, driver, device| {
-            let addresses = Addresses { descriptors, driver, device };
-            GuestRings::new(memory.ram().clone(), addresses, [0x100, 0x16, 0x26])
-        };
-        let rings = new(0x1000, 0x2002, 0x3fda).unwrap();
-        let (driver, device) = (rings.driver(), rings.device());
-        assert_eq!(
-            rings.descriptors().region.base(),
-            memory.ram().window(0x1000, 8).unwrap().base()
-        );
-        assert_eq!((driver.offset, driver.region.len()), (2, 0x18));
-        assert_eq!((device.offset, device.region.len()), (2, 0x28));
-        for (descriptors, driver, device) in [
-            (0x2f10, 0x2002, 0x3000),
-            (0x1000, 0x5fec, 0x3000),
-            (0x1000, 0x2002, 0x3fdc),
-            (0x1000, 0x2002, 0x4000),
-            (u64::MAX, 0x2002, 0x3000),
-            (0x1000, u64::MAX - 7, 0x3000),
-        ] {
-            assert!(new(descriptors, driver, device).is_none());
-        }
     }
 
     #[test]
