@@ -217,19 +217,26 @@ fn a_server_that_breaks_the_protocol_is_left_and_tried_again() {
     }
 }
 
+/// An answer that the server is shutting down is no answer: the request stays in flight, and the next
+/// server gets it.
 #[test]
 fn a_server_that_shuts_down_is_waited_for() {
     let server = Server::new(1 << 20, Script::default());
-    let mut harness = harness(&server, &NbdOptions::default());
-    server.set(|script| script.error = Some((1, 108)));
-    let other = server.clone();
-    let change = std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_millis(100));
-        other.set(|script| script.error = None);
-    });
-    harness.perform(write(0, 8, 1)).unwrap();
-    change.join().unwrap();
-    assert!(server.state().connections >= 2);
+    let mut harness = harness(&server, &options(Durability::Trusted));
+    let trim = Step::Discard { first: 0, count: 8 };
+    for (command, step) in [(1, write(0, 8, 1)), (0, read(0, 8)), (3, Step::Flush), (4, trim)] {
+        let connections = server.state().connections;
+        server.set(|script| script.error = Some((command, 108)));
+        let other = server.clone();
+        let change = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            other.set(|script| script.error = None);
+        });
+        harness.perform(step).unwrap();
+        change.join().unwrap();
+        assert!(server.state().connections > connections, "command {command}");
+    }
+    harness.verify();
 }
 
 #[test]

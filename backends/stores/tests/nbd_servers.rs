@@ -1,16 +1,18 @@
-//! The NBD client with real servers: qemu-nbd and nbdkit, as far as they are installed; killed and
-//! started again under load.
+//! The NBD client with real servers: qemu-nbd and nbdkit, as far as they are installed; killed or
+//! told to end, and started again, under load.
 #![cfg(feature = "nbd")]
 
 mod common;
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
 use std::net::TcpListener;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
 use common::{Harness, Step, pattern, steps, write};
@@ -20,6 +22,7 @@ use proptest::test_runner::TestRunner;
 use pvblk::backend::{Store, StoreError};
 use pvblk_stores::nbd::{Durability, NbdDisk, NbdError, NbdOptions, NbdStore, Url};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 const SECTORS: u64 = 16384;
@@ -84,6 +87,37 @@ impl Program {
     }
 }
 
+/// A program to start, and who wants to have it.
+type Order = (Command, Sender<io::Result<Child>>);
+
+/// Starts programs, on a thread that lives as long as this process: nbdkit has itself ended when the
+/// thread ends that started it (`PR_SET_PDEATHSIG`).
+static SPAWNER: LazyLock<Sender<Order>> = LazyLock::new(|| {
+    let (sender, orders) = channel::<Order>();
+    std::thread::spawn(move || {
+        for (mut command, customer) in orders {
+            // Who asked waits for it.
+            let _ = customer.send(command.spawn());
+        }
+    });
+    sender
+});
+
+fn spawn(command: Command) -> io::Result<Child> {
+    let (sender, child) = channel();
+    SPAWNER.send((command, sender)).expect("the spawner lives");
+    child.recv().expect("the spawner answers")
+}
+
+/// How a server comes to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// As `kill -9` does it: connections just end.
+    Killed,
+    /// As `kill` does it: nbdkit answers that it is shutting down.
+    Told,
+}
+
 /// Where a server listens.
 enum Place {
     Unix(PathBuf),
@@ -127,14 +161,15 @@ impl Server {
             // Left by one that was killed.
             let _ = std::fs::remove_file(path);
         }
-        let mut command = self.program.command(&self.image(), &self.place, self.read_only);
-        self.child = Some(command.spawn().expect("it is installed"));
+        let command = self.program.command(&self.image(), &self.place, self.read_only);
+        self.child = Some(spawn(command).expect("it is installed"));
     }
 
-    /// As `kill -9` does.
-    fn kill(&mut self) {
+    fn end(&mut self, end: End) {
         if let Some(mut child) = self.child.take() {
-            child.kill().expect("it runs");
+            let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).expect("a number");
+            let signal = if end == End::Told { Signal::TERM } else { Signal::KILL };
+            kill_process(pid, signal).expect("it runs");
             child.wait().expect("it is ours");
         }
     }
@@ -166,7 +201,7 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.kill();
+        self.end(End::Killed);
     }
 }
 
@@ -258,13 +293,10 @@ fn several_queues_where_the_server_allows_them() {
     }
 }
 
-/// Kills and starts a server again and again while operations are in flight. The data is in the
-/// page cache of this host, which lives on, so that nothing may be lost.
-///
-/// With qemu-nbd only: nbdkit ends when the thread ends that started it (PR_SET_PDEATHSIG), which is
-/// here before the disk is read for the last time.
-fn restarts(durability: Durability) {
-    for program in Program::installed().into_iter().filter(|program| *program == Program::Qemu) {
+/// Ends and starts a server again and again while operations are in flight. The data is in the page
+/// cache of this host, which lives on, so that nothing may be lost.
+fn restarts(durability: Durability, end: End) {
+    for program in Program::installed() {
         for tcp in [false, true] {
             let mut server = Server::new(program, tcp, false);
             let store = server.open(durability).queue(16).unwrap();
@@ -274,29 +306,28 @@ fn restarts(durability: Durability) {
                 .into_iter()
                 .filter(|step| durability != Durability::Reported || !matches!(step, Step::Flush))
                 .collect();
-            let over = AtomicBool::new(false);
             let kills = std::thread::scope(|scope| {
-                let (over, server) = (&over, &mut server);
+                let server = &mut server;
                 let killer = scope.spawn(move || {
-                    let mut kills = 0;
-                    while !over.load(Ordering::Relaxed) {
+                    let (mut kills, start) = (0, Instant::now());
+                    while start.elapsed() < Duration::from_secs(3) {
                         std::thread::sleep(Duration::from_millis(100 + kills * 37 % 400));
-                        server.kill();
+                        server.end(end);
                         std::thread::sleep(Duration::from_millis(kills * 13 % 50));
                         server.start();
                         kills += 1;
                     }
                     kills
                 });
-                let start = Instant::now();
-                while start.elapsed() < Duration::from_secs(3) {
+                // Until the last server is there: nbdkit does not end while it has a connection, and
+                // only a request is told that it would.
+                while !killer.is_finished() {
                     harness.run(steps.clone(), 7);
                 }
-                over.store(true, Ordering::Relaxed);
                 killer.join().expect("the killer")
             });
             println!(
-                "{}: {} operations, {kills} kills, {durability:?}",
+                "{}: {} operations, {kills} times {end:?}, {durability:?}",
                 program.name(),
                 harness.completed
             );
@@ -309,17 +340,22 @@ fn restarts(durability: Durability) {
 
 #[test]
 fn killed_under_load_and_trusted() {
-    restarts(Durability::Trusted);
+    restarts(Durability::Trusted, End::Killed);
+}
+
+#[test]
+fn told_to_end_under_load_and_trusted() {
+    restarts(Durability::Trusted, End::Told);
 }
 
 #[test]
 fn killed_under_load_with_writes_that_go_through() {
-    restarts(Durability::WriteThrough);
+    restarts(Durability::WriteThrough, End::Killed);
 }
 
 #[test]
 fn killed_under_load_without_flushes() {
-    restarts(Durability::Reported);
+    restarts(Durability::Reported, End::Killed);
 }
 
 #[test]
@@ -331,7 +367,7 @@ fn a_kill_between_a_write_and_a_flush_is_reported() {
         harness.perform(write(0, 1024, 1)).unwrap();
         harness.perform(Step::Flush).unwrap();
         harness.perform(write(0, 8, 2)).unwrap();
-        server.kill();
+        server.end(End::Killed);
         server.start();
         assert_eq!(harness.perform(Step::Flush), Err(StoreError::Medium));
         harness.perform(Step::Flush).unwrap();
