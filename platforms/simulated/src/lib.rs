@@ -34,6 +34,8 @@ mod life;
 mod mapping;
 #[allow(unsafe_code)]
 mod memory;
+#[allow(unsafe_code)]
+mod ram;
 mod store;
 mod toolstack;
 mod waiting;
@@ -42,5 +44,6 @@ pub use domain::Domain;
 pub use faults::{Faults, Random};
 pub use host::{ActorId, Host, Statistics};
 pub use mapping::{MapError, Mapping};
+pub use ram::Ram;
 pub use store::{StoreError, StoreWatch};
 pub use toolstack::Vbd;

@@ -23,6 +23,7 @@ pub mod feature;
 pub mod guest;
 pub mod packed;
 pub mod queue;
+pub mod rings;
 pub mod split;
 
 pub use address::Address;
