@@ -319,7 +319,7 @@ where
         Submitted::Done(result)
     }
 
-    fn commit(&mut self) {
+    fn commit(&mut self, _requests: &dyn Requests) {
         self.queue.commit();
     }
 

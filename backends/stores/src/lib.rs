@@ -27,6 +27,8 @@ pub mod nbd;
 mod vector;
 #[cfg(any(feature = "file", feature = "nbd"))]
 mod wakeup;
+#[cfg(any(feature = "file", feature = "nbd"))]
+mod zeroes;
 
 #[cfg(any(feature = "file", feature = "nbd"))]
 pub use wakeup::Wakeup;

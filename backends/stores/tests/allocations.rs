@@ -75,7 +75,7 @@ fn count<S: Store>(mut store: S, wakeup: fn(&S) -> Option<Wakeup<'_>>) -> usize 
                 Submitted::Done(result) => result.expect("it is done"),
             }
         }
-        store.commit();
+        store.commit(&requests);
         while in_flight > 0 {
             while let Some(completed) = store.complete(&requests) {
                 completed.result.expect("it is done");

@@ -191,7 +191,7 @@ fn a_disk_that_is_removed_makes_everything_fail() {
         let mut harness = Harness::new(store, wait);
         rig.backend.pause(true);
         (0..8).for_each(|number| harness.submit(write(number * 64, 64, 1)));
-        harness.store.commit();
+        harness.commit();
         rig.backend.die();
         rig.backend.remove_nodes();
         follow(&rig.host, disk, &mut harness.store, |change| *change == Change::Removed);
@@ -209,7 +209,7 @@ fn a_backend_that_is_gone_is_not_waited_for() {
         let mut harness = Harness::new(store, wait);
         rig.backend.pause(true);
         (0..8).for_each(|number| harness.submit(write(number * 64, 64, 1)));
-        harness.store.commit();
+        harness.commit();
         rig.backend.die();
         rig.backend.come_back(BackendConfig::default());
         follow(&rig.host, disk, &mut harness.store, |change| *change == Change::Disconnected);
@@ -226,7 +226,7 @@ fn everything_in_flight_is_waited_for_when_the_memory_goes() {
     rig.with(&Config::default(), (4, 4096, 8), |_, store| {
         let mut harness = Harness::new(store, wait);
         (0..8).for_each(|number| harness.submit(write(number * 64, 64, 1)));
-        harness.store.commit();
+        harness.commit();
         let store = harness.quiesce();
         assert!(rig.backend.read_disk(0, 512 * 512) == pattern(0, 512, 1));
         // And goes on with another client.
@@ -281,7 +281,7 @@ fn a_backend_that_comes_back_finds_everything_in_flight() {
         let mut harness = Harness::new(store, wait);
         rig.backend.pause(true);
         (0..8).for_each(|number| harness.submit(write(number * 64, 64, number)));
-        harness.store.commit();
+        harness.commit();
         rig.backend.die();
         rig.backend.come_back(BackendConfig::default());
         rig.backend.pause(false);

@@ -83,12 +83,13 @@ proptest! {
         batch in 1..8_usize,
         depth in 1..20_u16,
         grain in prop_oneof![Just(8), Just(512), Just(4096)],
+        length_grain in prop_oneof![Just(1), Just(usize::MAX)],
     ) {
         everywhere(|place, options| {
             let image = image(place, 2048);
             let store = FileDisk::open(image.path(), &options).unwrap().queue(depth).unwrap();
             let mut harness = Harness::new(store, wait);
-            harness.grain = grain;
+            (harness.grain, harness.length_grain) = (grain, length_grain);
             harness.run(steps.clone(), batch);
             harness.assert_no_failures();
         });
@@ -154,6 +155,55 @@ fn discarded_sectors_take_no_space() {
     });
 }
 
+/// Some file systems know holes and no other zeroes, some know neither; all of them know how to be
+/// written to. What may be unmapped takes no space where there are holes, and the rest does.
+#[test]
+fn zeroes_are_made_by_the_host_or_written() {
+    everywhere(|place, options| {
+        // More than fits into one call where zeroes are written.
+        let image = image(place, 16384);
+        let disk = FileDisk::open(image.path(), &options).unwrap();
+        assert!(disk.features().write_zeroes);
+        let mut harness = Harness::new(disk.queue(4).unwrap(), wait);
+        let blocks = || image.as_file().metadata().unwrap().blocks();
+        harness.perform(write(0, 16384, 1)).unwrap();
+        harness.perform(Step::WriteZeroes { first: 1, count: 8190, may_unmap: false }).unwrap();
+        harness.perform(Step::Flush).unwrap();
+        assert!(blocks() >= 16384, "the space stays");
+        harness.verify();
+        harness.perform(Step::WriteZeroes { first: 8192, count: 8192, may_unmap: true }).unwrap();
+        if harness.perform(Step::Discard { first: 0, count: 8 }).is_ok() {
+            assert!(blocks() < 16384, "the space is given up");
+        }
+        harness.verify();
+        let read_only = self::options(|options| options.read_only = true);
+        assert!(!FileDisk::open(image.path(), &read_only).unwrap().features().write_zeroes);
+    });
+}
+
+/// Pieces as a guest may have them: of odd lengths, a sector from several of them.
+#[test]
+fn pieces_that_are_no_sectors_go_through_the_page_cache() {
+    everywhere(|place, options| {
+        let image = image(place, 256);
+        let store = FileDisk::open(image.path(), &options).unwrap().queue(4).unwrap();
+        let mut harness = Harness::new(store, wait);
+        harness.length_grain = 1;
+        let cuts = || vec![1, 500, 513, 5000];
+        // Beside one that goes past it.
+        harness.submit(Step::Write { first: 16, count: 16, cuts: vec![4096], seed: 2 });
+        harness.submit(Step::Write { first: 0, count: 16, cuts: cuts(), seed: 1 });
+        harness.settle();
+        harness.submit(Step::Read { first: 8, count: 16, cuts: cuts() });
+        harness.settle();
+        harness.verify();
+        harness.assert_no_failures();
+        let mut bytes = vec![0; 16384];
+        image.as_file().read_exact_at(&mut bytes, 0).unwrap();
+        assert!(bytes == [pattern(0, 16, 1), pattern(16, 16, 2)].concat());
+    });
+}
+
 #[test]
 fn a_file_that_grows_is_seen_and_one_that_shrinks_fails() {
     everywhere(|place, options| {
@@ -209,7 +259,7 @@ fn everything_in_flight_is_waited_for() {
         harness.verify();
         // Without that, too, if the store is just dropped.
         (0..16).for_each(|number| harness.submit(read(number * 256, 256)));
-        harness.store.commit();
+        harness.commit();
         let Harness { store, flying, .. } = harness;
         drop(store);
         drop(flying);
@@ -299,6 +349,12 @@ fn a_block_device_has_its_own_sectors_and_is_ours_alone() {
             harness.submit(Step::Flush);
             harness.submit(Step::Discard { first: 8, count: 800 });
             harness.settle();
+            for may_unmap in [false, true] {
+                harness.submit(Step::WriteZeroes { first: 1024, count: 1024, may_unmap });
+                harness.settle();
+                harness.submit(write(1024, 512, 7));
+                harness.settle();
+            }
             harness.assert_no_failures();
             harness.verify();
             harness.perform(Step::Discard { first: 0, count: 4096 }).unwrap();

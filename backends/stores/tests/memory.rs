@@ -70,6 +70,7 @@ proptest! {
         let heap = Heap::new(longest, 1 << 20);
         let disk = MemoryDisk::new(heap.clone(), geometry(2 * 512 + 24, 512)).unwrap();
         let mut harness = Harness::new(disk, never);
+        harness.length_grain = 1;
         harness.run(steps, batch);
         harness.assert_no_failures();
         drop(harness);
@@ -126,6 +127,8 @@ fn an_extent_of_a_larger_disk_fails() {
         assert_eq!(disk.submit(tag, Operation::Read { extent, memory: memory.lent() }), failed);
         assert_eq!(disk.submit(tag, Operation::Write { extent, memory: memory.lent() }), failed);
         assert_eq!(disk.submit(tag, Operation::Discard { extent, secure: true }), failed);
+        let zeroes = Operation::WriteZeroes { extent, may_unmap: true };
+        assert_eq!(disk.submit(tag, zeroes), failed);
     }
 }
 

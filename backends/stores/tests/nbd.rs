@@ -8,7 +8,9 @@ mod nbd_server;
 use std::time::{Duration, Instant};
 
 use common::{Harness, Step, pattern, read, steps, write};
-use nbd_server::{FLUSH, HAS_FLAGS, MULTIPLE, READ_ONLY, Script, Server, TRIM};
+use nbd_server::{
+    FLUSH, FUA, HAS_FLAGS, MULTIPLE, READ_ONLY, Script, Server, TRIM, Taken, WRITE_ZEROES,
+};
 use proptest::prelude::*;
 use pvblk::backend::{Store, StoreError};
 use pvblk_stores::nbd::{
@@ -51,13 +53,17 @@ proptest! {
         blocks in prop_oneof![Just(None), Just(Some((1, 4096, 10_000))), Just(Some((512, 512, 512)))],
         go in any::<bool>(),
         no_zeroes in any::<bool>(),
+        write_zeroes in any::<bool>(),
     ) {
-        let server = Server::new(2 << 20, Script { blocks, go, no_zeroes, ..Script::default() });
+        let flags = if write_zeroes { Script::default().flags } else { HAS_FLAGS | FLUSH | TRIM };
+        let script = Script { flags, blocks, go, no_zeroes, ..Script::default() };
+        let server = Server::new(2 << 20, script);
         // Without `GO` there is nothing about blocks.
         if !go {
             server.set(|script| script.blocks = None);
         }
         let mut harness = harness(&server, &NbdOptions::default());
+        harness.length_grain = 1;
         harness.run(steps, batch);
         harness.assert_no_failures();
     }
@@ -68,8 +74,12 @@ proptest! {
         batch in 1..8_usize,
         every in 1..30_usize,
         write_through in any::<bool>(),
+        write_zeroes in any::<bool>(),
     ) {
         let server = Server::new(2 << 20, Script::default());
+        if !write_zeroes {
+            server.set(|script| script.flags = HAS_FLAGS | FLUSH | FUA | TRIM);
+        }
         let durability =
             if write_through { Durability::WriteThrough } else { Durability::Trusted };
         let mut harness = harness(&server, &options(durability));
@@ -81,7 +91,7 @@ proptest! {
                 server.set(|script| script.close_after = Some(answered + every % 7));
             }
             batch.iter().for_each(|step| harness.submit(step.clone()));
-            harness.store.commit();
+            harness.commit();
             if number % 5 == 3 {
                 server.crash(write_through && batch.len() % 2 == 0);
             }
@@ -175,6 +185,36 @@ fn what_cannot_be_served_is_refused_with_a_reason() {
 }
 
 #[test]
+fn the_server_makes_zeroes_if_it_can_and_is_sent_them_if_not() {
+    let sectors = 3 << 11;
+    let zeroes = |may_unmap| Step::WriteZeroes { first: 8, count: sectors, may_unmap };
+    for durability in [Durability::Trusted, Durability::WriteThrough] {
+        let fua = if durability == Durability::WriteThrough { 1 } else { 0 };
+        for flags in [Script::default().flags, HAS_FLAGS | FLUSH | FUA] {
+            let server = Server::new(4 << 20, Script { flags, ..Script::default() });
+            let mut harness = harness(&server, &options(durability));
+            assert!(harness.store.features().write_zeroes);
+            for may_unmap in [false, true] {
+                harness.perform(write(0, 8192, 5)).unwrap();
+                server.state().taken.clear();
+                harness.perform(zeroes(may_unmap)).unwrap();
+                let taken = std::mem::take(&mut server.state().taken);
+                let seen = |taken: &Taken| (taken.command, taken.flags, taken.length);
+                let seen: Vec<_> = taken.iter().map(seen).collect();
+                if flags & WRITE_ZEROES != 0 {
+                    let flags = fua | if may_unmap { 0 } else { 2 };
+                    assert_eq!(seen, [(6, flags, sectors as u32 * 512)]);
+                } else {
+                    assert_eq!(seen, [(1, fua, 1 << 20); 3]);
+                }
+                harness.verify();
+            }
+            harness.assert_no_failures();
+        }
+    }
+}
+
+#[test]
 fn an_error_of_the_server_is_one_of_the_medium() {
     let server = Server::new(1 << 20, Script::default());
     let mut harness = harness(&server, &NbdOptions::default());
@@ -184,11 +224,14 @@ fn an_error_of_the_server_is_one_of_the_medium() {
             assert_eq!(harness.perform(step.clone()), Err(StoreError::Medium));
         }
     }
-    let trim = || Step::Discard { first: 0, count: 8 };
-    server.set(|script| script.error = Some((4, 95)));
-    assert_eq!(harness.perform(trim()), Err(StoreError::Unsupported));
-    server.set(|script| script.error = Some((4, 5)));
-    assert_eq!(harness.perform(trim()), Err(StoreError::Medium));
+    let trim = Step::Discard { first: 0, count: 8 };
+    let zeroes = Step::WriteZeroes { first: 0, count: 8, may_unmap: true };
+    for (command, step) in [(4, trim), (6, zeroes)] {
+        server.set(|script| script.error = Some((command, 95)));
+        assert_eq!(harness.perform(step.clone()), Err(StoreError::Unsupported));
+        server.set(|script| script.error = Some((command, 5)));
+        assert_eq!(harness.perform(step), Err(StoreError::Medium));
+    }
     assert_eq!(server.state().connections, 1);
 }
 
@@ -309,7 +352,7 @@ fn a_flush_does_not_claim_what_a_crash_may_have_lost() {
     server.set(|script| script.mute = true);
     harness.submit(Step::Flush);
     harness.submit(Step::Flush);
-    harness.store.commit();
+    harness.commit();
     server.set(|script| script.mute = false);
     server.crash(true);
     harness.settle();
@@ -325,7 +368,7 @@ fn what_is_written_through_survives_a_crash() {
         for number in 0..16 {
             harness.submit(write(number * 8, 8, round));
         }
-        harness.store.commit();
+        harness.commit();
         harness.poll();
         server.crash(true);
         harness.settle();
@@ -369,7 +412,7 @@ fn what_was_sent_on_a_connection_that_was_left_is_not_done_late() {
     other.perform(read(0, 8)).unwrap();
     server.set(|script| script.delay = Duration::from_millis(30));
     (0..10).for_each(|number| one.submit(write(number * 8, 8, 1)));
-    one.store.commit();
+    one.commit();
     // The other queue's connection breaks. So this one's is of an earlier era.
     let answered = server.state().answered;
     server.set(|script| script.instead_of_reply = Some((answered + 1, vec![1; 16])));
@@ -391,12 +434,13 @@ fn another_disk_is_not_taken_for_the_old_one() {
     let mut harness = harness(&server, &options);
     harness.perform(write(0, 8, 1)).unwrap();
     let whole = std::mem::take(&mut server.state().current);
-    for flags in [HAS_FLAGS | FLUSH | TRIM | READ_ONLY, HAS_FLAGS | FLUSH, HAS_FLAGS | TRIM] {
+    let all = FLUSH | TRIM | WRITE_ZEROES;
+    for flags in [all | READ_ONLY, all & !TRIM, all & !FLUSH, all & !WRITE_ZEROES] {
         server.state().current = whole.clone();
-        server.set(|script| script.flags = flags);
+        server.set(|script| script.flags = HAS_FLAGS | flags);
         server.crash(false);
         assert_eq!(harness.perform(read(0, 8)), Err(StoreError::Medium), "{flags}");
-        server.set(|script| script.flags = HAS_FLAGS | FLUSH | TRIM);
+        server.set(|script| script.flags = HAS_FLAGS | all);
         come_back(&mut harness);
     }
     server.state().current = whole[..1 << 19].to_vec();
@@ -416,7 +460,7 @@ fn memory_that_goes_is_not_touched_any_more() {
     let mut harness = Harness::new(disk.queue(16).unwrap(), wait);
     server.set(|script| script.delay = Duration::from_millis(20));
     (0..16).for_each(|number| harness.submit(write(number * 256, 256, 1)));
-    harness.store.commit();
+    harness.commit();
     // In time: everything is done.
     let store = harness.quiesce();
     server.set(|script| script.delay = Duration::ZERO);
@@ -425,7 +469,7 @@ fn memory_that_goes_is_not_touched_any_more() {
     let mut harness = Harness::new(store, wait);
     server.set(|script| script.mute = true);
     (0..16).for_each(|number| harness.submit(read(number * 256, 256)));
-    harness.store.commit();
+    harness.commit();
     let store = harness.quiesce();
     server.set(|script| script.mute = false);
     let mut harness = Harness::new(store, wait);

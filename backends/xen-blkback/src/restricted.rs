@@ -83,8 +83,8 @@ impl<S: Store> Store for Restricted<S> {
     }
 
     #[inline(always)]
-    fn commit(&mut self) {
-        self.store.commit();
+    fn commit(&mut self, requests: &dyn Requests) {
+        self.store.commit(requests);
     }
 
     #[inline(always)]

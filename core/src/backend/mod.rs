@@ -182,7 +182,7 @@ where
         if !self.exchanging.is_empty() {
             self.exchange();
         }
-        self.store.commit();
+        self.store.commit(&InFlight(&self.jobs));
         let mut notify = false;
         if self.answered {
             self.answered = false;

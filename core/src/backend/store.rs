@@ -103,11 +103,13 @@ pub trait Store {
     /// operation is completed.
     fn submit(&mut self, tag: Tag, operation: Operation<'_>) -> Submitted;
 
-    /// Sets off what was submitted, all at once. Called after each batch.
-    fn commit(&mut self) {}
+    /// Sets off what was submitted, all at once. Called after each batch. `requests` gives the memory
+    /// of every operation in flight once more, so that no store needs to keep an address.
+    fn commit(&mut self, requests: &dyn Requests) {
+        let _ = requests;
+    }
 
-    /// The next completion, if there is one. `requests` gives the memory of every operation in
-    /// flight once more, so that no store needs to keep an address.
+    /// The next completion, if there is one. `requests` is as for [`commit`](Self::commit).
     fn complete(&mut self, requests: &dyn Requests) -> Option<Completed> {
         let _ = requests;
         None

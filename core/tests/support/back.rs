@@ -578,7 +578,7 @@ impl Store for Disk {
         Submitted::Done(state.result)
     }
 
-    fn commit(&mut self) {
+    fn commit(&mut self, _requests: &dyn Requests) {
         self.0.borrow_mut().commits += 1;
     }
 

@@ -81,10 +81,10 @@ impl Store for Medium {
     }
 
     #[inline(always)]
-    fn commit(&mut self) {
+    fn commit(&mut self, requests: &dyn Requests) {
         match self {
             Self::Ram(_) => {}
-            Self::Own(queue) => queue.borrow_mut().commit(),
+            Self::Own(queue) => queue.borrow_mut().commit(requests),
         }
     }
 

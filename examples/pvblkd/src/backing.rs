@@ -318,11 +318,11 @@ impl Store for QueueStore {
     }
 
     #[inline]
-    fn commit(&mut self) {
+    fn commit(&mut self, requests: &dyn Requests) {
         match &mut self.kind {
-            StoreKind::File(store) => store.commit(),
+            StoreKind::File(store) => store.commit(requests),
             StoreKind::Memory(_) => {}
-            StoreKind::Nbd(store) => store.commit(),
+            StoreKind::Nbd(store) => store.commit(requests),
         }
     }
 

@@ -234,7 +234,7 @@ impl Store for FileStore {
         }
     }
 
-    fn commit(&mut self) {
+    fn commit(&mut self, _requests: &dyn Requests) {
         if let Kind::Ring(ring) = &mut self.kind {
             ring.commit();
         }

@@ -19,7 +19,7 @@ use rustix::io::Errno;
 
 use super::target::{Target, Work};
 use crate::Wakeup;
-use crate::vector::{Vector, as_iovec, rest};
+use crate::vector::{Vector, as_iovec};
 
 /// How long to wait before the host is asked again that had no memory for what was submitted.
 const PATIENCE: Duration = Duration::from_millis(1);
@@ -52,6 +52,10 @@ impl Job {
     fn advance(&mut self, result: i32) -> Next {
         let Ok(count) = u64::try_from(result) else {
             let error = Errno::from_raw_os_error(-result);
+            if let Some(work) = self.work.instead(error) {
+                self.work = work;
+                return Next::Again;
+            }
             return match error {
                 Errno::INTR | Errno::AGAIN => Next::Again,
                 // It is less aligned than the host lets us know.
@@ -62,7 +66,7 @@ impl Job {
                 error => Next::Over(Err(self.work.failure(error))),
             };
         };
-        if let Work::Flush | Work::Discard = self.work {
+        if matches!(self.work, Work::Flush) || self.work.range_mode().is_some() {
             return Next::Over(Ok(()));
         }
         if count == 0 {
@@ -78,13 +82,14 @@ impl Job {
     fn entry(&self, buffered: Fd, memory: Option<Lent<'_>>) -> Option<squeue::Entry> {
         let file = self.direct.unwrap_or(buffered);
         let place = self.start + self.done;
-        let vector = memory.and_then(|memory| rest(memory.pieces(), self.done));
+        if let Some(mode) = self.work.range_mode() {
+            let entry = opcode::Fallocate::new(buffered, self.bytes).offset(self.start);
+            return Some(entry.mode(mode.bits() as i32).build());
+        }
+        let pieces = memory.map_or(&[][..], |memory| memory.pieces());
+        let vector = self.work.memory(pieces, self.bytes, self.done);
         Some(match self.work {
             Work::Flush => opcode::Fsync::new(buffered).flags(FsyncFlags::DATASYNC).build(),
-            Work::Discard => opcode::Fallocate::new(buffered, self.bytes)
-                .offset(self.start)
-                .mode(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE)
-                .build(),
             Work::Read => match vector? {
                 Vector::One(piece) => {
                     opcode::Read::new(file, piece.base().as_ptr(), length(piece.bytes()))
@@ -97,7 +102,7 @@ impl Job {
                         .build()
                 }
             },
-            Work::Write => match vector? {
+            Work::Write | Work::Discard | Work::Zero(_) => match vector? {
                 Vector::One(piece) => {
                     opcode::Write::new(file, piece.base().as_ptr(), length(piece.bytes()))
                         .offset(place)
@@ -183,13 +188,16 @@ impl RingStore {
             Operation::Write { extent, memory } => transfer(Work::Write, extent, memory),
             Operation::Flush => (Work::Flush, None, None),
             Operation::Discard { extent, secure: false } => (Work::Discard, Some(extent), None),
+            Operation::WriteZeroes { extent, may_unmap } => {
+                (Work::zeroes(may_unmap), Some(extent), None)
+            }
             _ => return Submitted::Done(Err(StoreError::Unsupported)),
         };
         let start = extent.map_or(0, |extent| extent.first() * u64::from(SECTOR_BYTES));
         let bytes = extent.map_or(0, |extent| extent.bytes());
         let direct = self.direct.filter(|_| {
-            let transfer = extent.zip(memory);
-            transfer.is_some_and(|(extent, memory)| self.target.is_direct(extent, memory))
+            let pieces = memory.map_or(&[][..], |memory: Lent<'_>| memory.pieces());
+            extent.is_some_and(|extent| self.target.is_direct(extent, pieces))
         });
         let job = Job { tag: Some(tag), work, start, bytes, done: 0, direct };
         // The caller keeps to the capacity, and memory is as long as the extent.
@@ -209,6 +217,7 @@ impl RingStore {
         let entry = entry.user_data(number.to_id());
         // SAFETY: the memory and the list of its pieces stay where they are until the operation is
         // completed or this store was quiesced (`Lent`), which is after the completion of the entry.
+        // Zeroes stay for good, and are only read.
         let pushed = unsafe { self.ring.submission().push(&entry) };
         // The ring has an entry for each operation in flight.
         debug_assert!(pushed.is_ok(), "an operation with two entries");

@@ -10,14 +10,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use pvblk::backend::StoreError;
 use pvblk::command::{DiscardUnits, Features};
 use pvblk::extent::{Extent, Geometry, SECTOR_BYTES};
-use pvblk::memory::Lent;
+use pvblk::memory::Piece;
 use rustix::fs::{
-    AtFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags, fcntl_setfl, fstat, ioctl_blkpbszget,
-    ioctl_blksszget, major, minor, open, seek, statx,
+    AtFlags, FallocateFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags, fcntl_setfl, fstat,
+    ioctl_blkpbszget, ioctl_blksszget, major, minor, open, seek, statx,
 };
 use rustix::io::Errno;
 
 use super::{FileError, FileOptions};
+use crate::vector::{Vector, rest};
+use crate::zeroes::zeroes;
 
 /// The largest logical sector that a disk may have, and what every direct access may be aligned to.
 const SECTOR_MAX: u32 = 4096;
@@ -29,9 +31,57 @@ pub(super) enum Work {
     Write,
     Flush,
     Discard,
+    Zero(Zeroing),
+}
+
+/// How sectors are made to read as zeroes, in the order in which that is tried.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Zeroing {
+    /// By making a hole.
+    Hole,
+    /// By marking them.
+    Mark,
+    /// By writing.
+    Write,
 }
 
 impl Work {
+    pub(super) fn zeroes(may_unmap: bool) -> Self {
+        Self::Zero(if may_unmap { Zeroing::Hole } else { Zeroing::Mark })
+    }
+
+    /// What to do instead where the host does not do this.
+    pub(super) fn instead(self, error: Errno) -> Option<Self> {
+        match (self, error) {
+            (Self::Zero(how), Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV) => match how {
+                Zeroing::Hole => Some(Self::Zero(Zeroing::Mark)),
+                Zeroing::Mark => Some(Self::Zero(Zeroing::Write)),
+                Zeroing::Write => None,
+            },
+            _ => None,
+        }
+    }
+
+    /// How the host is to change the range, if it is asked for that.
+    pub(super) fn range_mode(self) -> Option<FallocateFlags> {
+        let mode = match self {
+            Self::Discard | Self::Zero(Zeroing::Hole) => FallocateFlags::PUNCH_HOLE,
+            Self::Zero(Zeroing::Mark) => FallocateFlags::ZERO_RANGE,
+            Self::Zero(Zeroing::Write) | Self::Read | Self::Write | Self::Flush => return None,
+        };
+        Some(mode | FallocateFlags::KEEP_SIZE)
+    }
+
+    /// The memory for one call, of the operation's `pieces` if it has any, when `done` of its `bytes`
+    /// bytes are done. `None` if none is left.
+    #[inline]
+    pub(super) fn memory(self, pieces: &[Piece], bytes: u64, done: u64) -> Option<Vector<'_>> {
+        match self {
+            Self::Zero(_) => zeroes(bytes - done),
+            _ => rest(pieces, done),
+        }
+    }
+
     /// What an error of the host means for an operation.
     pub(super) fn failure(self, error: Errno) -> StoreError {
         match (self, error) {
@@ -164,17 +214,17 @@ impl Target {
             barrier: false,
             discard: self.discard,
             secure_discard: false,
-            write_zeroes: false,
+            write_zeroes: !self.read_only,
         }
     }
 
     /// Whether an access can go past the page cache. Those that cannot may be mixed with those that
     /// can: the host keeps the page cache up to date.
     #[inline]
-    pub(super) fn is_direct(&self, extent: Extent, memory: Lent<'_>) -> bool {
+    pub(super) fn is_direct(&self, extent: Extent, pieces: &[Piece]) -> bool {
         let Some(direct) = &self.direct else { return false };
-        let (mut lengths, mut addresses) = (0, 0);
-        for piece in memory.pieces() {
+        let (mut lengths, mut addresses) = (extent.bytes(), 0);
+        for piece in pieces {
             lengths |= piece.bytes() as u64;
             addresses |= piece.base().as_ptr() as usize;
         }

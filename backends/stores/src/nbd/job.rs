@@ -1,49 +1,25 @@
-//! An operation in flight, and the memory that goes with it.
+//! An operation in flight.
 
-use std::ptr::NonNull;
-
-use pvblk::memory::{Lent, Piece};
+use pvblk::backend::Requests;
+use pvblk::memory::Piece;
 use pvblk::table::Tag;
 
 use super::ledger::FlushEntry;
-use super::protocol::{Command, REQUEST_BYTES, request};
+use super::protocol::{Command, REQUEST_BYTES, command_flag, request};
+use crate::zeroes::{ZEROES, ZEROES_BYTES};
 
-/// The most of a trim that one request asks for, in bytes: the field has 32 bits.
-const TRIM_MAX: u64 = 1 << 30;
-
-/// The memory of an operation, kept beyond the borrow.
-pub(super) struct Kept {
-    pieces: NonNull<[Piece]>,
-}
-
-// SAFETY: the list is only read, and the memory is for any thread (`Piece`).
-unsafe impl Send for Kept {}
-
-impl Kept {
-    pub(super) const NONE: Self =
-        Self { pieces: NonNull::slice_from_raw_parts(NonNull::dangling(), 0) };
-
-    pub(super) fn new(memory: Lent<'_>) -> Self {
-        Self { pieces: NonNull::from(memory.pieces()) }
-    }
-
-    /// The pieces.
-    ///
-    /// # Safety
-    ///
-    /// The operation has not been completed, and the store was not quiesced.
-    pub(super) unsafe fn pieces(&self) -> &[Piece] {
-        // SAFETY: so long the list stays where it is, unchanged (`Lent`).
-        unsafe { self.pieces.as_ref() }
-    }
-}
+/// The most that one request without data asks for, in bytes: the field has 32 bits.
+const RANGE_MAX: u32 = 1 << 30;
 
 /// An operation in flight. It is asked of the server in parts, one at a time.
 pub(super) struct Job {
     /// What its owner calls it. `None` only before the first use.
     pub(super) tag: Option<Tag>,
     pub(super) command: Command,
-    pub(super) memory: Kept,
+    /// Flags of each of its requests.
+    pub(super) flags: u16,
+    /// Whether it writes zeroes of ours.
+    pub(super) zeroes: bool,
     /// Where it begins, and its length, in bytes.
     pub(super) start: u64,
     pub(super) bytes: u64,
@@ -61,7 +37,8 @@ impl Job {
         Self {
             tag: None,
             command: Command::Flush,
-            memory: Kept::NONE,
+            flags: 0,
+            zeroes: false,
             start: 0,
             bytes: 0,
             done: 0,
@@ -74,19 +51,34 @@ impl Job {
     /// Turns to the next part, with at most `most` bytes of data. Returns the request for it.
     pub(super) fn next_part(&mut self, number: Tag, fua: bool, most: u32) -> [u8; REQUEST_BYTES] {
         let most = match self.command {
-            Command::Trim => TRIM_MAX,
-            _ => most.into(),
+            Command::Trim | Command::WriteZeroes => RANGE_MAX,
+            _ if self.zeroes => most.min(ZEROES_BYTES),
+            _ => most,
         };
-        self.part = (self.bytes - self.done).min(most);
+        self.part = (self.bytes - self.done).min(most.into());
         self.sent = false;
-        let fua = fua && self.command == Command::Write;
+        let fua = if fua && self.writes() { command_flag::FUA } else { 0 };
         let place = self.start + self.done;
-        // At most `TRIM_MAX` or what fits into 32 bits.
-        request(self.command, fua, number.to_id(), place, self.part as u32)
+        // The part is no larger than `most`.
+        request(self.command, self.flags | fua, number.to_id(), place, self.part as u32)
+    }
+
+    /// Whether it changes what a server may keep in a cache.
+    pub(super) fn writes(&self) -> bool {
+        matches!(self.command, Command::Write | Command::WriteZeroes)
     }
 
     /// How much data goes with the request.
     pub(super) fn payload(&self) -> u64 {
         if self.command == Command::Write { self.part } else { 0 }
+    }
+
+    /// The data that goes with the request: it begins so many bytes into these pieces.
+    pub(super) fn data<'a>(&self, requests: &'a dyn Requests) -> (&'a [Piece], u64) {
+        if self.zeroes {
+            return (&ZEROES, 0);
+        }
+        let memory = self.tag.and_then(|tag| requests.memory(tag));
+        (memory.map_or(&[], |memory| memory.pieces()), self.done)
     }
 }

@@ -271,8 +271,8 @@ impl Shared {
             Err("its blocks are larger")
         } else if export.flags & flag::READ_ONLY != 0 && !self.geometry().read_only {
             Err("it is read-only")
-        } else if lost & (flag::FLUSH | flag::TRIM) != 0 {
-            Err("it does not flush or trim any more")
+        } else if lost & (flag::FLUSH | flag::TRIM | flag::WRITE_ZEROES) != 0 {
+            Err("it does not flush, trim or write zeroes any more")
         } else if needs_fua && lost & flag::FUA != 0 {
             Err("it does not do FUA any more")
         } else if lost & flag::MULTIPLE != 0 && self.queues.load(Ordering::Relaxed) > 1 {
@@ -302,7 +302,8 @@ impl Shared {
             barrier: false,
             discard: trims.then_some(DiscardUnits { granularity, alignment: 0 }),
             secure_discard: false,
-            write_zeroes: false,
+            // Where the server has no command for that, zeroes of ours are sent.
+            write_zeroes: !geometry.read_only,
         }
     }
 }

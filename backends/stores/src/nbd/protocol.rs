@@ -36,6 +36,7 @@ pub(super) mod flag {
     pub(in super::super) const FLUSH: u16 = 1 << 2;
     pub(in super::super) const FUA: u16 = 1 << 3;
     pub(in super::super) const TRIM: u16 = 1 << 5;
+    pub(in super::super) const WRITE_ZEROES: u16 = 1 << 6;
     pub(in super::super) const MULTIPLE: u16 = 1 << 8;
 }
 
@@ -48,6 +49,15 @@ pub(super) enum Command {
     Disconnect = 2,
     Flush = 3,
     Trim = 4,
+    WriteZeroes = 6,
+}
+
+/// Flags of commands.
+pub(super) mod command_flag {
+    /// The data is durable before the reply.
+    pub(in super::super) const FUA: u16 = 1;
+    /// Zeroes take space as other data does.
+    pub(in super::super) const NO_HOLE: u16 = 1 << 1;
 }
 
 /// Errors in replies: those that mean something to us.
@@ -63,9 +73,6 @@ pub(super) const OPTION_REPLY: u64 = 0x0003_e889_0455_65a9;
 const REQUEST: u32 = 0x2560_9513;
 const SIMPLE_REPLY: u32 = 0x6744_6698;
 
-/// The data is durable before the reply.
-const FUA: u16 = 1;
-
 /// Bytes of a request without its data.
 pub(super) const REQUEST_BYTES: usize = 28;
 /// Bytes of a reply without its data.
@@ -74,14 +81,14 @@ pub(super) const REPLY_BYTES: usize = 16;
 /// A request, encoded.
 pub(super) fn request(
     command: Command,
-    fua: bool,
+    flags: u16,
     cookie: u64,
     offset: u64,
     length: u32,
 ) -> [u8; REQUEST_BYTES] {
     let mut bytes = [0; REQUEST_BYTES];
     bytes[..4].copy_from_slice(&REQUEST.to_be_bytes());
-    bytes[4..6].copy_from_slice(&(if fua { FUA } else { 0 }).to_be_bytes());
+    bytes[4..6].copy_from_slice(&flags.to_be_bytes());
     bytes[6..8].copy_from_slice(&(command as u16).to_be_bytes());
     bytes[8..16].copy_from_slice(&cookie.to_be_bytes());
     bytes[16..24].copy_from_slice(&offset.to_be_bytes());

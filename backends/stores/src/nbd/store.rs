@@ -17,8 +17,10 @@ use pvblk::memory::Piece;
 use pvblk::table::{Slots, Tag};
 
 use super::connection::{Connection, Lost, wait_for};
-use super::job::{Job, Kept};
-use super::protocol::{Command, REPLY_BYTES, REQUEST_BYTES, error, parse_reply, request};
+use super::job::Job;
+use super::protocol::{
+    Command, REPLY_BYTES, REQUEST_BYTES, command_flag, error, flag, parse_reply, request,
+};
 use super::{Durability, HandshakeError, Shared};
 use crate::Wakeup;
 use crate::fmt::message;
@@ -257,7 +259,7 @@ impl NbdStore {
     }
 
     /// Sends what there is room for.
-    fn send(&mut self) {
+    fn send(&mut self, requests: &dyn Requests) {
         self.blocked = false;
         while let Link::Up(connection) = &self.link
             && !self.outgoing.is_empty()
@@ -271,18 +273,21 @@ impl NbdStore {
                 let in_header = skip.min(REQUEST_BYTES as u64);
                 let in_payload = skip - in_header;
                 skip = 0;
-                // SAFETY: a job in the table is not complete, and quiescing empties the table.
-                let pieces = unsafe { job.memory.pieces() };
                 let left = job.payload() - in_payload;
                 let head = REQUEST_BYTES as u64 - in_header;
+                let (pieces, begin) = job.data(requests);
                 let fits = push_range(&mut self.vector, &[header], in_header, head)
-                    && push_range(&mut self.vector, pieces, job.done + in_payload, left);
+                    && push_range(&mut self.vector, pieces, begin + in_payload, left);
                 if !fits {
                     break;
                 }
             }
             let total = self.vector.iter().map(|piece| piece.bytes() as u64).sum::<u64>();
-            // SAFETY: nobody changes a header now; memory as above.
+            if total == 0 {
+                return self.lose(broken("data from no memory"));
+            }
+            // SAFETY: nobody changes a header now; the memory was lent for a write that is not
+            // complete, or is zeroes of ours.
             match unsafe { connection.socket.send(&self.vector) } {
                 Ok(count) => {
                     let count = count.unwrap_or(0) as u64;
@@ -416,13 +421,15 @@ impl NbdStore {
         let job = tenancy.value();
         let mut result = match (job.command, error) {
             (_, 0) => Ok(()),
-            (Command::Trim, error::NOT_SUPPORTED | error::INVALID) => Err(StoreError::Unsupported),
+            (Command::Trim | Command::WriteZeroes, error::NOT_SUPPORTED | error::INVALID) => {
+                Err(StoreError::Unsupported)
+            }
             _ => Err(StoreError::Medium),
         };
         let ledger = &self.shared.ledger;
         let reports = self.shared.options.durability == Durability::Reported;
         let over = result.is_err() || job.done + job.part == job.bytes;
-        if over && reports && job.command == Command::Write {
+        if over && reports && job.writes() {
             ledger.write_acknowledged();
         }
         // Only after that: see the ledger.
@@ -449,7 +456,6 @@ impl NbdStore {
             result = Err(StoreError::Medium);
         }
         let tag = job.tag;
-        job.memory = Kept::NONE;
         tenancy.vacate();
         Ok(tag.map_or(Reply::More, |tag| Reply::Over(Completed { tag, result })))
     }
@@ -468,7 +474,6 @@ impl NbdStore {
         self.outgoing.retain(|waiting| *waiting != number);
         let mut tenancy = self.jobs.tenancy(number)?;
         let tag = tenancy.value().tag;
-        tenancy.value().memory = Kept::NONE;
         tenancy.vacate();
         tag.map(|tag| Completed { tag, result: Err(StoreError::Medium) })
     }
@@ -500,14 +505,22 @@ impl Store for NbdStore {
     fn submit(&mut self, tag: Tag, operation: Operation<'_>) -> Submitted {
         let whole = |extent: Extent| (extent.first() * u64::from(SECTOR_BYTES), extent.bytes());
         let features = self.features();
-        let (command, (start, bytes), memory) = match operation {
-            Operation::Read { extent, memory } => (Command::Read, whole(extent), Kept::new(memory)),
-            Operation::Write { extent, memory } => {
-                (Command::Write, whole(extent), Kept::new(memory))
-            }
-            Operation::Flush if features.flush => (Command::Flush, (0, 0), Kept::NONE),
+        let makes_zeroes = self.shared.export.flags & flag::WRITE_ZEROES != 0;
+        let (mut zeroes, mut flags) = (false, 0);
+        let (command, (start, bytes)) = match operation {
+            Operation::Read { extent, .. } => (Command::Read, whole(extent)),
+            Operation::Write { extent, .. } => (Command::Write, whole(extent)),
+            Operation::Flush if features.flush => (Command::Flush, (0, 0)),
             Operation::Discard { extent, secure: false } if features.discard.is_some() => {
-                (Command::Trim, whole(extent), Kept::NONE)
+                (Command::Trim, whole(extent))
+            }
+            Operation::WriteZeroes { extent, may_unmap } if makes_zeroes => {
+                flags = if may_unmap { 0 } else { command_flag::NO_HOLE };
+                (Command::WriteZeroes, whole(extent))
+            }
+            Operation::WriteZeroes { extent, .. } => {
+                zeroes = true;
+                (Command::Write, whole(extent))
             }
             _ => return Submitted::Done(Err(StoreError::Unsupported)),
         };
@@ -523,15 +536,16 @@ impl Store for NbdStore {
             _ => Default::default(),
         };
         let tag = Some(tag);
-        *vacancy.occupy() = Job { tag, command, memory, start, bytes, flush, ..Job::empty() };
+        let job = Job { tag, command, flags, zeroes, start, bytes, flush, ..Job::empty() };
+        *vacancy.occupy() = job;
         self.prepare(number, true);
         self.outgoing.push_back(number);
         Submitted::Pending
     }
 
-    fn commit(&mut self) {
+    fn commit(&mut self, requests: &dyn Requests) {
         if !self.blocked {
-            self.send();
+            self.send(requests);
         }
     }
 
@@ -542,7 +556,7 @@ impl Store for NbdStore {
             }
             match self.receive(requests) {
                 Ok(None) => {
-                    self.send();
+                    self.send(requests);
                     if self.is_connected() {
                         return self.expire();
                     }
@@ -572,10 +586,9 @@ impl Store for NbdStore {
         self.forget_stream();
         loop {
             let number = self.jobs.tags().next();
-            let Some(mut tenancy) = number.and_then(|number| self.jobs.tenancy(number)) else {
+            let Some(tenancy) = number.and_then(|number| self.jobs.tenancy(number)) else {
                 return;
             };
-            tenancy.value().memory = Kept::NONE;
             tenancy.vacate();
         }
     }
@@ -587,7 +600,7 @@ impl Drop for NbdStore {
             && self.sent == 0
         {
             // A server that does not hear this finds out by itself.
-            let _ = connection.socket.send_bytes(&request(Command::Disconnect, false, 0, 0, 0));
+            let _ = connection.socket.send_bytes(&request(Command::Disconnect, 0, 0, 0, 0));
         }
         self.shared.queues.fetch_sub(1, Ordering::Relaxed);
     }

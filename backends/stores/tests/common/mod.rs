@@ -112,6 +112,11 @@ pub enum Step {
         first: u64,
         count: u64,
     },
+    WriteZeroes {
+        first: u64,
+        count: u64,
+        may_unmap: bool,
+    },
     /// Waits for everything in flight.
     Settle,
 }
@@ -134,7 +139,10 @@ pub fn steps(
         8 => (range.clone(), cuts(), any::<u64>())
             .prop_map(|((first, count), cuts, seed)| Step::Write { first, count, cuts, seed }),
         1 => Just(Step::Flush),
-        1 => range.prop_map(|(first, count)| Step::Discard { first, count }),
+        1 => range.clone().prop_map(|(first, count)| Step::Discard { first, count }),
+        1 => (range, any::<bool>()).prop_map(|((first, count), may_unmap)| {
+            Step::WriteZeroes { first, count, may_unmap }
+        }),
         1 => Just(Step::Settle),
     ];
     proptest::collection::vec(step, 1..length)
@@ -193,6 +201,8 @@ pub struct Harness<S: Store> {
     wait: fn(&mut S),
     /// What piece's addresses and lengths are multiples of.
     pub grain: usize,
+    /// What the lengths are multiples of instead, if that is less.
+    pub length_grain: usize,
     /// Discarded sectors read as zeroes.
     pub discard_zeroes: bool,
     /// The most operations in flight.
@@ -213,11 +223,17 @@ impl<S: Store> Harness<S> {
             model: vec![Some(vec![0; SECTOR]); sectors],
             wait,
             grain: 8,
+            length_grain: usize::MAX,
             discard_zeroes: true,
             depth,
             failures: Vec::new(),
             completed: 0,
         }
+    }
+
+    /// Sets off what was submitted.
+    pub fn commit(&mut self) {
+        self.store.commit(&self.flying);
     }
 
     fn extent(&self, first: u64, count: u64) -> Extent {
@@ -227,9 +243,9 @@ impl<S: Store> Harness<S> {
     fn range(step: &Step) -> Option<(u64, u64, bool)> {
         match *step {
             Step::Read { first, count, .. } => Some((first, first + count, false)),
-            Step::Write { first, count, .. } | Step::Discard { first, count } => {
-                Some((first, first + count, true))
-            }
+            Step::Write { first, count, .. }
+            | Step::Discard { first, count }
+            | Step::WriteZeroes { first, count, .. } => Some((first, first + count, true)),
             _ => None,
         }
     }
@@ -245,8 +261,8 @@ impl<S: Store> Harness<S> {
 
     fn lengths(&self, count: u64, cuts: &[usize]) -> Vec<usize> {
         let total = count as usize * SECTOR;
-        let mut ends: Vec<usize> =
-            cuts.iter().map(|cut| cut % total / self.grain * self.grain).collect();
+        let grain = self.grain.min(self.length_grain);
+        let mut ends: Vec<usize> = cuts.iter().map(|cut| cut % total / grain * grain).collect();
         ends.extend([0, total]);
         ends.sort_unstable();
         ends.dedup();
@@ -259,7 +275,7 @@ impl<S: Store> Harness<S> {
             return self.settle();
         }
         while self.flying.len() >= self.depth || self.collides(&step) {
-            self.store.commit();
+            self.commit();
             self.wait_some();
         }
         let memory = match &step {
@@ -283,6 +299,9 @@ impl<S: Store> Harness<S> {
             }
             (&Step::Discard { first, count }, _) => {
                 Operation::Discard { extent: self.extent(first, count), secure: false }
+            }
+            (&Step::WriteZeroes { first, count, may_unmap }, _) => {
+                Operation::WriteZeroes { extent: self.extent(first, count), may_unmap }
             }
             _ => Operation::Flush,
         };
@@ -311,6 +330,10 @@ impl<S: Store> Harness<S> {
             Step::Discard { first, count } if completed.result != Err(StoreError::Unsupported) => {
                 let known = self.discard_zeroes && completed.result.is_ok();
                 let state = known.then(|| vec![0; SECTOR]);
+                self.model[*first as usize..(first + count) as usize].fill(state);
+            }
+            Step::WriteZeroes { first, count, .. } => {
+                let state = completed.result.is_ok().then(|| vec![0; SECTOR]);
                 self.model[*first as usize..(first + count) as usize].fill(state);
             }
             _ => {}
@@ -350,7 +373,7 @@ impl<S: Store> Harness<S> {
 
     /// Commits, and waits for everything in flight.
     pub fn settle(&mut self) {
-        self.store.commit();
+        self.commit();
         while self.flying.len() > 0 {
             self.wait_some();
         }
@@ -359,8 +382,12 @@ impl<S: Store> Harness<S> {
     /// Does all the steps, a batch of `batch` at a time, and reads everything in the end.
     pub fn run(&mut self, steps: Vec<Step>, batch: usize) {
         for batch in steps.chunks(batch.max(1)) {
-            batch.iter().for_each(|step| self.submit(step.clone()));
-            self.store.commit();
+            for step in batch {
+                if self.store.features().write_zeroes || !matches!(step, Step::WriteZeroes { .. }) {
+                    self.submit(step.clone());
+                }
+            }
+            self.commit();
             self.poll();
         }
         self.settle();

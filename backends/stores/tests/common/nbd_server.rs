@@ -16,6 +16,7 @@ pub const READ_ONLY: u16 = 2;
 pub const FLUSH: u16 = 4;
 pub const FUA: u16 = 8;
 pub const TRIM: u16 = 32;
+pub const WRITE_ZEROES: u16 = 64;
 pub const MULTIPLE: u16 = 256;
 
 /// How the server behaves.
@@ -49,7 +50,7 @@ pub struct Script {
 impl Default for Script {
     fn default() -> Self {
         Self {
-            flags: HAS_FLAGS | FLUSH | FUA | TRIM,
+            flags: HAS_FLAGS | FLUSH | FUA | TRIM | WRITE_ZEROES,
             blocks: None,
             go: true,
             no_zeroes: true,
@@ -271,7 +272,10 @@ impl Connection {
                 state.taken.push(Taken { flags, command, offset, length });
                 let script = state.script.clone();
                 if let Some((_, _, maximum)) = script.blocks {
-                    assert!(length <= maximum || command == 4, "a request larger than allowed");
+                    assert!(
+                        length <= maximum || command == 4 || command == 6,
+                        "a request larger than allowed"
+                    );
                 }
                 let error = script.error.filter(|error| error.0 == command).map_or(0, |it| it.1);
                 if error == 0 {
@@ -285,6 +289,12 @@ impl Connection {
                         }
                         3 => state.durable = state.current.clone(),
                         4 => state.current[from..to].fill(0),
+                        6 if script.flags & WRITE_ZEROES != 0 => {
+                            state.current[from..to].fill(0);
+                            if flags & 1 != 0 {
+                                state.durable[from..to].fill(0);
+                            }
+                        }
                         _ => panic!("command {command}"),
                     }
                 }

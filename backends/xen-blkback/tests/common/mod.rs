@@ -48,7 +48,7 @@ pub fn features() -> Features {
         barrier: true,
         discard: Some(DiscardUnits { granularity: 8, alignment: 0 }),
         secure_discard: true,
-        write_zeroes: true,
+        write_zeroes: false,
     }
 }
 

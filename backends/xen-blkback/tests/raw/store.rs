@@ -56,7 +56,7 @@ impl Disk {
                 barrier: true,
                 discard: Some(DiscardUnits { granularity: 8, alignment: 0 }),
                 secure_discard: true,
-                write_zeroes: true,
+                write_zeroes: false,
             },
             capacity: 1024,
             bytes: bytes.collect(),
