@@ -11,7 +11,7 @@ use crate::report::{Tally, heading, say};
 use crate::shell;
 
 /// Crates that must build for a 64-bit x86 machine without an operating system.
-const BARE_X86_64: [&str; 11] = [
+const BARE_X86_64: [&str; 12] = [
     "pvblk",
     "pvblk-xen",
     "xen-blkfront",
@@ -21,6 +21,7 @@ const BARE_X86_64: [&str; 11] = [
     "xen-hypercalls",
     "pvh-guest",
     "xen-guest",
+    "qemu-virt",
     "unikernel",
     "driver-domain",
 ];

@@ -8,6 +8,7 @@
 use core::arch::global_asm;
 
 use crate::StartInfo;
+use crate::start_info::LOW_BYTES;
 
 unsafe extern "C" {
     /// The entry that the image's ELF note names. Not to be called.
@@ -36,6 +37,9 @@ boot_pd:
     .skip 4096 * 4
 boot_pt:
     .skip 4096
+    .globl pvh_guest_low_memory
+pvh_guest_low_memory:
+    .skip {low_bytes}
 
     .section .rodata.pvh_guest_boot, "a"
     .balign 8
@@ -52,6 +56,11 @@ pvh_guest_start32:
     cld
     cli
     movl $pvh_guest_stack_top, %esp
+
+    xorl %esi, %esi                 # what page 0 holds is kept
+    movl $pvh_guest_low_memory, %edi
+    movl ${low_bytes} / 4, %ecx
+    rep movsl
 
     movl $pvh_guest_pdpt + 3, pvh_guest_pml4
     movl $pvh_guest_pdpt, %edi      # four page directories
@@ -116,6 +125,7 @@ pvh_guest_start32:
     ud2
 "#,
     stack_bytes = const STACK_BYTES,
+    low_bytes = const LOW_BYTES,
     rust_entry = sym rust_entry,
     options(att_syntax)
 );

@@ -1,23 +1,50 @@
 //! What the hypervisor hands over at the start.
 
+use core::alloc::Layout;
 use core::ops::Range;
 
-use pvh::start_info::reader::{IdentityMap, StartInfoReader};
+use pvh::start_info::reader::{IdentityMap, MemMap, StartInfoReader};
+
+#[cfg(target_os = "none")]
+use crate::pages::PAGE_BYTES;
+
+/// Bytes from address 0 on of which the entry code keeps a copy: page 0 is not mapped afterwards, and
+/// QEMU's boot loader begins its tables there.
+pub(crate) const LOW_BYTES: usize = 16 << 10;
+
+/// Everything is where the hypervisor says, but what begins in page 0 is read from the copy.
+struct LowMemoryKept;
+
+impl MemMap for LowMemoryKept {
+    fn ptr(&self, address: usize, layout: Layout) -> *const u8 {
+        #[cfg(target_os = "none")]
+        if address < PAGE_BYTES && layout.size() <= LOW_BYTES - PAGE_BYTES {
+            unsafe extern "C" {
+                static pvh_guest_low_memory: [u8; LOW_BYTES];
+            }
+            // SAFETY: within the copy.
+            return unsafe { (&raw const pvh_guest_low_memory).cast::<u8>().add(address) };
+        }
+        IdentityMap.ptr(address, layout)
+    }
+}
 
 /// The start info, read where it lies.
 pub struct StartInfo {
-    reader: StartInfoReader<'static, IdentityMap>,
+    reader: StartInfoReader<'static, LowMemoryKept>,
     address: u64,
 }
 
 impl StartInfo {
+    /// Reads it.
+    ///
     /// # Safety
     ///
     /// `address` is what the hypervisor gave at the entry, and the first 4 GiB are mapped to
     /// themselves. The memory that [`occupied`](Self::occupied) names is not reused.
     pub unsafe fn new(address: u32) -> Option<Self> {
         // SAFETY: the caller's promise; the hypervisor vouches for the addresses inside.
-        let reader = unsafe { StartInfoReader::from_paddr_identity(address) }?;
+        let reader = unsafe { StartInfoReader::from_paddr(address, LowMemoryKept) }?;
         Some(Self { reader, address: u64::from(address) })
     }
 
