@@ -264,6 +264,7 @@ fn rings_that_cannot_be_mapped_are_refused_and_may_be_tried_again() {
     quiet(&mut vbd);
     rig.publish(ONE_RING, "3");
     connect(&mut vbd);
+    assert_eq!(rig.error(), None);
 }
 
 #[test]
@@ -295,6 +296,7 @@ fn a_bad_offer_is_refused_and_may_be_mended() {
     quiet(&mut vbd);
     rig.publish(ONE_RING, "3");
     connect(&mut vbd);
+    assert_eq!(rig.error(), None);
 }
 
 #[test]

@@ -184,15 +184,24 @@ fn a_disk_that_our_script_waits_for_says_why_it_fails() {
     let host = host();
     let daemon = Running::start(&host, folder.path());
     let mut vbd = pvblk_simulated::Vbd::new(BACK, GUEST, XVDB.0);
-    vbd.params = "/nonexistent.img".into();
+    let image = folder.path().join("late.img");
+    vbd.params = image.display().to_string();
     vbd.script = Some("/etc/xen/scripts/block-pvblkd".into());
     host.attach_vbd(&vbd);
     let at = |name: &str| host.store_read(&format!("{}/{name}", vbd.backend_path()));
+    let error = format!("{}/error", vbd.backend_path().replace("/backend/", "/error/backend/"));
+    let error = || host.store_read(&error);
     eventually("the script is told", || at("hotplug-status").as_deref() == Some("error"));
     assert!(at("hotplug-error").unwrap().contains("No such file"));
-    // What is there later is found later.
+    assert!(error().unwrap().contains("No such file"));
     let report = daemon.disks().remove(0);
     assert!(report.error.contains("No such file"), "{}", report.error);
+    // What is there later is found later, and nothing is left of the first attempt.
+    fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    eventually("it is served", || at("hotplug-status").as_deref() == Some("connected"));
+    assert_eq!(at("hotplug-error"), None);
+    eventually("nothing is said of it any more", || error().is_none());
+    assert_eq!(daemon.disks().remove(0).error, "");
     daemon.stop();
 }
 

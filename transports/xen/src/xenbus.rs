@@ -192,6 +192,12 @@ pub fn report_error(nodes: &impl Nodes, device: &str, errno: u32, message: &str)
     let _ = nodes.write(&error_path(device), &value);
 }
 
+/// Takes back what [`report_error`] said about a device, which works now.
+pub fn forget_error(nodes: &impl Nodes, device: &str) {
+    // If it stays, it is out of date, and nothing worse.
+    let _ = nodes.remove(&error_path(device));
+}
+
 /// The error node is below `error` in the home that the device's directory is in.
 fn error_path(device: &str) -> String {
     let in_home = |rest: &str| {

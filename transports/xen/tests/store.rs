@@ -1063,8 +1063,13 @@ fn reports_errors_of_devices() {
     xenbus::report_error(&store, "/local/domain/0/backend/vbd/1/51712", 5, "no disk");
     let path = "/local/domain/0/error/backend/vbd/1/51712/error";
     assert_eq!(daemon.get(path).unwrap(), "5 no disk");
+    xenbus::forget_error(&store, "/local/domain/0/backend/vbd/1/51712");
+    assert_eq!(daemon.get(path), None);
+    xenbus::forget_error(&store, "/local/domain/0/backend/vbd/1/51712");
+    assert_eq!(daemon.get("error/device/vbd/51712/error").unwrap(), "22 bad ring-ref");
     xenbus::report_error(&store, "d", 5, &"\u{20ac}".repeat(5000));
     assert!(daemon.get("error/d/error").unwrap().len() <= 1024);
     daemon.silent.set(true);
     xenbus::report_error(&store, "d", 5, "nobody hears this");
+    xenbus::forget_error(&store, "d");
 }

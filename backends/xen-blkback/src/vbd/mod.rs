@@ -192,23 +192,28 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
         Ok(())
     }
 
-    /// The disk to serve. Until there is one, frontends wait.
+    /// The disk to serve. Until there is one, frontends wait. What was said of earlier attempts to have
+    /// one is taken back.
     ///
     /// # Errors
     ///
     /// [`Error::Store`]; it may be called again then.
     pub fn insert(&mut self, disk: Disk) -> Result<(), Error> {
         if self.config.hotplug == Hotplug::Ours {
-            let node = format!("{}/hotplug-status", self.device.path);
-            self.change(|nodes| nodes.write(&node, "connected"))?;
+            let node = |name: &str| format!("{}/{name}", self.device.path);
+            self.change(|nodes| {
+                nodes.remove(&node("hotplug-error"))?;
+                nodes.write(&node("hotplug-status"), "connected")
+            })?;
         }
+        xenbus::forget_error(self.store, &self.device.path);
         self.disk = Some(disk);
         self.again = true;
         Ok(())
     }
 
     /// The queues are open: publishes the properties of the disk, and goes to Connected, all at
-    /// once. `false` if the connection was overtaken by events: then [`advance`](Self::advance)
+    /// once; then takes back why an earlier frontend was [refused](Self::refuse). `false` if the connection was overtaken by events: then [`advance`](Self::advance)
     /// says what to do with the queues.
     ///
     /// # Errors
@@ -233,6 +238,7 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
                 return Ok(false);
             }
         }
+        xenbus::forget_error(self.store, &self.device.path);
         if let Some(held) = &mut self.held {
             held.open = true;
         }
