@@ -4,7 +4,7 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use pvblk::backend::{Backend, Round, StoreError, Violation};
+use pvblk::backend::{Backend, PeerMemory, Round, StoreError, Violation};
 use pvblk::memory::PAGE_BYTES;
 
 mod support;
@@ -652,10 +652,13 @@ fn a_peer_that_breaks_the_rules_is_not_served_any_more() {
     device.driver.borrow_mut().violation = Some(Violation::TooManyRequests);
     assert_eq!(device.engine.poll(4), Err(Violation::TooManyRequests));
     device.driver.borrow_mut().violation = None;
+    assert_eq!(device.engine.in_progress(), 1);
     disk.complete(0, Ok(()));
     assert_eq!(device.engine.poll(4), Err(Violation::TooManyRequests));
     assert_eq!(device.engine.sleep(), Err(Violation::TooManyRequests));
     assert_eq!(device.used(), []);
+    // What is in progress comes to an end all the same, without an answer.
+    assert_eq!(device.engine.in_progress(), 0);
     // The same if it is found out on the way to sleep.
     let mut device = Device::new(&Disk::new(SECTORS), false);
     device.poll();
@@ -663,6 +666,34 @@ fn a_peer_that_breaks_the_rules_is_not_served_any_more() {
     assert_eq!(device.engine.sleep(), Err(Violation::TooManyRequests));
     device.driver.borrow_mut().violation = None;
     assert_eq!(device.engine.poll(4), Err(Violation::TooManyRequests));
+}
+
+/// Requests of several steps, and memory that was fetched, too; what was taken in the same round as
+/// the violation as well.
+#[test]
+fn after_a_violation_what_is_in_progress_ends_without_an_answer() {
+    for fetches in [false, true] {
+        let disk = Disk::new(SECTORS);
+        disk.0.borrow_mut().by_hand = true;
+        let mut device = Device::new(&disk, fetches);
+        device.request(kind::OUT, 0, &[(DATA, 4096)]);
+        device.tabled(kind::IN, 8, &[(DATA, 4096), (DATA + 4096, 512)]);
+        device.request(kind::FLUSH, 24, &[(DATA, 2048)]);
+        device.driver.borrow_mut().fails_after = Some(3);
+        device.request(kind::IN, 0, &[(DATA, 512)]);
+        assert_eq!(device.engine.poll(64), Err(Violation::TooManyRequests));
+        assert_eq!(device.engine.in_progress(), 3);
+        device.driver.borrow_mut().violation = None;
+        for _ in 0..6 {
+            if !disk.waiting().is_empty() {
+                disk.complete(0, Ok(()));
+            }
+            assert_eq!(device.engine.poll(64), Err(Violation::TooManyRequests));
+        }
+        assert_eq!((device.engine.in_progress(), disk.waiting().len()), (0, 0));
+        assert_eq!(device.used(), []);
+        assert_eq!(device.engine.memory().room(), 2 * LONGEST + 16, "all of it is given back");
+    }
 }
 
 /// The store is told before the memory goes.

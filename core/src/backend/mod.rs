@@ -156,16 +156,14 @@ where
     /// # Errors
     ///
     /// [`Violation`] if the peer broke the rules of the ring. Every further call says the same. What
-    /// is in progress goes on, but is not answered any more: drop the engine.
+    /// is in progress goes on with every call, but is not answered any more: an engine with nothing
+    /// [`in_progress`](Self::in_progress) can be dropped without waiting for its store.
     #[inline]
     pub fn poll(&mut self, budget: usize) -> Result<Round, Violation> {
-        if let Some(violation) = self.violation {
-            return Err(violation);
-        }
         self.round = self.round.wrapping_add(1);
         self.memory.begin(self.round);
         self.collect();
-        let mut left = budget;
+        let mut left = if self.violation.is_none() { budget } else { 0 };
         while left > 0 && self.takes() {
             match self.wire.take(&mut self.memory) {
                 Ok(Taken::Request) => self.admit(),
@@ -174,7 +172,7 @@ where
                 Ok(Taken::Nothing) => break,
                 Err(violation) => {
                     self.violation = Some(violation);
-                    return Err(violation);
+                    break;
                 }
             }
             left -= 1;
@@ -183,6 +181,9 @@ where
             self.exchange();
         }
         self.store.commit(&InFlight(&self.jobs));
+        if let Some(violation) = self.violation {
+            return Err(violation);
+        }
         let mut notify = false;
         if self.answered {
             self.answered = false;
@@ -443,8 +444,10 @@ where
         let (key, status) = (job.key, job.status);
         let filled = self.statistics.count(job);
         tenancy.vacate();
-        self.wire.answer(&mut self.memory, key, status, filled);
-        self.answered = true;
+        if self.violation.is_none() {
+            self.wire.answer(&mut self.memory, key, status, filled);
+            self.answered = true;
+        }
         if let Some(barrier) = self.barrier {
             self.after_answer(tag, barrier);
         }

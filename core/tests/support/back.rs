@@ -255,6 +255,8 @@ pub struct Driver {
     /// Whether it wants to be notified.
     pub wants: bool,
     pub violation: Option<Violation>,
+    /// After so many further requests it breaks the rules.
+    pub fails_after: Option<usize>,
     pub sleeps: u32,
 }
 
@@ -312,6 +314,13 @@ impl Wire for Virtqueue {
 
     fn take(&mut self, memory: &mut impl PeerMemory<Handle = Address>) -> Result<Taken, Violation> {
         let mut driver = self.driver.borrow_mut();
+        driver.fails_after = match driver.fails_after {
+            Some(0) => {
+                driver.violation = Some(Violation::TooManyRequests);
+                None
+            }
+            left => left.map(|left| left - 1),
+        };
         if let Some(violation) = driver.violation {
             return Err(violation);
         }
