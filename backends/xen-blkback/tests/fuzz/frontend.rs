@@ -95,8 +95,10 @@ impl Bout<'_> {
         let in_progress = self.queue.engine().in_progress() as u32;
         if self.dead {
             assert!(result.is_err(), "dead is dead");
-            assert_eq!(in_progress, before);
-            assert_eq!(self.disk.deeds(), [], "the dead do not work");
+            assert!(in_progress <= before, "what is in progress only ends");
+            if before == 0 {
+                assert_eq!(self.disk.deeds(), [], "the dead take nothing");
+            }
             return false;
         }
         let shown = self.raw.get(RSP_PROD);
