@@ -11,7 +11,9 @@ pub mod allocations;
 pub mod blkback;
 pub mod blkif;
 pub mod callgrind;
+pub mod driver;
 pub mod virtio;
+pub mod virtqueue;
 
 /// Requests of a bench, after the first few that fill the queue. A multiple of every depth.
 pub const REQUESTS: u64 = 9_600;

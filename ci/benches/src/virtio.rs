@@ -9,13 +9,13 @@ use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::cell::Cell;
 use std::ptr::NonNull;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicU16, Ordering};
 
 use virtio_drivers::device::blk::{BlkReq, BlkResp, RespStatus, SECTOR_SIZE, VirtIOBlk};
 use virtio_drivers::transport::{DeviceStatus, DeviceType, InterruptStatus, Transport};
 use virtio_drivers::{BufferDirection, Error, Hal, PAGE_SIZE, PhysAddr};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+use crate::virtqueue::SplitDevice;
 use crate::{DISK_SECTORS, Random, Tally, alignment};
 
 /// One way to use a disk.
@@ -156,63 +156,11 @@ impl Transport for Wires {
     }
 }
 
-/// A device that does no I/O: it answers what is in the queue.
-struct Device {
-    wiring: Rc<Wiring>,
-    next: u16,
-}
-
-#[derive(Clone, Copy, FromBytes)]
-#[repr(C)]
-struct Descriptor {
-    address: u64,
-    bytes: u32,
-    flags: u16,
-    next: u16,
-}
-
-const MORE: u16 = 1;
-const TABLE: u16 = 4;
-
-impl Device {
-    /// # Safety
-    ///
-    /// The driver is alive and in no call, and its requests' memory is too.
-    unsafe fn serve(&mut self) {
-        let available = self.wiring.available.get() as *const u16;
-        let used = self.wiring.used.get() as *mut u32;
-        // SAFETY: the layout of a split queue of `QUEUE` descriptors (VirtIO 1.2, 2.7), which the
-        // driver allocated at these addresses; the caller vouches for the memory.
-        unsafe {
-            let produced = (*available.add(1).cast::<AtomicU16>()).load(Ordering::Acquire);
-            while self.next != produced {
-                let slot = usize::from(self.next) % QUEUE;
-                let head = *available.add(2 + slot);
-                let mut table = self.wiring.descriptors.get() as *const Descriptor;
-                let mut descriptor = *table.add(usize::from(head));
-                if descriptor.flags & TABLE != 0 {
-                    table = descriptor.address as *const Descriptor;
-                    descriptor = *table;
-                }
-                while descriptor.flags & MORE != 0 {
-                    descriptor = *table.add(usize::from(descriptor.next));
-                }
-                *(descriptor.address as *mut u8) = 0;
-                *used.add(1 + slot * 2) = u32::from(head);
-                *used.add(2 + slot * 2) = 1;
-                self.next = self.next.wrapping_add(1);
-            }
-            (*used.cast::<u16>().add(1).cast::<AtomicU16>()).store(self.next, Ordering::Release);
-            // `avail_event`, at the end of the used ring.
-            (*used.add(1 + QUEUE * 2).cast::<AtomicU16>()).store(self.next, Ordering::Release);
-        }
-    }
-}
-
 /// A disk in use.
 pub struct Bench {
     client: Client,
-    device: Device,
+    device: SplitDevice,
+    wiring: Rc<Wiring>,
 }
 
 struct Client {
@@ -283,14 +231,18 @@ impl Bench {
             };
             client.slots[usize::from(token.expect("there is room up to the depth"))] = slot;
         }
-        Self { client, device: Device { wiring, next: 0 } }
+        let addresses = [&wiring.descriptors, &wiring.available, &wiring.used].map(Cell::get);
+        // SAFETY: the layout of a split queue of `QUEUE` descriptors, which the driver allocated and
+        // keeps as long as it lives, beside the device.
+        let device = unsafe { SplitDevice::new(addresses, QUEUE, true) };
+        Self { client, device, wiring }
     }
 
     /// Runs [`REQUESTS`](crate::REQUESTS) requests. `allocations` says how many allocations there
     /// were so far.
     pub fn run(&mut self, allocations: impl Fn() -> u64) -> Tally {
         let mut tally = Tally::default();
-        let notified = self.device.wiring.notifications.get();
+        let notified = self.wiring.notifications.get();
         while tally.requests < crate::REQUESTS {
             // SAFETY: the driver and its requests are in `self.client`, and nobody uses them now.
             unsafe { self.device.serve() };
@@ -300,7 +252,7 @@ impl Bench {
             tally.requests = self.client.completed;
         }
         assert_eq!(self.client.failed, 0, "every request is taken and succeeds");
-        tally.notifications = self.device.wiring.notifications.get() - notified;
+        tally.notifications = self.wiring.notifications.get() - notified;
         tally
     }
 }

@@ -61,6 +61,11 @@ impl Drop for Memory {
 impl Ram {
     /// The memory of a guest: regions, each at an address and of so many pages.
     pub fn new(regions: &[(u64, u64)]) -> Self {
+        let regions: Vec<_> = regions.iter().map(|&(start, pages)| (Some(start), pages)).collect();
+        Self::with(&regions)
+    }
+
+    fn with(regions: &[(Option<u64>, u64)]) -> Self {
         let mut memory = Memory(Vec::new());
         let mut list = Vec::new();
         for &(start, pages) in regions {
@@ -71,6 +76,7 @@ impl Ram {
             let base = unsafe { alloc_zeroed(layout) };
             let Some(base) = NonNull::new(base) else { handle_alloc_error(layout) };
             memory.0.push((base, layout));
+            let start = start.unwrap_or(base.addr().get() as u64);
             list.push(Region { start, bytes: pages * PAGE, base });
         }
         // SAFETY: the allocations live as long as `memory`, and are accessed by way of `GuestRam` and
@@ -84,6 +90,11 @@ impl Ram {
     /// One region of so many pages, somewhere.
     pub fn of_pages(pages: u64) -> Self {
         Self::new(&[(1 << 32, pages)])
+    }
+
+    /// One region of so many pages, whose addresses in the guest are those of this process.
+    pub fn here(pages: u64) -> Self {
+        Self::with(&[(None, pages)])
     }
 
     /// All of it, as a device has it.

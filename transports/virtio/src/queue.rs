@@ -58,9 +58,11 @@ pub trait DriverQueue: Sized {
     /// [`QueueError`], but never `BadArea`.
     fn new(share: Self::Share, size: u16, features: Features) -> Result<Self, QueueError>;
 
-    /// The descriptor at `position` of a table, of which there comes another unless it is the
-    /// `last`.
-    fn table_entry(descriptor: Descriptor, position: usize, last: bool) -> [u64; 2];
+    /// Whether each entry of a table names the next one. Otherwise the next one in memory is.
+    const TABLES_ARE_LINKED: bool;
+
+    /// An entry of a table, after which comes the one at place `next`, if any.
+    fn table_entry(descriptor: Descriptor, next: Option<usize>) -> [u64; 2];
 
     /// Where the device finds the queue.
     fn addresses(&self) -> Addresses;

@@ -117,6 +117,7 @@ impl<S: Share<Handle = Address>> queue::DriverQueue for DriverQueue<S> {
     type Staging = Staging;
 
     const FEATURE: Features = Features::PACKED;
+    const TABLES_ARE_LINKED: bool = false;
 
     fn new(share: S, size: u16, features: Features) -> Result<Self, QueueError> {
         let Layout { descriptors, driver, device } = Layout::new(size)?;
@@ -147,7 +148,7 @@ impl<S: Share<Handle = Address>> queue::DriverQueue for DriverQueue<S> {
     }
 
     #[inline(always)]
-    fn table_entry(descriptor: Descriptor, _position: usize, _last: bool) -> [u64; 2] {
+    fn table_entry(descriptor: Descriptor, _next: Option<usize>) -> [u64; 2] {
         // A table of a packed queue is as long as it says, and goes in order.
         encode(descriptor, 0, 0)
     }

@@ -111,6 +111,7 @@ impl<S: Share<Handle = Address>> queue::DriverQueue for DriverQueue<S> {
     type Staging = Staging;
 
     const FEATURE: Features = Features::empty();
+    const TABLES_ARE_LINKED: bool = true;
 
     fn new(share: S, size: u16, features: Features) -> Result<Self, QueueError> {
         let Layout { descriptors, driver, device } = Layout::new(size)?;
@@ -138,10 +139,12 @@ impl<S: Share<Handle = Address>> queue::DriverQueue for DriverQueue<S> {
     }
 
     #[inline(always)]
-    fn table_entry(descriptor: Descriptor, position: usize, last: bool) -> [u64; 2] {
-        // At most 65,535 descriptors are in a table that can be linked.
-        let (flags, next) = if last { (0, 0) } else { (flag::NEXT, position as u16 + 1) };
-        encode(descriptor, flags, next)
+    fn table_entry(descriptor: Descriptor, next: Option<usize>) -> [u64; 2] {
+        match next {
+            // A table that can be linked has at most 65,536 entries.
+            Some(next) => encode(descriptor, flag::NEXT, next as u16),
+            None => encode(descriptor, 0, 0),
+        }
     }
 
     fn addresses(&self) -> Addresses {

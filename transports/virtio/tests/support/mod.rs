@@ -138,7 +138,7 @@ impl<K: Kind> Pair<K> {
         let disk = MemoryDisk::new(HostPages, geometry).unwrap();
         let tables =
             TablePool::new(ram.clone(), setup.tables, setup.table_pages, Access::Read).unwrap();
-        let wire = DriverWire::new(queue, ram.clone()).unwrap();
+        let wire = DriverWire::new(queue, ram.clone(), setup.features).unwrap();
         let features = DiskFeatures {
             flush: true,
             discard: Some(DiscardUnits { granularity: 1, alignment: 0 }),
