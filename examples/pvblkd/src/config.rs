@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde::Deserialize;
 
+pub use pvblk_daemon::logging::LogFormat;
+
 use crate::options::DiskOptions;
 use crate::source::Source;
 
@@ -30,17 +32,6 @@ pub struct Config {
     pub defaults: DiskOptions,
     /// Settings of some disks.
     pub disk: Vec<DiskSettings>,
-}
-
-/// How messages look.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum LogFormat {
-    /// Lines for people.
-    #[default]
-    Text,
-    /// An object a line.
-    Json,
 }
 
 /// Whether `backend/vbd` is served, where xen-blkback serves it if that is loaded.

@@ -1,7 +1,7 @@
 //! How a disk is served: settings that have a default, a configuration file, a command line.
 
-use pvblk_stores::file::{FileOptions, Method};
-use pvblk_stores::nbd::{Durability, NbdOptions};
+pub use pvblk_daemon::backing::NbdDurability;
+use pvblk_daemon::backing::StoreOptions;
 use pvblk_xen::foreign::DataPath;
 use serde::{Deserialize, Serialize};
 use xen_blkback::{Config, Hotplug};
@@ -40,18 +40,6 @@ pub struct DiskOptions {
     /// What is done about writes that an NBD server may lose when it is restarted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nbd_durability: Option<NbdDurability>,
-}
-
-/// What is done about writes that an NBD server acknowledged and may lose when it is restarted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum NbdDurability {
-    /// The guest's next flush fails after a restart
-    Reported,
-    /// Every write is made durable at once
-    WriteThrough,
-    /// The server does not lose any
-    Trusted,
 }
 
 /// How a guest's pages are reached.
@@ -138,30 +126,15 @@ impl DiskOptions {
         config
     }
 
-    /// What is told to the store of a file.
-    pub fn file_options(&self, read_only: bool) -> FileOptions {
-        let mut options = FileOptions::default();
-        options.read_only = read_only;
-        options.direct = !self.buffered.unwrap_or(false);
-        options.logical_bytes = self.sector;
-        if self.synchronous.unwrap_or(false) {
-            options.method = Method::Synchronous;
+    /// What is told to the stores.
+    pub fn store_options(&self, read_only: bool) -> StoreOptions {
+        StoreOptions {
+            read_only,
+            sector: self.sector,
+            buffered: self.buffered.unwrap_or(false),
+            synchronous: self.synchronous.unwrap_or(false),
+            nbd_durability: self.nbd_durability,
         }
-        options
-    }
-
-    /// What is told to the store of a disk on an NBD server.
-    pub fn nbd_options(&self, read_only: bool) -> NbdOptions {
-        let mut options = NbdOptions::default();
-        options.read_only = read_only;
-        if let Some(durability) = self.nbd_durability {
-            options.durability = match durability {
-                NbdDurability::Reported => Durability::Reported,
-                NbdDurability::WriteThrough => Durability::WriteThrough,
-                NbdDurability::Trusted => Durability::Trusted,
-            };
-        }
-        options
     }
 
     /// The settings as one node of XenStore has them.

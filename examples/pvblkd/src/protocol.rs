@@ -9,20 +9,19 @@
 //! The answer is `{"ok":...}` or `{"error":"..."}`. `attach` and `detach` need no daemon to talk to:
 //! they write what a toolstack writes, and the daemon finds it.
 
-use std::fs;
-use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::mail::Mailbox;
 use crate::size::Size;
+use crate::socket;
 use crate::status::Registry;
 
 /// A request.
@@ -78,21 +77,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 ///
 /// If the socket cannot be made; above all, if another daemon has it.
 pub fn listen(path: &Path) -> Result<UnixListener> {
-    let place = || format!("cannot make the socket {}", path.display());
-    if UnixStream::connect(path).is_ok() {
-        bail!("another pvblkd serves {}", path.display());
-    }
-    let listener = bind(path).with_context(place)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).with_context(place)?;
-    Ok(listener)
-}
-
-/// Waits at `path`, in the place of a socket that a program has left behind that was killed.
-pub(crate) fn bind(path: &Path) -> io::Result<UnixListener> {
-    if fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket()) {
-        fs::remove_file(path)?;
-    }
-    UnixListener::bind(path)
+    socket::listen(path, 0o600)
 }
 
 /// Answers clients, one after the other. It returns only if the socket breaks.
@@ -174,6 +159,8 @@ pub fn ask<T: DeserializeOwned>(path: &Path, request: &Request) -> Result<T> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
     use std::thread;
 
     use super::*;
@@ -235,7 +222,7 @@ mod tests {
     }
 
     fn listen_is_taken(path: &Path) -> bool {
-        listen(path).is_err_and(|error| error.to_string().contains("another pvblkd"))
+        listen(path).is_err_and(|error| error.to_string().contains("another daemon"))
     }
 
     #[test]

@@ -15,8 +15,9 @@ use crate::cli::{RUNTIME, Serve};
 use crate::config::{Config, ServeVbd};
 use crate::daemon::{Common, Daemon, Message};
 use crate::host::Xen;
+use crate::http::{Address, Listener};
 use crate::mail::Mailbox;
-use crate::metrics::{self, Listener};
+use crate::metrics;
 use crate::notify;
 use crate::protocol;
 use crate::runtime::{self, Runtime};
@@ -47,7 +48,7 @@ pub fn serve(options: &Serve) -> Result<()> {
     let folder = config.runtime.clone().unwrap_or_else(|| RUNTIME.into());
     let runtime = Runtime::open(&folder).with_context(|| format!("no {}", folder.display()))?;
     let commands = protocol::listen(&runtime::socket(&folder))?;
-    let metrics = config.metrics.as_deref().map(str::parse::<metrics::Address>).transpose()?;
+    let metrics = config.metrics.as_deref().map(str::parse::<Address>).transpose()?;
     let metrics = metrics.as_ref().map(Listener::open).transpose()?;
     let user = config.user.as_deref().map(User::find).transpose()?;
     if let Some(user) = &user {
@@ -79,8 +80,8 @@ pub fn serve(options: &Serve) -> Result<()> {
     end_by_signal(signals, mailbox.clone())?;
     let of_commands = registry.clone();
     start("commands", move || protocol::serve(&commands, &of_commands, &mailbox))?;
-    if let Some(metrics) = metrics {
-        start("metrics", move || metrics.serve(&registry))?;
+    if let Some(listener) = metrics {
+        start("metrics", move || listener.serve(|| metrics::text(&registry.report())))?;
     }
     notify::ready();
     daemon.run();

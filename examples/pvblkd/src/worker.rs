@@ -9,6 +9,8 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use pvblk::backend::Violation;
 use pvblk::command::Features;
+use pvblk::memory::SharedRegion;
+use pvblk_xen::journal::Lasting;
 use rustix::event::PollFlags;
 use rustix::thread::CpuSet;
 use xen_blkback::{Queue, QueuePlan};
@@ -17,7 +19,7 @@ use crate::backing::{Backing, QueueStore};
 use crate::figures::{Figures, QueueFigures};
 use crate::host::{Awaited, Host, WorkerPlatform};
 use crate::mail::Mailbox;
-use crate::mapped::Origin;
+use crate::mapped::{MappedFile, Origin};
 use crate::runtime::{DiskName, Runtime};
 
 /// What a worker is told.
@@ -164,7 +166,7 @@ fn open<'t, P: WorkerPlatform>(
     match runtime.journal(disk, task.plan.number, bytes, *resume) {
         Ok((journal, origin)) => {
             let resume = *resume && origin == Origin::Kept;
-            Ok(Queue::open_with(platform, &task.plan, store, Box::new(journal), resume)?)
+            Ok(Queue::open_with(platform, &task.plan, store, Box::new(Journal(journal)), resume)?)
         }
         Err(error) => {
             log::warn!(
@@ -174,6 +176,15 @@ fn open<'t, P: WorkerPlatform>(
             );
             Ok(Queue::open(platform, &task.plan, store)?)
         }
+    }
+}
+
+/// A file that is mapped, as a journal.
+struct Journal(MappedFile);
+
+impl Lasting for Journal {
+    fn region(&self) -> SharedRegion<'_> {
+        self.0.region()
     }
 }
 

@@ -18,10 +18,11 @@ use pvblk_xen::store::{self, Store};
 use rustix::event::PollFlags;
 use xen_blkback::{Address, Backends, Change, Quota};
 
-use crate::backing::{Backing, NamedMemory};
+use crate::backing::Backing;
 use crate::config::Config;
 use crate::host::{Host, Sleep};
 use crate::mail::Mailbox;
+use crate::opening::NamedMemory;
 use crate::protocol::Resize;
 use crate::runtime::{DiskName, Runtime};
 use crate::status::Registry;

@@ -8,8 +8,9 @@ use pvblk_xen::xenbus;
 use xen_blkback::Disk;
 
 use super::{Message, Served};
-use crate::backing::{Backing, Opening};
+use crate::backing::Backing;
 use crate::host::Host;
+use crate::opening::Opening;
 use crate::source::Source;
 
 /// What Linux calls an error of input or output.
@@ -94,7 +95,7 @@ impl<H: Host> Served<'_, '_, H> {
         };
         let (common, disk) = (self.common.clone(), self.id);
         let work = move || {
-            let open = || Backing::open(&source, &common.runtime, &common.named, &opening);
+            let open = || opening.open(&source, &common.runtime, &common.named);
             let result = catch_unwind(AssertUnwindSafe(open));
             let result = result.unwrap_or_else(|_| Err(anyhow!("a fault of pvblkd")));
             common.mailbox.send(Message::Opened { disk, result });

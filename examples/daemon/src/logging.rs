@@ -5,8 +5,18 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use env_logger::{Builder, Target};
 use log::{LevelFilter, Record};
+use serde::Deserialize;
 
-use crate::config::LogFormat;
+/// How messages look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum LogFormat {
+    /// Lines for people.
+    #[default]
+    Text,
+    /// An object a line.
+    Json,
+}
 
 /// Sends messages of this level and above to the standard error.
 pub fn start(format: LogFormat, level: LevelFilter) {

@@ -241,6 +241,7 @@ const ALLOWED: &[i64] = &[
     libc::SYS_restart_syscall,
     libc::SYS_ppoll,
     libc::SYS_eventfd2,
+    libc::SYS_memfd_create,
     libc::SYS_nanosleep,
     libc::SYS_clock_nanosleep,
     libc::SYS_clock_gettime,

@@ -1,9 +1,8 @@
 //! What a disk is served from, opened; and one queue's share of it.
 
-use std::collections::HashMap;
 use std::fs::OpenOptions;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use anyhow::{Context, Result, anyhow, bail};
 use pvblk::backend::{Completed, Operation, Requests, Store, StoreError, Submitted};
@@ -11,13 +10,12 @@ use pvblk::command::Features;
 use pvblk::extent::Geometry;
 use pvblk::table::Tag;
 use pvblk_stores::Wakeup;
-use pvblk_stores::file::{FileDisk, FileStore};
+use pvblk_stores::file::{FileDisk, FileOptions, FileStore, Method};
 use pvblk_stores::memory::MemoryDisk;
-use pvblk_stores::nbd::{NbdDisk, NbdStore};
+use pvblk_stores::nbd::{Durability, NbdDisk, NbdOptions, NbdStore};
+use serde::{Deserialize, Serialize};
 
-use crate::mapped::{MappedFile, Origin};
-use crate::options::DiskOptions;
-use crate::runtime::{DiskName, Runtime};
+use crate::mapped::MappedFile;
 use crate::size::Size;
 use crate::source::{MemorySource, Source};
 
@@ -38,55 +36,100 @@ enum Kind {
     Nbd(NbdDisk),
 }
 
-type Memory = MemoryDisk<MappedFile>;
+/// A disk in a file that is mapped.
+pub type Memory = MemoryDisk<MappedFile>;
 
-/// Memory that has a name, as long as a disk uses it. Clones are the same list.
-#[derive(Clone, Debug, Default)]
-pub struct NamedMemory {
-    disks: Arc<Mutex<HashMap<String, Weak<Memory>>>>,
-}
-
-/// The circumstances in which a disk is opened.
-#[derive(Clone, Debug)]
-pub struct Opening {
-    /// Which disk it is.
-    pub name: DiskName,
-    /// How it is served.
-    pub options: DiskOptions,
+/// How a disk's data is read and written.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StoreOptions {
     /// Whether the guest may not write.
     pub read_only: bool,
-    /// Whether the guest has it already: what is in memory must be what the guest left there.
-    pub keep: bool,
+    /// The logical sector in bytes; 512, or the device's, if it is not set.
+    pub sector: Option<u32>,
+    /// Whether a file is read and written through the page cache.
+    pub buffered: bool,
+    /// Whether a file is read and written by plain system calls, not by `io_uring`.
+    pub synchronous: bool,
+    /// What is done about writes that an NBD server may lose when it is restarted.
+    pub nbd_durability: Option<NbdDurability>,
+}
+
+/// What is done about writes that an NBD server acknowledged and may lose when it is restarted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum NbdDurability {
+    /// The guest's next flush fails after a restart
+    Reported,
+    /// Every write is made durable at once
+    WriteThrough,
+    /// The server does not lose any
+    Trusted,
+}
+
+impl StoreOptions {
+    /// What is told to the store of a file.
+    fn file(&self) -> FileOptions {
+        let mut options = FileOptions::default();
+        options.read_only = self.read_only;
+        options.direct = !self.buffered;
+        options.logical_bytes = self.sector;
+        if self.synchronous {
+            options.method = Method::Synchronous;
+        }
+        options
+    }
+
+    /// What is told to the store of a disk on an NBD server.
+    fn nbd(&self) -> NbdOptions {
+        let mut options = NbdOptions::default();
+        options.read_only = self.read_only;
+        if let Some(durability) = self.nbd_durability {
+            options.durability = match durability {
+                NbdDurability::Reported => Durability::Reported,
+                NbdDurability::WriteThrough => Durability::WriteThrough,
+                NbdDurability::Trusted => Durability::Trusted,
+            };
+        }
+        options
+    }
+
+    /// The shape of a disk in memory. Whether a guest may write to its disk is not the memory's
+    /// affair.
+    ///
+    /// # Errors
+    ///
+    /// If the size is not a multiple of the logical sector.
+    pub fn memory(&self, size: Size) -> Result<Geometry> {
+        let logical_bytes = self.sector.unwrap_or(512);
+        if !size.bytes().is_multiple_of(logical_bytes.into()) {
+            bail!("{size} is not a multiple of the sector of {logical_bytes} bytes");
+        }
+        Ok(Geometry {
+            sectors: size.sectors(),
+            logical_bytes,
+            physical_bytes: 4096,
+            read_only: false,
+        })
+    }
 }
 
 impl Backing {
-    /// Opens `source`. It may take long: a server may be far away.
+    /// Opens `source`. It may take long: a server may be far away. `memory` opens a disk in memory.
     ///
     /// # Errors
     ///
     /// Whatever is wrong, with what to do about it.
     pub fn open(
         source: &Source,
-        runtime: &Runtime,
-        named: &NamedMemory,
-        opening: &Opening,
+        options: &StoreOptions,
+        memory: impl FnOnce(&MemorySource) -> Result<Arc<Memory>>,
     ) -> Result<Self> {
-        let Opening { options, read_only, .. } = opening;
         let kind = match source {
-            Source::File(path) => {
-                Kind::File(FileDisk::open(path, &options.file_options(*read_only)).map_err(whole)?)
-            }
-            Source::Memory(MemorySource { name: Some(name), size }) => {
-                Kind::Memory(named.open(name, *size, runtime, opening)?)
-            }
-            Source::Memory(MemorySource { name: None, size }) => {
-                Kind::Memory(Arc::new(open_memory(*size, runtime, opening)?))
-            }
-            Source::Nbd(url) => {
-                Kind::Nbd(NbdDisk::connect(url, &options.nbd_options(*read_only)).map_err(whole)?)
-            }
+            Source::File(path) => Kind::File(FileDisk::open(path, &options.file()).map_err(whole)?),
+            Source::Memory(source) => Kind::Memory(memory(source)?),
+            Source::Nbd(url) => Kind::Nbd(NbdDisk::connect(url, &options.nbd()).map_err(whole)?),
         };
-        let (source, read_only) = (source.clone(), *read_only);
+        let (source, read_only) = (source.clone(), options.read_only);
         Ok(Self { source, kind, read_only, failures: Arc::default() })
     }
 
@@ -147,15 +190,14 @@ impl Backing {
             let metadata = file.metadata()?;
             if !metadata.is_file() {
                 bail!(
-                    "{} is no file: resize it by its own means (lvextend, ...), and say `pvblkd \
-                     resize` without a size then",
+                    "{} is no file: resize it by its own means (lvextend, ...), and say then that it was",
                     path.display()
                 );
             }
             if size.bytes() < metadata.len() {
                 bail!(
                     "{} has {} bytes, and would lose what is behind the first {}: if that is \
-                     wanted, use truncate, and `pvblkd resize` without a size then",
+                     wanted, use truncate, and say then that it was",
                     path.display(),
                     metadata.len(),
                     size.bytes()
@@ -185,57 +227,6 @@ impl Backing {
 /// An error of a store, which says itself what caused it.
 fn whole(error: impl std::error::Error) -> anyhow::Error {
     anyhow!("{error}")
-}
-
-impl NamedMemory {
-    fn open(
-        &self,
-        name: &str,
-        size: Size,
-        runtime: &Runtime,
-        opening: &Opening,
-    ) -> Result<Arc<Memory>> {
-        // One that panicked has not changed the list.
-        let mut disks = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
-        let geometry = memory_geometry(size, opening)?;
-        if let Some(disk) = disks.get(name).and_then(Weak::upgrade) {
-            let there = disk.geometry();
-            if there != geometry {
-                bail!(
-                    "the memory {name} is in use, with {} sectors, logical ones of {} bytes",
-                    there.sectors,
-                    there.logical_bytes
-                );
-            }
-            return Ok(disk);
-        }
-        let place = || format!("no {size} of memory in {}", runtime.folder().display());
-        let file = runtime.named_memory(name, size.bytes()).with_context(place)?;
-        let disk = Arc::new(file.into_disk(geometry)?);
-        disks.retain(|_, disk| disk.strong_count() > 0);
-        disks.insert(name.into(), Arc::downgrade(&disk));
-        Ok(disk)
-    }
-}
-
-fn open_memory(size: Size, runtime: &Runtime, opening: &Opening) -> Result<Memory> {
-    let geometry = memory_geometry(size, opening)?;
-    let place = || format!("no {size} of memory in {}", runtime.folder().display());
-    let (file, origin) =
-        runtime.memory(&opening.name, size.bytes(), opening.keep).with_context(place)?;
-    if opening.keep && origin == Origin::New {
-        bail!("the content of the disk is lost: it was not in {}", runtime.folder().display());
-    }
-    Ok(file.into_disk(geometry)?)
-}
-
-/// Whether a guest may write to its disk is not the memory's affair.
-fn memory_geometry(size: Size, opening: &Opening) -> Result<Geometry> {
-    let logical_bytes = opening.options.sector.unwrap_or(512);
-    if !size.bytes().is_multiple_of(logical_bytes.into()) {
-        bail!("{size} is not a multiple of the sector of {logical_bytes} bytes");
-    }
-    Ok(Geometry { sectors: size.sectors(), logical_bytes, physical_bytes: 4096, read_only: false })
 }
 
 /// One queue's share of a disk.

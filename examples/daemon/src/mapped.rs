@@ -9,7 +9,6 @@ use std::ptr::{NonNull, null_mut};
 use pvblk::extent::{Geometry, SECTOR_BYTES};
 use pvblk::memory::{PAGE_BYTES, PageAllocator, SharedRegion};
 use pvblk_stores::memory::{MemoryDisk, MemoryError};
-use pvblk_xen::journal::Lasting;
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
@@ -106,12 +105,6 @@ impl MappedFile {
         if let Err(error) = std::fs::remove_file(&self.path) {
             log::warn!("cannot remove {}: {error}", self.path.display());
         }
-    }
-}
-
-impl Lasting for MappedFile {
-    fn region(&self) -> SharedRegion<'_> {
-        self.region()
     }
 }
 

@@ -1,0 +1,121 @@
+//! Requests in progress, written down in memory that outlives the program.
+//!
+//! The monitor keeps that memory and hands it to a device that takes over
+//! (`VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD`). What is written, and where, is what the vhost-user
+//! specification has in its section "Inflight I/O tracking", as far as it is needed.
+//!
+//! Nothing has to be written through to anywhere: it is for a program that dies, not for a host that
+//! does. What counts is the order.
+
+use std::fs::File;
+use std::io;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use pvblk::memory::SharedRegion;
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use vm_memory::{FileOffset, MmapRegion};
+
+/// Bytes before the states of a queue's descriptors, and bytes of each, at most.
+const HEAD_BYTES: usize = 32;
+const STATE_BYTES: usize = 32;
+
+/// Where the version of the layout is, for every kind of queue; 0 means that nothing is there yet.
+const VERSION: usize = 8;
+/// Where the number of descriptors is.
+const SIZE: usize = 10;
+
+/// Memory that is mapped.
+struct Mapped {
+    map: MmapRegion<()>,
+    base: NonNull<u8>,
+}
+
+// SAFETY: memory that others may write to, and that is only copied to and from, which any thread may
+// do at any time.
+unsafe impl Send for Mapped {}
+// SAFETY: as above.
+unsafe impl Sync for Mapped {}
+
+impl Mapped {
+    #[inline(always)]
+    fn region(&self) -> SharedRegion<'_> {
+        // SAFETY: mapped as long as `self`, from the beginning of a page on; only regions are made of
+        // it. That the file keeps its length is the monitor's promise.
+        unsafe { SharedRegion::new(self.base, self.map.size()) }
+    }
+}
+
+/// Memory for the logs of all queues of a device.
+#[derive(Clone)]
+pub(super) struct Logs {
+    mapped: Arc<Mapped>,
+    queues: u16,
+    queue_size: u16,
+}
+
+impl Logs {
+    /// Bytes for so many queues of that size.
+    pub fn bytes(queues: u16, queue_size: u16) -> u64 {
+        u64::from(queues) * bytes_for(queue_size) as u64
+    }
+
+    /// New memory of zeroes, for the monitor to keep.
+    pub fn create(queues: u16, queue_size: u16) -> io::Result<File> {
+        let file = memfd_create("vhost-user-inflight", MemfdFlags::CLOEXEC)?;
+        ftruncate(&file, Self::bytes(queues, queue_size))?;
+        Ok(file.into())
+    }
+
+    /// Memory that the monitor kept, from byte `offset` of the file on.
+    pub fn open(file: File, offset: u64, queues: u16, queue_size: u16) -> io::Result<Self> {
+        let bytes = usize::try_from(Self::bytes(queues, queue_size)).map_err(io::Error::other)?;
+        let map = MmapRegion::from_file(FileOffset::new(file, offset), bytes);
+        let map = map.map_err(io::Error::other)?;
+        let base = NonNull::new(map.as_ptr()).ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(Self { mapped: Arc::new(Mapped { map, base }), queues, queue_size })
+    }
+
+    /// The log of one queue, if there is one for a queue of that size.
+    pub fn log(&self, queue: usize, size: u16) -> Option<Log> {
+        let is_there = queue < usize::from(self.queues) && size <= self.queue_size;
+        let at = queue * bytes_for(self.queue_size);
+        is_there.then(|| Log { mapped: self.mapped.clone(), at, size })
+    }
+}
+
+fn bytes_for(queue_size: u16) -> usize {
+    HEAD_BYTES + usize::from(queue_size) * STATE_BYTES
+}
+
+/// The log of one queue.
+pub(super) struct Log {
+    mapped: Arc<Mapped>,
+    at: usize,
+    size: u16,
+}
+
+impl Log {
+    /// Its memory.
+    #[inline(always)]
+    pub fn region(&self) -> SharedRegion<'_> {
+        self.mapped.region().part(self.at, bytes_for(self.size))
+    }
+
+    /// Whether a queue of this size was written down in it.
+    pub fn is_in_use(&self) -> bool {
+        let number = |offset| self.region().load_u16(offset, Ordering::Acquire);
+        number(VERSION) == 1 && number(SIZE) == self.size
+    }
+
+    /// Whatever is in it is void. `begin` writes down where a new queue is.
+    pub fn begin(&self, begin: impl FnOnce(&SharedRegion<'_>)) {
+        let region = self.region();
+        region.store_u16(VERSION, 0, Ordering::Release);
+        region.clear();
+        region.store_u16(SIZE, self.size, Ordering::Release);
+        begin(&region);
+        region.store_u16(VERSION, 1, Ordering::Release);
+    }
+}

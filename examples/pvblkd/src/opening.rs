@@ -1,0 +1,90 @@
+//! Opening what a disk is served from, and the memory of those that live in memory.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use anyhow::{Context, Result, bail};
+use pvblk::backend::Store;
+
+use crate::backing::{Backing, Memory};
+use crate::mapped::Origin;
+use crate::options::DiskOptions;
+use crate::runtime::{DiskName, Runtime};
+use crate::size::Size;
+use crate::source::{MemorySource, Source};
+
+/// Memory that has a name, as long as a disk uses it. Clones are the same list.
+#[derive(Clone, Debug, Default)]
+pub struct NamedMemory {
+    disks: Arc<Mutex<HashMap<String, Weak<Memory>>>>,
+}
+
+/// The circumstances in which a disk is opened.
+#[derive(Clone, Debug)]
+pub struct Opening {
+    /// Which disk it is.
+    pub name: DiskName,
+    /// How it is served.
+    pub options: DiskOptions,
+    /// Whether the guest may not write.
+    pub read_only: bool,
+    /// Whether the guest has it already: what is in memory must be what the guest left there.
+    pub keep: bool,
+}
+
+impl Opening {
+    /// Opens `source`. It may take long: a server may be far away.
+    ///
+    /// # Errors
+    ///
+    /// Whatever is wrong, with what to do about it.
+    pub fn open(&self, source: &Source, runtime: &Runtime, named: &NamedMemory) -> Result<Backing> {
+        let options = self.options.store_options(self.read_only);
+        Backing::open(source, &options, |MemorySource { name, size }| match name {
+            Some(name) => named.open(name, *size, runtime, self),
+            None => self.open_memory(*size, runtime).map(Arc::new),
+        })
+    }
+
+    fn open_memory(&self, size: Size, runtime: &Runtime) -> Result<Memory> {
+        let geometry = self.options.store_options(false).memory(size)?;
+        let place = || format!("no {size} of memory in {}", runtime.folder().display());
+        let (file, origin) =
+            runtime.memory(&self.name, size.bytes(), self.keep).with_context(place)?;
+        if self.keep && origin == Origin::New {
+            bail!("the content of the disk is lost: it was not in {}", runtime.folder().display());
+        }
+        Ok(file.into_disk(geometry)?)
+    }
+}
+
+impl NamedMemory {
+    fn open(
+        &self,
+        name: &str,
+        size: Size,
+        runtime: &Runtime,
+        opening: &Opening,
+    ) -> Result<Arc<Memory>> {
+        // One that panicked has not changed the list.
+        let mut disks = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
+        let geometry = opening.options.store_options(false).memory(size)?;
+        if let Some(disk) = disks.get(name).and_then(Weak::upgrade) {
+            let there = disk.geometry();
+            if there != geometry {
+                bail!(
+                    "the memory {name} is in use, with {} sectors, logical ones of {} bytes",
+                    there.sectors,
+                    there.logical_bytes
+                );
+            }
+            return Ok(disk);
+        }
+        let place = || format!("no {size} of memory in {}", runtime.folder().display());
+        let file = runtime.named_memory(name, size.bytes()).with_context(place)?;
+        let disk = Arc::new(file.into_disk(geometry)?);
+        disks.retain(|_, disk| disk.strong_count() > 0);
+        disks.insert(name.into(), Arc::downgrade(&disk));
+        Ok(disk)
+    }
+}
