@@ -1,58 +1,57 @@
-//! The areas of a driver's queue, in pages of its own.
+//! The areas of a driver's queue, each in pages of its own.
 
-use pvblk::memory::{Handle, PAGE_BYTES, PagesError, Share, SharedPages};
+use pvblk::memory::{Access, Handle, PAGE_BYTES, PagesError, Share, SharedPages};
 
 use crate::address::Address;
+use crate::event::Area;
 use crate::queue::Addresses;
 
-/// Where the areas are, in bytes from the first page.
-#[derive(Clone, Copy)]
-pub(crate) struct PageAreas {
-    pub driver: usize,
-    pub device: usize,
+/// The memory of a queue, on the driver's side.
+pub(crate) struct Areas<S: Share<Handle = Address>> {
+    descriptors: SharedPages<S>,
+    driver: SharedPages<S>,
+    device: SharedPages<S>,
 }
 
-impl PageAreas {
-    /// Places areas of so many bytes, descriptors first, and says how many pages that takes. None
-    /// crosses more pages than it must: a device may see each page elsewhere.
-    pub fn new(descriptors: usize, driver: usize, device: usize) -> (Self, usize) {
-        let mut end = descriptors;
-        let mut place = |bytes: usize| {
-            let start = end.next_multiple_of(8);
-            let left = start.next_multiple_of(PAGE_BYTES) - start;
-            let at = if bytes <= left { start } else { start.next_multiple_of(PAGE_BYTES) };
-            end = at + bytes;
-            at
+impl<S: Share<Handle = Address> + Clone> Areas<S> {
+    /// Allocates areas of so many bytes.
+    pub fn new(share: S, bytes: [usize; 3]) -> Result<Self, PagesError> {
+        let area = |bytes: usize, access| {
+            let pages = SharedPages::new(share.clone(), bytes.div_ceil(PAGE_BYTES), access)?;
+            let follows = |page: usize| pages.handle(page).follows(pages.handle(page - 1));
+            if (1..pages.count()).all(follows) { Ok(pages) } else { Err(PagesError::Scattered) }
         };
-        let areas = Self { driver: place(driver), device: place(device) };
-        (areas, end.div_ceil(PAGE_BYTES))
+        Ok(Self {
+            // A packed queue's has answers, too.
+            descriptors: area(bytes[0], Access::ReadWrite)?,
+            driver: area(bytes[1], Access::Read)?,
+            device: area(bytes[2], Access::ReadWrite)?,
+        })
+    }
+}
+
+impl<S: Share<Handle = Address>> Areas<S> {
+    #[inline(always)]
+    pub fn descriptors(&self) -> Area<'_> {
+        Area { region: self.descriptors.region(), offset: 0 }
     }
 
-    /// Whether each area, so many bytes long, is contiguous in the device's eyes.
-    pub fn check<S>(&self, pages: &SharedPages<S>, bytes: [usize; 3]) -> Result<(), PagesError>
-    where
-        S: Share<Handle = Address>,
-    {
-        for (start, bytes) in [0, self.driver, self.device].into_iter().zip(bytes) {
-            let (first, last) = (start / PAGE_BYTES, (start + bytes - 1) / PAGE_BYTES);
-            let follows = |page: usize| pages.handle(page + 1).follows(pages.handle(page));
-            if !(first..last).all(follows) {
-                return Err(PagesError::Scattered);
-            }
-        }
-        Ok(())
+    #[inline(always)]
+    pub fn driver(&self) -> Area<'_> {
+        Area { region: self.driver.region(), offset: 0 }
     }
 
-    /// The same places in the device's eyes.
-    pub fn addresses<S: Share<Handle = Address>>(&self, pages: &SharedPages<S>) -> Addresses {
-        let address = |offset: usize| {
-            let page: Address = pages.handle(offset / PAGE_BYTES);
-            page.0 + (offset % PAGE_BYTES) as u64
-        };
+    #[inline(always)]
+    pub fn device(&self) -> Area<'_> {
+        Area { region: self.device.region(), offset: 0 }
+    }
+
+    /// Where they are in the device's eyes.
+    pub fn addresses(&self) -> Addresses {
         Addresses {
-            descriptors: address(0),
-            driver: address(self.driver),
-            device: address(self.device),
+            descriptors: self.descriptors.handle(0).0,
+            driver: self.driver.handle(0).0,
+            device: self.device.handle(0).0,
         }
     }
 }

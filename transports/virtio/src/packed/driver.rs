@@ -4,13 +4,13 @@ use alloc::boxed::Box;
 use core::sync::atomic::Ordering;
 
 use pvblk::frontend::Violation;
-use pvblk::memory::{Access, Share, SharedPages};
+use pvblk::memory::{Share, SharedRegion};
 use pvblk::ring::{Consumer, Producer, SharedIndex};
 
 use super::position::{Position, Wanted, Wish};
 use super::{LENGTH, Layout, TAIL, TURN, available, encode, split_tail, tail, used};
 use crate::address::Address;
-use crate::area::PageAreas;
+use crate::area::Areas;
 use crate::descriptor::{BYTES, Descriptor, flag};
 use crate::event::Area;
 use crate::feature::Features;
@@ -29,8 +29,7 @@ struct Buffer {
 
 /// The driver's side of a packed virtqueue.
 pub struct DriverQueue<S: Share<Handle = Address>> {
-    pages: SharedPages<S>,
-    areas: PageAreas,
+    areas: Areas<S>,
     /// Counts descriptors.
     requests: Producer<u16>,
     /// Counts answers.
@@ -81,11 +80,6 @@ impl SharedIndex<u16> for Answered<'_> {
 }
 
 impl<S: Share<Handle = Address>> DriverQueue<S> {
-    #[inline(always)]
-    fn area(&self, offset: usize) -> Area<'_> {
-        Area { region: self.pages.region(), offset }
-    }
-
     /// Requests that the device saw and did not answer.
     #[inline(always)]
     fn outstanding(&self) -> u16 {
@@ -98,7 +92,7 @@ impl<S: Share<Handle = Address>> DriverQueue<S> {
         let at = self.next.at;
         let flags = flags | available(self.next.wrap);
         let offset = usize::from(at) * BYTES;
-        let region = self.pages.region();
+        let region = self.areas.descriptors().region;
         if self.first.is_none() {
             let flags = descriptor.flags | flags;
             self.first = Some((at, tail(number, flags)));
@@ -112,7 +106,7 @@ impl<S: Share<Handle = Address>> DriverQueue<S> {
     }
 }
 
-impl<S: Share<Handle = Address>> queue::DriverQueue for DriverQueue<S> {
+impl<S: Share<Handle = Address> + Clone> queue::DriverQueue for DriverQueue<S> {
     type Share = S;
     type Staging = Staging;
 
@@ -124,13 +118,9 @@ impl<S: Share<Handle = Address>> queue::DriverQueue for DriverQueue<S> {
         if size < 3 {
             return Err(QueueError::Size(size.into()));
         }
-        let (areas, count) = PageAreas::new(descriptors, driver, device);
-        let pages = SharedPages::new(share, count, Access::ReadWrite)?;
-        areas.check(&pages, [descriptors, driver, device])?;
         let buffers = (0..size).map(|number| Buffer { id: 0, count: 0, next: number + 1 });
         Ok(Self {
-            pages,
-            areas,
+            areas: Areas::new(share, [descriptors, driver, device])?,
             requests: Producer::new(0),
             answers: Consumer::new(0),
             next: Position::START,
@@ -154,7 +144,7 @@ impl<S: Share<Handle = Address>> queue::DriverQueue for DriverQueue<S> {
     }
 
     fn addresses(&self) -> Addresses {
-        self.areas.addresses(&self.pages)
+        self.areas.addresses()
     }
 
     fn size(&self) -> u16 {
@@ -192,10 +182,10 @@ impl<S: Share<Handle = Address>> queue::DriverQueue for DriverQueue<S> {
     #[inline(always)]
     fn publish(&mut self) -> bool {
         let Some((at, tail)) = self.first.take() else { return false };
-        let Self { pages, areas, requests, next, size, has_events, .. } = self;
-        let region = pages.region();
+        let Self { areas, requests, next, size, has_events, .. } = self;
+        let region = areas.descriptors().region;
         let wanted = Wanted {
-            area: Area { region, offset: areas.device },
+            area: areas.device(),
             has_events: *has_events,
             position: *next,
             new: requests.staged(),
@@ -211,10 +201,10 @@ impl<S: Share<Handle = Address>> queue::DriverQueue for DriverQueue<S> {
         if !self.quiet {
             // Awake: until `sleep` no notification is wanted.
             self.quiet = true;
-            Wish::refuse(self.area(self.areas.driver));
+            Wish::refuse(self.areas.driver());
         }
         let outstanding = self.outstanding();
-        let ring = Area { region: self.pages.region(), offset: 0 };
+        let ring = self.areas.descriptors();
         let answered = Answered { ring, next: self.next_used, index: self.answers.next() };
         if !self.answers.look(&answered, outstanding)? {
             return Ok(None);
@@ -242,15 +232,14 @@ impl<S: Share<Handle = Address>> queue::DriverQueue for DriverQueue<S> {
         let batch = batch.clamp(1, usize::from(outstanding).max(1));
         let in_use = usize::from(self.size - self.room);
         let further = (batch - 1) * in_use / usize::from(self.in_flight.max(1));
-        let Self { pages, areas, answers, next_used, size, has_events, .. } = self;
-        let region = pages.region();
+        let Self { areas, answers, next_used, size, has_events, .. } = self;
         let wish = Wish {
-            area: Area { region, offset: areas.driver },
+            area: areas.driver(),
             has_events: *has_events,
             // At most the descriptors in use.
             place: next_used.after(further as u16, *size),
         };
-        let ring = Area { region, offset: 0 };
+        let ring = areas.descriptors();
         let answered = Answered { ring, next: *next_used, index: answers.next() };
         Ok(answers.sleep(&answered, &wish, 1, outstanding)?)
     }
@@ -258,7 +247,7 @@ impl<S: Share<Handle = Address>> queue::DriverQueue for DriverQueue<S> {
 
 /// The descriptor that was held back, as the index that its writing shows.
 struct First<'a> {
-    region: pvblk::memory::SharedRegion<'a>,
+    region: SharedRegion<'a>,
     at: u16,
     tail: u32,
 }

@@ -4,34 +4,32 @@ use alloc::boxed::Box;
 use core::sync::atomic::Ordering;
 
 use pvblk::frontend::Violation;
-use pvblk::memory::{Access, PAGE_BYTES, Share, SharedPages};
+use pvblk::memory::Share;
 use pvblk::ring::{Consumer, Producer};
 
 use super::{AVAILABLE_ENTRY, FLAGS, HEAD, INDEX, Layout, USED_ENTRY};
 use crate::address::Address;
-use crate::area::PageAreas;
+use crate::area::Areas;
 use crate::descriptor::{BYTES, Descriptor, flag};
-use crate::event::{Area, EventAt, IndexAt, UNWANTED, Wish};
+use crate::event::{EventAt, IndexAt, UNWANTED, Wish};
 use crate::feature::Features;
 use crate::queue::{self, Addresses, QueueError};
 
 /// What the driver knows of a descriptor.
 #[derive(Clone, Copy)]
 struct Link {
-    /// The next descriptor in the request, or in the list of free ones.
-    next: u16,
-    /// If this is the head of a request that is not answered: its last descriptor, and how many
-    /// there are. None otherwise.
+    /// If this is the head of a request that is not answered: its id, its last descriptor, and how
+    /// many there are. None otherwise.
+    id: u64,
     last: u16,
     count: u16,
-    /// That request's id.
-    id: u64,
+    /// The next descriptor in the request, or in the list of free ones.
+    next: u16,
 }
 
 /// The driver's side of a split virtqueue.
 pub struct DriverQueue<S: Share<Handle = Address>> {
-    pages: SharedPages<S>,
-    areas: PageAreas,
+    areas: Areas<S>,
     available: Producer<u16>,
     used: Consumer<u16>,
     /// One a descriptor. The device's copies of `next` are never read.
@@ -58,16 +56,6 @@ pub struct Staging {
 
 impl<S: Share<Handle = Address>> DriverQueue<S> {
     #[inline(always)]
-    fn driver(&self) -> Area<'_> {
-        Area { region: self.pages.region(), offset: self.areas.driver }
-    }
-
-    #[inline(always)]
-    fn device(&self) -> Area<'_> {
-        Area { region: self.pages.region(), offset: self.areas.device }
-    }
-
-    #[inline(always)]
     fn size(&self) -> u16 {
         self.mask + 1
     }
@@ -82,7 +70,7 @@ impl<S: Share<Handle = Address>> DriverQueue<S> {
     #[inline(always)]
     fn write(&self, at: u16, descriptor: Descriptor, flags: u16, next: u16) {
         let words = encode(descriptor, flags, next);
-        self.pages.region().write(usize::from(at) * BYTES, &words);
+        self.areas.descriptors().region.write(usize::from(at) * BYTES, &words);
     }
 
     /// Looks for answers once more.
@@ -91,11 +79,18 @@ impl<S: Share<Handle = Address>> DriverQueue<S> {
         if !self.has_events && !self.quiet {
             // Awake: until `sleep` no notification is wanted.
             self.quiet = true;
-            self.driver().store(FLAGS, UNWANTED);
+            self.areas.driver().store(FLAGS, UNWANTED);
         }
         let outstanding = self.outstanding();
-        let producer = Area { region: self.pages.region(), offset: self.areas.device };
-        Ok(self.used.look(&IndexAt(producer, INDEX), outstanding)?)
+        Ok(self.used.look(&IndexAt(self.areas.device(), INDEX), outstanding)?)
+    }
+
+    /// Gives back the descriptors of a request of several, whose last one is `last`.
+    #[inline(never)]
+    fn release_chain(&mut self, last: u16) {
+        if let Some(link) = self.links.get_mut(usize::from(last)) {
+            link.next = self.free;
+        }
     }
 }
 
@@ -106,7 +101,7 @@ fn encode(descriptor: Descriptor, flags: u16, next: u16) -> [u64; 2] {
     [descriptor.address.to_le(), rest.to_le()]
 }
 
-impl<S: Share<Handle = Address>> queue::DriverQueue for DriverQueue<S> {
+impl<S: Share<Handle = Address> + Clone> queue::DriverQueue for DriverQueue<S> {
     type Share = S;
     type Staging = Staging;
 
@@ -118,17 +113,13 @@ impl<S: Share<Handle = Address>> queue::DriverQueue for DriverQueue<S> {
         if size < 3 {
             return Err(QueueError::Size(size.into()));
         }
-        let (areas, count) = PageAreas::new(descriptors, driver, device);
-        let pages = SharedPages::new(share, count, Access::ReadWrite)?;
-        areas.check(&pages, [descriptors, driver, device])?;
-        let links = (0..size).map(|at| Link { next: at + 1, last: 0, count: 0, id: 0 }).collect();
+        let link = |at: u16| Link { id: 0, last: 0, count: 0, next: at + 1 };
         let in_order = features.contains(Features::IN_ORDER);
         Ok(Self {
-            pages,
-            areas,
+            areas: Areas::new(share, [descriptors, driver, device])?,
             available: Producer::new(0),
             used: Consumer::new(0),
-            links,
+            links: (0..size).map(link).collect(),
             order: in_order.then(|| core::iter::repeat_n(0, size.into()).collect()),
             free: 0,
             room: size,
@@ -148,7 +139,7 @@ impl<S: Share<Handle = Address>> queue::DriverQueue for DriverQueue<S> {
     }
 
     fn addresses(&self) -> Addresses {
-        self.areas.addresses(&self.pages)
+        self.areas.addresses()
     }
 
     fn size(&self) -> u16 {
@@ -177,34 +168,36 @@ impl<S: Share<Handle = Address>> queue::DriverQueue for DriverQueue<S> {
 
     #[inline(always)]
     fn end(&mut self, staging: Staging, descriptor: Descriptor, id: u64) {
-        let Staging { head, at, count } = staging;
-        let (head, at) = (head & self.mask, at & self.mask);
-        self.write(at, descriptor, 0, 0);
-        self.free = self.links[usize::from(at)].next;
-        self.room -= count;
-        let link = &mut self.links[usize::from(head)];
-        (link.last, link.count, link.id) = (at, count, id);
-        let slot = self.available.stage() & self.mask;
-        if let Some(order) = &mut self.order {
-            order[usize::from(slot)] = head;
+        let Staging { head, at: last, count } = staging;
+        self.write(last, descriptor, 0, 0);
+        if count > 1 {
+            self.free = self.links[usize::from(last)].next;
         }
-        let entry = HEAD + usize::from(slot) * AVAILABLE_ENTRY;
-        let driver = self.driver();
-        driver.region.store_u16(driver.offset + entry, head.to_le(), Ordering::Relaxed);
+        let link = &mut self.links[usize::from(head)];
+        (link.id, link.last, link.count) = (id, last, count);
+        if count == 1 {
+            self.free = link.next;
+        }
+        self.room -= count;
+        let slot = usize::from(self.available.stage() & self.mask);
+        if let Some(order) = &mut self.order {
+            order[slot] = head;
+        }
+        let entry = HEAD + slot * AVAILABLE_ENTRY;
+        self.areas.driver().region.store_u16(entry, head.to_le(), Ordering::Relaxed);
     }
 
     #[inline(always)]
     fn publish(&mut self) -> bool {
         let size = self.size();
-        let Self { pages, areas, available, .. } = self;
-        let driver = Area { region: pages.region(), offset: areas.driver };
-        let device = Area { region: pages.region(), offset: areas.device };
-        let producer = IndexAt(driver, INDEX);
+        let Self { areas, available, .. } = self;
+        let producer = IndexAt(areas.driver(), INDEX);
+        let area = areas.device();
         if self.has_events {
-            return available.publish(&producer, &EventAt(device, Layout::available_event(size)));
+            return available.publish(&producer, &EventAt(area, Layout::available_event(size)));
         }
         let (passed, never) = (available.staged(), available.published());
-        available.publish(&producer, &Wish { area: device, offset: FLAGS, passed, never })
+        available.publish(&producer, &Wish { area, offset: FLAGS, passed, never })
     }
 
     #[inline(always)]
@@ -220,22 +213,25 @@ impl<S: Share<Handle = Address>> queue::DriverQueue for DriverQueue<S> {
         let slot = usize::from(next & self.mask);
         let head = match &self.order {
             // The device need not write more than one entry for many answers.
-            Some(order) => order[slot],
+            Some(order) => order[slot].into(),
             None => {
-                let device = self.device();
-                let entry = device.offset + HEAD + slot * USED_ENTRY;
-                let head = u32::from_le(device.region.load_u32(entry, Ordering::Relaxed));
-                u16::try_from(head).map_err(|_| Violation::UnknownRequest)?
+                let entry = HEAD + slot * USED_ENTRY;
+                u32::from_le(self.areas.device().region.load_u32(entry, Ordering::Relaxed))
             }
         };
-        let link = self.links.get_mut(usize::from(head)).filter(|link| link.count > 0);
+        let link = self.links.get_mut(head as usize).filter(|link| link.count > 0);
         let link = link.ok_or(Violation::UnknownRequest)?;
-        let (last, id) = (link.last, link.id);
-        self.room += link.count;
+        let (last, count, id) = (link.last, link.count, link.id);
         link.count = 0;
-        self.links[usize::from(last & self.mask)].next = self.free;
-        self.free = head;
-        Ok(Some((head, id)))
+        self.room += count;
+        if count == 1 {
+            link.next = self.free;
+        } else {
+            self.release_chain(last);
+        }
+        // It is below the number of descriptors.
+        self.free = head as u16;
+        Ok(Some((head as u16, id)))
     }
 
     #[inline]
@@ -244,16 +240,13 @@ impl<S: Share<Handle = Address>> queue::DriverQueue for DriverQueue<S> {
         // At most the outstanding ones, which are counted in 16 bits.
         let batch = batch.clamp(1, usize::from(outstanding).max(1)) as u16;
         self.quiet = false;
-        let Self { pages, areas, used, has_events, .. } = self;
-        let driver = Area { region: pages.region(), offset: areas.driver };
-        let producer = IndexAt(Area { region: pages.region(), offset: areas.device }, INDEX);
-        if *has_events {
-            let event = EventAt(driver, Layout::used_event(size));
+        let Self { areas, used, .. } = self;
+        let (area, producer) = (areas.driver(), IndexAt(areas.device(), INDEX));
+        if self.has_events {
+            let event = EventAt(area, Layout::used_event(size));
             return Ok(used.sleep(&producer, &event, batch, outstanding)?);
         }
-        let wish = Wish { area: driver, offset: FLAGS, passed: 0, never: 0 };
+        let wish = Wish { area, offset: FLAGS, passed: 0, never: 0 };
         Ok(used.sleep(&producer, &wish, batch, outstanding)?)
     }
 }
-
-const _: () = assert!(PAGE_BYTES.is_multiple_of(BYTES));
