@@ -25,6 +25,7 @@ pub mod packed;
 pub mod queue;
 pub mod rings;
 pub mod split;
+pub mod transport;
 
 pub use address::Address;
 pub use device::{DeviceWire, Identity};
