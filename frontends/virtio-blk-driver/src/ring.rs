@@ -47,7 +47,7 @@ where
         }
     };
     transport.enable_queue(number, queue.size(), queue.addresses());
-    let wire = DriverWire::new(queue, lender.clone())?;
+    let wire = DriverWire::new(queue, lender.clone(), features)?;
     Ok(Some(Live::new(wire, transport, session.clone())))
 }
 
