@@ -3,11 +3,13 @@
 # that is no file of dom0 is left alone by libxl as long as there is a `script=`.
 
 pvblkd_log=/var/log/pvblkd.log
+# Its settings: those of a column are written by store_up.
+pvblkd_config=/etc/xen/pvblkd.toml
 
 # start_pvblkd: runs it, with its log among the reports.
 start_pvblkd() {
 	: >>$pvblkd_log
-	pvblkd serve >>$pvblkd_log 2>&1 &
+	pvblkd serve --config $pvblkd_config >>$pvblkd_log 2>&1 &
 	pvblkd_pid=$!
 	echo $pvblkd_pid >/run/pvblkd.pid
 }
@@ -19,6 +21,7 @@ backend_up() {
 		[ "$1" != add ] || xenstore-write "$XENBUS_PATH/hotplug-status" connected
 	END
 	chmod +x /etc/xen/scripts/block-pvblkd
+	: >$pvblkd_config
 	store_up || return 1
 	start_pvblkd
 	sleep 1

@@ -182,8 +182,7 @@ fn cells(options: &Options, back: Back) -> Vec<Cell> {
         if back.survives() {
             cells.push(Cell { back, work: Work::BackendKill, front });
         }
-        // Only if the column is asked for: it was not seen to pass often enough.
-        if back.has_a_server() && options.back.contains(&back) {
+        if back.has_a_server() {
             cells.push(Cell { back, work: Work::StoreKill, front });
         }
     }
