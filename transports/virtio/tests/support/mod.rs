@@ -15,7 +15,7 @@ use pvblk_stores::memory::{HostPages, MemoryDisk};
 use pvblk_virtio::block::{ID_BYTES, Lifetime};
 use pvblk_virtio::feature::Features;
 use pvblk_virtio::guest::{Bounce, GuestMemory};
-use pvblk_virtio::queue::{DeviceQueue, DriverQueue, QueueError};
+use pvblk_virtio::queue::{Addresses, DeviceQueue, DriverQueue, QueueError};
 use pvblk_virtio::rings::GuestRings;
 use pvblk_virtio::{DeviceWire, DriverWire, Identity, limits, packed, split};
 
@@ -115,6 +115,7 @@ pub struct Pair<K: Kind> {
     pub back: Back<K>,
     pub disk: MemoryDisk<HostPages>,
     pub notified: Notified,
+    addresses: Addresses,
 }
 
 pub fn identity() -> Identity {
@@ -128,6 +129,7 @@ impl<K: Kind> Pair<K> {
     pub fn new(setup: Setup) -> Self {
         let ram = Ram::of_pages(16384);
         let queue = K::Driver::new(ram.clone(), setup.queue, setup.features).unwrap();
+        let addresses = queue.addresses();
         let device = K::attach(&ram, &queue, setup.features).unwrap();
         let geometry = Geometry {
             sectors: setup.sectors,
@@ -152,7 +154,12 @@ impl<K: Kind> Pair<K> {
         let memory = GuestMemory::new(ram.guest().clone(), bounce);
         let wire = DeviceWire::new(device, identity(), segments);
         let back = Backend::new(wire, memory, disk.clone(), setup.queue, segments);
-        Self { ram, front, back, disk, notified: Notified::default() }
+        Self { ram, front, back, disk, notified: Notified::default(), addresses }
+    }
+
+    /// Where the driver's queue is.
+    pub fn front_addresses(&self) -> Addresses {
+        self.addresses
     }
 
     /// A pool of buffers that the device can reach.
