@@ -6,11 +6,9 @@ use std::ptr::NonNull;
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
-use pvblk::backend::{Backend, Operation, Store, Submitted};
-use pvblk::command::Features;
-use pvblk::extent::{Geometry, SECTOR_BYTES};
+use pvblk::backend::Backend;
+use pvblk::extent::SECTOR_BYTES;
 use pvblk::memory::{Access, PAGE_BYTES, PageAllocator, SharedRegion};
-use pvblk::table::Tag;
 use pvblk_xen::abi::{
     DIRECT_SEGMENTS, ENTRIES_PER_PAGE, INDIRECT_SEGMENTS, RING_HEADER_BYTES, operation, ring_slots,
 };
@@ -22,7 +20,8 @@ use pvblk_xen::platform::{
 };
 
 use crate::blkif::Case;
-use crate::{DISK_SECTORS, Random, Tally, alignment};
+use crate::nothing::Nothing;
+use crate::{Random, Tally, alignment};
 
 const STRIDE: usize = 112;
 
@@ -99,37 +98,6 @@ unsafe impl ForeignGrants for Host {
     unsafe fn copy(&self, _peer: DomainId, operations: &mut [CopyOperation]) {
         // Nothing is copied: what the engine does is measured, not the hypervisor.
         self.operations.set(self.operations.get() + operations.len() as u64);
-    }
-}
-
-/// A store that does no I/O.
-struct Nothing;
-
-impl Store for Nothing {
-    fn geometry(&self) -> Geometry {
-        Geometry {
-            sectors: DISK_SECTORS,
-            logical_bytes: SECTOR_BYTES,
-            physical_bytes: SECTOR_BYTES,
-            read_only: false,
-        }
-    }
-
-    fn features(&self) -> Features {
-        Features { flush: true, barrier: true, ..Features::default() }
-    }
-
-    fn capacity(&self) -> usize {
-        usize::from(u16::MAX)
-    }
-
-    #[inline(always)]
-    fn submit(&mut self, _tag: Tag, operation: Operation<'_>) -> Submitted {
-        // The list is there, and no compiler may think that nobody looks at it.
-        if let Operation::Read { memory, .. } | Operation::Write { memory, .. } = operation {
-            std::hint::black_box(memory.pieces().as_ptr());
-        }
-        Submitted::Done(Ok(()))
     }
 }
 

@@ -11,7 +11,10 @@ pub mod allocations;
 pub mod blkback;
 pub mod blkif;
 pub mod callgrind;
+pub mod device;
 pub mod driver;
+pub mod nothing;
+pub mod rust_vmm;
 pub mod virtio;
 pub mod virtqueue;
 

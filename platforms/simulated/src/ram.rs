@@ -102,6 +102,13 @@ impl Ram {
         &self.inner.guest
     }
 
+    /// The first region: its address in the guest, its address here, its length in bytes. For devices
+    /// that map guests in a way of their own.
+    pub fn region(&self) -> (u64, NonNull<u8>, usize) {
+        let Region { start, bytes, base } = self.inner.regions[0];
+        (start, base, bytes as usize)
+    }
+
     /// How many pages are shared.
     pub fn shared(&self) -> usize {
         self.state().shared.len()
