@@ -89,6 +89,7 @@ impl SharedRegion<'_> {
     }
 
     /// The part of the window from `offset`, `bytes` long. `offset` is a multiple of 8.
+    #[inline(always)]
     pub fn part(&self, offset: usize, bytes: usize) -> Self {
         let base = self.at(offset, bytes, 8);
         Self { base, bytes, lifetime: PhantomData }
@@ -121,6 +122,24 @@ impl SharedRegion<'_> {
             assert!(place < count, "outside the words");
             // SAFETY: `at` checked the bounds and the alignment of all `count` words.
             unsafe { base.add(place).read_volatile() }
+        }
+    }
+
+    /// A way to copy pairs of words out one by one, `count` of them. `offset` is a multiple of the
+    /// word's size. Past the last pair there is none.
+    #[inline(always)]
+    pub fn pairs<T: Word>(&self, offset: usize, count: usize) -> impl Fn(usize) -> Option<[T; 2]> {
+        let bytes = count.saturating_mul(size_of::<[T; 2]>());
+        let base = self.at(offset, bytes, size_of::<T>()).cast::<T>();
+        move |place| {
+            if place >= count {
+                return None;
+            }
+            // SAFETY: `at` checked the bounds and the alignment of the words of all pairs.
+            unsafe {
+                let first = base.add(place * 2);
+                Some([first.read_volatile(), first.add(1).read_volatile()])
+            }
         }
     }
 
@@ -217,6 +236,13 @@ impl SharedRegion<'_> {
             self.write_bytes(offset, &ZEROES[..count]);
             offset += count;
         }
+    }
+
+    /// Copies a byte in, to any offset.
+    #[inline(always)]
+    pub fn write_byte(&self, offset: usize, byte: u8) {
+        // SAFETY: `at` checked that the byte is inside.
+        unsafe { self.at(offset, 1, 1).write_volatile(byte) }
     }
 
     /// Loads an aligned `u16` atomically.

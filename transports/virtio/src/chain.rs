@@ -61,10 +61,25 @@ impl Chain {
         self.descriptors.get(first..end).unwrap_or_default()
     }
 
-    /// How many there are, and how many of them the device reads.
+    /// How many there are.
     #[inline(always)]
-    pub(crate) fn counts(&self) -> (usize, usize) {
-        (self.count, self.readable)
+    pub(crate) fn count(&self) -> usize {
+        self.count
+    }
+
+    /// How many of them the device reads.
+    #[inline(always)]
+    pub(crate) fn readable(&self) -> usize {
+        self.readable
+    }
+
+    /// The first one, if the device reads it, and the last one, if it writes to it.
+    #[inline(always)]
+    pub(crate) fn ends(&self) -> Option<(Descriptor, Descriptor)> {
+        if self.readable == 0 || self.readable == self.count {
+            return None;
+        }
+        Some((*self.descriptors.first()?, *self.descriptors.get(self.count - 1)?))
     }
 
     /// The table that a descriptor names, and how many entries it has.

@@ -18,7 +18,7 @@ pub(crate) mod flag {
 }
 
 /// One buffer of a request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Descriptor {
     /// Where it begins.
     pub address: u64,

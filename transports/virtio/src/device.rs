@@ -52,48 +52,37 @@ impl<Q: DeviceQueue> DeviceWire<Q> {
         &self.queue
     }
 
-    /// Finds the header, the data and the status in the chain. Drivers put each of the two into a
-    /// descriptor of its own, but they need not (VirtIO 2.7.4).
+    /// Finds the header, the data and the status in the chain, and copies the header's words out.
     #[inline(always)]
-    fn decode(&mut self, memory: &mut impl PeerMemory<Handle = Address>) -> Option<(u32, u64)> {
-        let (count, readable) = self.chain.counts();
-        let (reads, writes) = self.chain.split_mut();
-        let (Some(header), Some(last)) = (reads.first(), writes.last_mut()) else {
-            return self.decode_incomplete();
-        };
-        let mut end = count;
-        self.incoming.key.status = Some(last.address);
-        if last.bytes == 1 {
-            end -= 1;
-        } else {
-            // The last byte of what there is.
-            last.bytes = last.bytes.checked_sub(1)?;
-            self.incoming.key.status = Some(last.address.wrapping_add(u64::from(last.bytes)));
+    fn decode(&mut self, memory: &mut impl PeerMemory<Handle = Address>) -> Option<[u64; 2]> {
+        match self.chain.ends() {
+            Some((header, status)) if header.bytes == HEADER_BYTES && status.bytes == 1 => {
+                self.incoming.key.status = Some(status.address);
+                self.data = (1, self.chain.count() - 1);
+                read_words(memory, header.address)
+            }
+            _ => self.decode_odd(memory),
         }
-        let header = *header;
-        let words = match header.bytes {
-            HEADER_BYTES => {
-                self.data = (1, end);
-                read_words(memory, header.address)?
-            }
-            _ => {
-                let (first, words) = gather_header(memory, reads)?;
-                self.data = (first, end);
-                words
-            }
-        };
-        let [kind, sector] = words.map(u64::from_le);
-        // What a request moves goes one way.
-        let (first, end) = self.data;
-        let is_one_way = first >= readable || end <= readable;
-        is_one_way.then_some((kind as u32, sector))
     }
 
-    /// A request without a header or without a status cannot be answered properly.
+    /// The same where the header or the status has no descriptor of its own. Drivers give them one,
+    /// but they need not (VirtIO 2.7.4).
     #[cold]
-    fn decode_incomplete(&mut self) -> Option<(u32, u64)> {
+    fn decode_odd(&mut self, memory: &mut impl PeerMemory<Handle = Address>) -> Option<[u64; 2]> {
+        // Without a status there is no way to answer properly.
         self.incoming.key.status = None;
-        None
+        let mut end = self.chain.count();
+        let (reads, writes) = self.chain.split_mut();
+        let last = writes.last_mut()?;
+        // The last byte of what there is.
+        last.bytes = last.bytes.checked_sub(1)?;
+        self.incoming.key.status = Some(last.address.wrapping_add(u64::from(last.bytes)));
+        if last.bytes == 0 {
+            end -= 1;
+        }
+        let (first, words) = gather_header(memory, reads)?;
+        self.data = (first, end);
+        Some(words)
     }
 
     /// Decodes what does not move sectors.
@@ -101,6 +90,11 @@ impl<Q: DeviceQueue> DeviceWire<Q> {
     fn take_other(&mut self, memory: &mut impl PeerMemory<Handle = Address>, kind: u32) -> Taken {
         let command = &mut self.incoming.command;
         let data = self.chain.range(self.data.0, self.data.1);
+        // What a request moves goes one way.
+        let readable = self.chain.readable();
+        if self.data.0 < readable && self.data.1 > readable {
+            return Taken::Refused(Status::Failed);
+        }
         let code = match kind {
             kind::FLUSH => {
                 *command = Command { code: Code::Flush, sector: 0, sectors: 0 };
@@ -108,12 +102,16 @@ impl<Q: DeviceQueue> DeviceWire<Q> {
                 self.incoming.list = List::Direct(0);
                 return Taken::Request;
             }
-            kind::GET_ID => return settle(memory, data, &self.identity.id),
+            kind::GET_ID => {
+                let filled = tell(memory, data, &self.identity.id);
+                return self.settle(memory, filled);
+            }
             kind::GET_LIFETIME => {
                 let Some(lifetime) = self.identity.lifetime else {
                     return Taken::Refused(Status::NotSupported);
                 };
-                return settle(memory, data, lifetime.as_bytes());
+                let filled = tell(memory, data, lifetime.as_bytes());
+                return self.settle(memory, filled);
             }
             kind::DISCARD => Code::Discard,
             kind::SECURE_ERASE => Code::SecureDiscard,
@@ -140,6 +138,17 @@ impl<Q: DeviceQueue> DeviceWire<Q> {
         self.incoming.list = List::Direct(0);
         Taken::Request
     }
+
+    /// Answers a request that needs no store, if what it asks for could be written.
+    fn settle(
+        &mut self,
+        memory: &mut impl PeerMemory<Handle = Address>,
+        filled: Option<u64>,
+    ) -> Taken {
+        let Some(filled) = filled else { return Taken::Refused(Status::Failed) };
+        self.answer(memory, self.incoming.key, Status::Done, filled);
+        Taken::Settled
+    }
 }
 
 /// Copies 16 bytes out of memory that is at hand.
@@ -154,6 +163,7 @@ fn read_words(memory: &mut impl PeerMemory<Handle = Address>, address: u64) -> O
 }
 
 /// A window on `bytes` bytes at any address, and where in it they begin. Windows are aligned.
+#[inline(always)]
 fn window(
     memory: &mut impl PeerMemory<Handle = Address>,
     address: u64,
@@ -206,25 +216,26 @@ fn gather_header(
     None
 }
 
-/// Writes what the device says of itself to a request's data.
+/// Writes what the device says of itself to a request's data. Returns how much that is, if all of
+/// it could be written.
 #[cold]
-fn settle(
+fn tell(
     memory: &mut impl PeerMemory<Handle = Address>,
     data: &[Descriptor],
     mut bytes: &[u8],
-) -> Taken {
+) -> Option<u64> {
     let mut filled = 0;
     for descriptor in data.iter().take_while(|descriptor| descriptor.is_writable()) {
         let (now, later) = bytes.split_at(bytes.len().min(descriptor.bytes as usize));
         let access = Access::ReadWrite;
         let Some((region, offset)) = window(memory, descriptor.address, now.len(), access) else {
-            return Taken::Refused(Status::Failed);
+            return None;
         };
         region.write_bytes(offset, now);
         filled += now.len() as u64;
         bytes = later;
     }
-    if bytes.is_empty() { Taken::Settled(filled) } else { Taken::Refused(Status::Failed) }
+    bytes.is_empty().then_some(filled)
 }
 
 impl<Q: DeviceQueue> Wire for DeviceWire<Q> {
@@ -240,16 +251,18 @@ impl<Q: DeviceQueue> Wire for DeviceWire<Q> {
             return Ok(Taken::Nothing);
         };
         self.incoming.key.ticket = ticket;
-        let Some((kind, sector)) = self.decode(memory) else {
+        let Some([kind, sector]) = self.decode(memory) else {
             return Ok(Taken::Refused(Status::Failed));
         };
+        let sector = u64::from_le(sector);
         let (first, end) = self.data;
-        let readable = self.chain.counts().1;
-        // The data of a read are what the device writes to, and those of a write what it reads.
-        let (code, fits) = match kind {
+        let readable = self.chain.readable();
+        // The data of a read are what the device writes to, and those of a write what it reads. The
+        // upper half of the first word is reserved.
+        let (code, fits) = match u64::from_le(kind) as u32 {
             kind::IN => (Code::Read, first >= readable),
             kind::OUT => (Code::Write, end <= readable),
-            _ => return Ok(self.take_other(memory, kind)),
+            kind => return Ok(self.take_other(memory, kind)),
         };
         if !fits {
             return Ok(Taken::Refused(Status::Failed));
@@ -274,9 +287,7 @@ impl<Q: DeviceQueue> Wire for DeviceWire<Q> {
         &[]
     }
 
-    fn entries(_table: &SharedRegion<'_>, _count: usize) -> impl Fn(usize) -> Descriptor {
-        |_| Descriptor::EMPTY
-    }
+    fn copy_entries(_table: &SharedRegion<'_>, _into: &mut [Descriptor]) {}
 
     #[inline(always)]
     fn whole_page(entry: Descriptor) -> Option<u64> {
@@ -309,7 +320,7 @@ impl<Q: DeviceQueue> Wire for DeviceWire<Q> {
         if let Some(address) = key.status
             && let Some((region, offset)) = window(memory, address, 1, Access::ReadWrite)
         {
-            region.write_bytes(offset, &[status]);
+            region.write_byte(offset, status);
             // At most 32 bits' worth of data are in a request, or the number says nothing.
             written = u32::try_from(filled + 1).unwrap_or(u32::MAX);
         }

@@ -13,7 +13,7 @@ use core::ptr::NonNull;
 
 use pvblk::backend::{Lease, PeerMemory};
 use pvblk::extent::SECTOR_BYTES;
-use pvblk::memory::{Access, PAGE_BYTES, SharedRegion};
+use pvblk::memory::{Access, PAGE_BYTES, Piece, SharedRegion};
 use pvblk::plan::Segment;
 
 use crate::address::Address;
@@ -235,16 +235,26 @@ unsafe impl PeerMemory for GuestMemory {
     }
 
     #[inline(always)]
-    fn pages_at_hand(&mut self, _access: Access) -> impl FnMut(u64) -> Option<NonNull<u8>> {
+    fn pages_at_hand<E: Copy>(
+        &mut self,
+        _access: Access,
+        entries: &[E],
+        page: impl Fn(E) -> Option<u64>,
+        pieces: &mut [Piece],
+    ) -> usize {
         const BYTES: u64 = PAGE_BYTES as u64;
         let Self { ram, last, .. } = self;
-        move |address| {
-            if !address.is_multiple_of(BYTES) {
-                return None;
-            }
-            Self::in_region(last, address, BYTES)
-                .or_else(|| Self::look_up(ram, last, address, BYTES))
+        let mut found = 0;
+        for (entry, piece) in entries.iter().zip(pieces) {
+            let address = page(*entry).filter(|address| address.is_multiple_of(BYTES));
+            let Some(address) = address else { break };
+            let base = Self::in_region(last, address, BYTES)
+                .or_else(|| Self::look_up(ram, last, address, BYTES));
+            let Some(base) = base else { break };
+            piece.move_to(base);
+            found += 1;
         }
+        found
     }
 
     #[inline(always)]
@@ -488,7 +498,11 @@ mod tests {
     fn pages_are_found() {
         let mut memory = memory();
         let ram = memory.ram().clone();
-        let mut find = memory.pages_at_hand(Access::ReadWrite);
+        let mut find = |address| {
+            let mut pieces = [Piece::new(Piece::EMPTY.base(), PAGE_BYTES)];
+            let found = memory.pages_at_hand(Access::Read, &[address], Some, &mut pieces);
+            (found == 1).then(|| pieces[0].base())
+        };
         for (address, expected) in [
             (0x1000, true),
             (0x5000, true),

@@ -202,7 +202,7 @@ fn what_cannot_be_reached_fails_its_request_only() {
     let lost = [(at, 16, 0), (at + 512, 512, WRITE), (0x20000, 1, WRITE)];
     assert_eq!(request(&guest, end, &lost), (0xee, 0));
     assert_eq!(request(&guest, end, &[(at, 16, 0)]), (0xee, 0));
-    assert_eq!(request(&guest, end, &[(end, 1, WRITE)]), (0xee, 0));
+    assert_eq!(request(&guest, end, &[(end, 1, WRITE)]), (status::IOERR, 1));
     // Data that go the wrong way.
     assert_eq!(request(&guest, end, &[(at, 16, 0), (at, 512, 0), (end, 1, WRITE)]), (1, 1));
     guest.header(at, kind::OUT, 3);

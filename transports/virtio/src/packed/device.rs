@@ -139,9 +139,10 @@ fn decode(address: u64, rest: u64) -> (Descriptor, u16) {
 /// Copies a table: all of it, in order.
 #[inline(always)]
 fn walk(chain: &mut Chain, table: &SharedRegion<'_>, count: usize) -> Result<(), Violation> {
-    let word = table.words::<u64>(0, count * BYTES / 8);
+    let words = table.pairs(0, count);
     for place in 0..count {
-        let (mut descriptor, _) = decode(word(place * 2), word(place * 2 + 1));
+        let [address, rest] = words(place).ok_or(Violation::BadChain)?;
+        let (mut descriptor, _) = decode(address, rest);
         if descriptor.flags & flag::INDIRECT != 0 {
             return Err(Violation::BadChain);
         }

@@ -9,7 +9,7 @@ use pvblk::ring::{Consumer, Producer};
 use super::{AVAILABLE_ENTRY, FLAGS, HEAD, INDEX, Layout, USED_ENTRY};
 use crate::address::Address;
 use crate::chain::Chain;
-use crate::descriptor::{BYTES, Descriptor, flag};
+use crate::descriptor::{Descriptor, flag};
 use crate::event::{EventAt, IndexAt, UNWANTED, Wish};
 use crate::feature::Features;
 use crate::queue::{self, QueueError, Rings, Ticket, check_area};
@@ -122,24 +122,21 @@ fn decode(address: u64, rest: u64) -> (Descriptor, u16) {
 #[inline(always)]
 fn walk(
     chain: &mut Chain,
-    size: u16,
+    size: usize,
     mut at: u16,
-    word: impl Fn(usize) -> u64,
+    words: impl Fn(usize) -> Option<[u64; 2]>,
 ) -> Result<Option<Descriptor>, Violation> {
     for _ in 0..size {
-        if at >= size {
-            return Err(Violation::BadChain);
-        }
-        let place = usize::from(at) * 2;
-        let (descriptor, next) = decode(word(place), word(place + 1));
-        if descriptor.flags & flag::INDIRECT != 0 {
+        let [address, rest] = words(at.into()).ok_or(Violation::BadChain)?;
+        let (descriptor, next) = decode(address, rest);
+        if descriptor.flags & (flag::INDIRECT | flag::NEXT) != flag::NEXT {
+            if descriptor.flags & flag::INDIRECT == 0 {
+                return chain.push(descriptor).map(|()| None);
+            }
             let is_last = descriptor.flags & flag::NEXT == 0;
             return if is_last { Ok(Some(descriptor)) } else { Err(Violation::BadChain) };
         }
         chain.push(descriptor)?;
-        if descriptor.flags & flag::NEXT == 0 {
-            return Ok(None);
-        }
         at = next;
     }
     // As many as there are, and none of them the last: a circle.
@@ -155,17 +152,15 @@ impl<R: Rings> queue::DeviceQueue for DeviceQueue<R> {
     ) -> Result<Option<Ticket>, Violation> {
         let Some(head) = self.next_head()? else { return Ok(None) };
         chain.clear();
-        let size = self.mask + 1;
+        let size = usize::from(self.mask) + 1;
         let descriptors = self.rings.descriptors();
-        let words = descriptors.region.words(descriptors.offset, usize::from(size) * BYTES / 8);
+        let words = descriptors.region.pairs(descriptors.offset, size);
         if let Some(table) = walk(chain, size, head, words)? {
             if !self.has_tables {
                 return Err(Violation::BadChain);
             }
             let (table, count) = chain.table(memory, &table)?;
-            // More than a table can link is out of the reach of its entries.
-            let size = u16::try_from(count).unwrap_or(u16::MAX);
-            if walk(chain, size, 0, table.words(0, count * BYTES / 8))?.is_some() {
+            if walk(chain, count, 0, table.pairs(0, count))?.is_some() {
                 return Err(Violation::BadChain);
             }
         }
