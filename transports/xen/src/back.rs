@@ -278,33 +278,35 @@ impl<P: ForeignGrants> BackRing<P> {
     /// is looked at is the copy in the journal.
     fn take_journalled(&mut self) -> Result<Taken, Violation> {
         let Some(journal) = &mut self.journal else { return Ok(Taken::Nothing) };
-        let entry = match journal.again() {
-            Some(entry) => entry,
+        let (entry, new) = match journal.again() {
+            Some(entry) => (entry, None),
             None => {
                 let Some(entry) = journal.vacancy() else { return Ok(Taken::Nothing) };
                 let Some(next) = self.next()? else {
                     self.journal.as_mut().into_iter().for_each(|journal| journal.keep(entry));
                     return Ok(Taken::Nothing);
                 };
-                let at = self.at(next);
-                let Some(journal) = &self.journal else { return Ok(Taken::Nothing) };
-                let ring = RingPages(|page| self.pages.region(page));
-                let copies = RingPages(|page| journal.page(page));
-                match self.layout {
-                    Layout::Bits64 => Abi64::copy_slot(&ring, at, &copies, Journal::slot(entry)),
-                    Layout::Bits32 => Abi32::copy_slot(&ring, at, &copies, Journal::slot(entry)),
-                }
-                journal.taken(entry, next);
-                entry
+                (entry, Some((next, self.at(next))))
             }
         };
-        let Self { journal: Some(journal), decoded, layout, .. } = self else {
+        let Self { journal: Some(journal), decoded, layout, pages, .. } = self else {
             return Ok(Taken::Nothing);
         };
-        let copies = RingPages(|page| journal.page(page));
+        let memory = journal.memory();
+        // It is smaller than a page.
+        let slot = memory.slot(entry);
+        let copy = RingPages(|_| slot);
+        if let Some((next, at)) = new {
+            let ring = RingPages(|page| pages.region(page));
+            match layout {
+                Layout::Bits64 => Abi64::copy_slot(&ring, at, &copy, 0),
+                Layout::Bits32 => Abi32::copy_slot(&ring, at, &copy, 0),
+            }
+            memory.taken(entry, next);
+        }
         let taken = match layout {
-            Layout::Bits64 => decoded.read::<Abi64>(&copies, Journal::slot(entry)),
-            Layout::Bits32 => decoded.read::<Abi32>(&copies, Journal::slot(entry)),
+            Layout::Bits64 => decoded.read::<Abi64>(&copy, 0),
+            Layout::Bits32 => decoded.read::<Abi32>(&copy, 0),
         };
         decoded.incoming.key.entry = entry;
         Ok(taken)

@@ -186,42 +186,54 @@ impl Journal {
         !self.again.is_empty()
     }
 
-    /// The memory for the copy of a slot: the page that it is in, as the ring's pages are, and
-    /// where in the journal it begins.
-    pub fn page(&self, number: usize) -> SharedRegion<'_> {
-        self.memory.region().part(number * PAGE_BYTES, PAGE_BYTES)
-    }
-
-    /// Where the copy of an entry's slot begins.
-    pub fn slot(entry: EntryId) -> usize {
-        place(entry.0) + at::SLOT
-    }
-
-    /// The slot was copied: the request counts as taken.
-    pub fn taken(&self, entry: EntryId, request: u32) {
-        let region = self.memory.region();
-        let place = place(entry.0);
-        region.store_u32(place + at::REQUEST, request, Ordering::Release);
-        region.store_u32(place + at::STATE, state::TAKEN, Ordering::Release);
-        region.store_u32(at::NEXT, request.wrapping_add(1), Ordering::Release);
+    /// The memory. Whoever has several things to do with it asks once.
+    #[inline(always)]
+    pub fn memory(&self) -> Memory<'_> {
+        Memory(self.memory.region())
     }
 
     /// The request is answered by the response of that index, which is not shown yet.
+    #[inline(always)]
     pub fn answered(&mut self, entry: EntryId, response: u32) {
-        let place = place(entry.0);
-        let region = self.memory.region();
-        region.store_u32(place + at::RESPONSE, response, Ordering::Release);
-        region.store_u32(place + at::STATE, state::ANSWERED, Ordering::Release);
+        let memory = self.memory().entry(entry);
+        memory.store_u32(at::RESPONSE, response, Ordering::Release);
+        memory.store_u32(at::STATE, state::ANSWERED, Ordering::Release);
         self.answered.push(entry.0);
     }
 
     /// All answers were shown.
     pub fn shown(&mut self) {
-        let region = self.memory.region();
+        let memory = Memory(self.memory.region());
         for entry in &self.answered {
-            region.store_u32(place(*entry) + at::STATE, state::FREE, Ordering::Release);
+            memory.entry(EntryId(*entry)).store_u32(at::STATE, state::FREE, Ordering::Release);
         }
         self.free.append(&mut self.answered);
+    }
+}
+
+/// The memory of a journal.
+#[derive(Clone, Copy)]
+pub(crate) struct Memory<'a>(SharedRegion<'a>);
+
+impl<'a> Memory<'a> {
+    #[inline(always)]
+    fn entry(&self, entry: EntryId) -> SharedRegion<'a> {
+        self.0.part(place(entry.0), at::ENTRY_BYTES)
+    }
+
+    /// Where the copy of an entry's slot is.
+    #[inline(always)]
+    pub fn slot(&self, entry: EntryId) -> SharedRegion<'a> {
+        self.entry(entry).part(at::SLOT, at::ENTRY_BYTES - at::SLOT)
+    }
+
+    /// The slot was copied: the request counts as taken.
+    #[inline(always)]
+    pub fn taken(&self, entry: EntryId, request: u32) {
+        let memory = self.entry(entry);
+        memory.store_u32(at::REQUEST, request, Ordering::Release);
+        memory.store_u32(at::STATE, state::TAKEN, Ordering::Release);
+        self.0.store_u32(at::NEXT, request.wrapping_add(1), Ordering::Release);
     }
 }
 
