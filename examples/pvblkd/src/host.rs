@@ -5,7 +5,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 
 use anyhow::Result;
-use pvblk_linux::{Control, Worker};
+use pvblk_linux::{Control, Doorbell, Worker};
 use pvblk_xen::platform::{Clock, EventChannels, ForeignGrants, StoreTransport};
 use rustix::event::{PollFd, PollFlags};
 
@@ -21,6 +21,13 @@ pub trait Sleep {
     /// [`Clock::now`]) has come. It may return early for no reason: the caller looks at everything
     /// anyway. No wake-up is lost.
     fn sleep(&self, fds: &[Awaited<'_>], deadline: Option<u64>);
+
+    /// What ends this thread's sleep from another thread, so that no descriptor has to do that: a
+    /// sleep for nothing but the platform's own events is the cheapest. `None` if there is no such
+    /// thing.
+    fn doorbell(&self) -> Option<Doorbell> {
+        None
+    }
 }
 
 /// The platform of a thread that serves a queue.
@@ -68,8 +75,17 @@ fn list<'a>(own: Awaited<'a>, fds: &[Awaited<'a>]) -> ([PollFd<'a>; AWAITED_MAX 
 
 impl Sleep for Worker {
     fn sleep(&self, fds: &[Awaited<'_>], deadline: Option<u64>) {
+        if fds.is_empty() {
+            return self.wait(deadline);
+        }
         let (mut all, count) = list((self.as_fd(), PollFlags::IN), fds);
         self.poll(&mut all[..count], deadline);
+    }
+
+    fn doorbell(&self) -> Option<Doorbell> {
+        let bell = Self::doorbell(self);
+        bell.inspect_err(|error| log::warn!("a worker sleeps less well: no event channel: {error}"))
+            .ok()
     }
 }
 

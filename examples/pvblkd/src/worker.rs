@@ -2,7 +2,7 @@
 
 use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 use pvblk::backend::Violation;
 use pvblk::command::Features;
 use pvblk::memory::SharedRegion;
+use pvblk_linux::Doorbell;
 use pvblk_xen::journal::Lasting;
 use rustix::event::PollFlags;
 use rustix::thread::CpuSet;
@@ -17,7 +18,7 @@ use xen_blkback::{Queue, QueuePlan};
 
 use crate::backing::{Backing, QueueStore};
 use crate::figures::{Figures, QueueFigures};
-use crate::host::{Awaited, Host, WorkerPlatform};
+use crate::host::{Awaited, Host, Sleep, WorkerPlatform};
 use crate::mail::Mailbox;
 use crate::mapped::{MappedFile, Origin};
 use crate::runtime::{DiskName, Runtime};
@@ -29,6 +30,8 @@ pub enum Order {
     Stop,
     /// The disk has another shape.
     Refresh,
+    /// Look through the memory that is kept.
+    Tidy,
 }
 
 /// What a worker has to say.
@@ -89,8 +92,12 @@ pub struct JournalPlace {
 #[derive(Debug)]
 pub struct Handle {
     orders: Mailbox<Order>,
+    bell: Bell,
     thread: JoinHandle<()>,
 }
+
+/// How a worker is woken that does not wait for its mailbox; empty before its platform is open.
+type Bell = Arc<Mutex<Option<Doorbell>>>;
 
 /// A worker has little on its stack.
 const STACK_BYTES: usize = 256 << 10;
@@ -98,9 +105,6 @@ const STACK_BYTES: usize = 256 << 10;
 /// Rounds of work between two looks at the clock, and at what was done, while there is no end to the
 /// work.
 const BUSY_ROUNDS: u32 = 16;
-
-/// How often memory that is kept is looked through, in nanoseconds.
-const TIDY: u64 = 1_000_000_000;
 
 impl Handle {
     /// Starts a worker. `report` is called on its thread; an [`Report::Ended`] is the last, and comes
@@ -111,21 +115,26 @@ impl Handle {
     /// If there can be no more threads.
     pub fn start<H: Host>(task: Task<H>, report: impl Fn(Report) + Send + 'static) -> Result<Self> {
         let orders = Mailbox::new().context("no worker for a queue")?;
-        let inbox = orders.clone();
+        let bell = Bell::default();
+        let inbox = Inbox { orders: orders.clone(), bell: bell.clone(), rings: false };
         let builder = std::thread::Builder::new().name(task.name.clone()).stack_size(STACK_BYTES);
         let thread = builder
             .spawn(move || {
                 // What it leaves behind is dropped, and looked at by nobody.
-                let result = catch_unwind(AssertUnwindSafe(|| run(task, &inbox, &report)));
+                let result = catch_unwind(AssertUnwindSafe(|| run(task, inbox, &report)));
                 report(Report::Ended(result.unwrap_or(End::Panicked)));
             })
             .context("no thread for a queue")?;
-        Ok(Self { orders, thread })
+        Ok(Self { orders, bell, thread })
     }
 
     /// Tells the worker something.
     pub fn tell(&self, order: Order) {
         self.orders.send(order);
+        // Nobody panics while it is locked.
+        if let Some(bell) = &*self.bell.lock().unwrap_or_else(PoisonError::into_inner) {
+            bell.ring();
+        }
     }
 
     /// Waits for a worker that has said that it [ended](Report::Ended).
@@ -135,7 +144,25 @@ impl Handle {
     }
 }
 
-fn run<H: Host>(task: Task<H>, inbox: &Mailbox<Order>, report: &impl Fn(Report)) -> End {
+/// What a worker is told, as the worker sees it.
+struct Inbox {
+    orders: Mailbox<Order>,
+    bell: Bell,
+    /// Whether an order rings, so that the mailbox need not be waited for.
+    rings: bool,
+}
+
+impl Inbox {
+    /// From now on orders ring, if the platform has a bell. One that was sent before is in the
+    /// mailbox, and seen by the next look.
+    fn connect(&mut self, platform: &impl Sleep) {
+        let bell = platform.doorbell();
+        self.rings = bell.is_some();
+        *self.bell.lock().unwrap_or_else(PoisonError::into_inner) = bell;
+    }
+}
+
+fn run<H: Host>(task: Task<H>, mut inbox: Inbox, report: &impl Fn(Report)) -> End {
     if let Some(processor) = task.processor
         && let Err(error) = pin(processor)
     {
@@ -145,13 +172,14 @@ fn run<H: Host>(task: Task<H>, inbox: &Mailbox<Order>, report: &impl Fn(Report))
         Ok(platform) => platform,
         Err(error) => return End::NotOpened(error),
     };
+    inbox.connect(&platform);
     let mut queue = match open(&platform, &task) {
         Ok(queue) => queue,
         Err(error) => return End::NotOpened(error),
     };
     report(Report::Open);
     task.figures.begin();
-    serve(&platform, &mut queue, inbox, &task.figures, report)
+    serve(&platform, &mut queue, &inbox, &task.figures, report)
 }
 
 fn open<'t, P: WorkerPlatform>(
@@ -198,22 +226,22 @@ fn pin(processor: usize) -> rustix::io::Result<()> {
 fn serve<P: WorkerPlatform>(
     platform: &P,
     queue: &mut Queue<'_, P, QueueStore>,
-    inbox: &Mailbox<Order>,
+    inbox: &Inbox,
     figures: &QueueFigures,
     report: &impl Fn(Report),
 ) -> End {
     let mut features = queue.engine().features();
-    let mut tidied = platform.now();
     let (mut busy, mut sleeps, mut failed) = (0, 0, false);
     loop {
-        if inbox.has_some() {
-            for order in inbox.take() {
+        if inbox.orders.has_some() {
+            for order in inbox.orders.take() {
                 match order {
                     Order::Stop => {
                         publish(queue, figures, sleeps);
                         return End::Stopped;
                     }
                     Order::Refresh => drop(queue.engine_mut().refresh()),
+                    Order::Tidy => queue.engine_mut().tidy(platform.now()),
                 }
             }
         }
@@ -238,18 +266,9 @@ fn serve<P: WorkerPlatform>(
             failed = true;
             report(Report::MediumFails);
         }
-        let mut deadline = None;
-        if queue.engine().memory().kept() > 0 {
-            let now = platform.now();
-            if now >= tidied.saturating_add(TIDY) {
-                queue.engine_mut().tidy(now);
-                tidied = now;
-            }
-            deadline = Some(tidied.saturating_add(TIDY));
-        }
         if !queue.is_busy() {
             sleeps += 1;
-            sleep(platform, queue, inbox, deadline);
+            sleep(platform, queue, inbox);
         }
     }
 }
@@ -265,26 +284,19 @@ fn publish<P: WorkerPlatform>(
 }
 
 /// Sleeps until the guest has requests, the store has completions, or there is an order.
-fn sleep<P: WorkerPlatform>(
-    platform: &P,
-    queue: &Queue<'_, P, QueueStore>,
-    inbox: &Mailbox<Order>,
-    deadline: Option<u64>,
-) {
+fn sleep<P: WorkerPlatform>(platform: &P, queue: &Queue<'_, P, QueueStore>, inbox: &Inbox) {
     let wakeup = queue.engine().store().inner().wakeup();
-    let mut deadline = deadline;
-    if let Some(instant) = wakeup.deadline {
+    let deadline = wakeup.deadline.map(|instant| {
         let left = instant.saturating_duration_since(Instant::now()).as_nanos();
-        let left = u64::try_from(left).unwrap_or(u64::MAX);
-        let at = platform.now().saturating_add(left);
-        deadline = Some(deadline.map_or(at, |deadline| deadline.min(at)));
-    }
-    let orders: Awaited<'_> = (inbox.as_fd(), PollFlags::IN);
-    match wakeup.fd {
-        Some(fd) => {
-            let more = if wakeup.writable { PollFlags::OUT } else { PollFlags::empty() };
-            platform.sleep(&[orders, (fd, PollFlags::IN | more)], deadline);
-        }
-        None => platform.sleep(&[orders], deadline),
+        platform.now().saturating_add(u64::try_from(left).unwrap_or(u64::MAX))
+    });
+    let more = if wakeup.writable { PollFlags::OUT } else { PollFlags::empty() };
+    let store = wakeup.fd.map(|fd| (fd, PollFlags::IN | more));
+    let orders: Awaited<'_> = (inbox.orders.as_fd(), PollFlags::IN);
+    match (store, inbox.rings) {
+        (Some(store), true) => platform.sleep(&[store], deadline),
+        (Some(store), false) => platform.sleep(&[orders, store], deadline),
+        (None, true) => platform.sleep(&[], deadline),
+        (None, false) => platform.sleep(&[orders], deadline),
     }
 }

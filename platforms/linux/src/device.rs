@@ -11,7 +11,16 @@ use crate::error::{Device, OpenError};
 
 /// Opens a device; nothing that is done with it blocks.
 pub(crate) fn open(device: Device) -> Result<OwnedFd, OpenError> {
-    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    open_with(device, OFlags::NONBLOCK)
+}
+
+/// Opens a device whose reads block.
+pub(crate) fn open_blocking(device: Device) -> Result<OwnedFd, OpenError> {
+    open_with(device, OFlags::empty())
+}
+
+fn open_with(device: Device, more: OFlags) -> Result<OwnedFd, OpenError> {
+    let flags = OFlags::RDWR | OFlags::CLOEXEC | more;
     rustix::fs::open(device.path(), flags, Mode::empty())
         .map_err(|errno| OpenError::new(device, io::Error::from(errno)))
 }

@@ -3,14 +3,16 @@
 use core::cell::{Cell, RefCell};
 use core::task::Waker;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use pvblk_xen::platform::{DomainId, EventError, Port};
-use rustix::event::{PollFd, PollFlags};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::ioctl::ioctl;
 
 use crate::clock;
 use crate::device::{self, Argument, Call};
+use crate::doorbell::Doorbell;
 use crate::error::{Device, OpenError};
 use crate::ports::{Ports, Taken, Unmasking};
 
@@ -21,6 +23,9 @@ const PORT_BYTES: usize = size_of::<u32>();
 /// How long to sleep at most while the driver could not be told of an unmasked port, in
 /// nanoseconds. It needs a page of kernel memory for that.
 const RETRY_NANOSECONDS: u64 = 10_000_000;
+
+/// The caller's own domain, wherever a domain is named (`DOMID_SELF`).
+const SELF: DomainId = DomainId(0x7ff0);
 
 /// `struct ioctl_evtchn_bind_interdomain`.
 #[repr(C)]
@@ -87,23 +92,56 @@ unsafe impl Argument for Reset {
 /// The ports of one thread.
 #[derive(Debug)]
 pub(crate) struct EventDevice {
-    file: OwnedFd,
+    /// Reading it blocks, so that one call of the system is a sleep and what ended it. It is read
+    /// only where that is wanted, or when there is something to read.
+    file: Arc<OwnedFd>,
     /// Never borrowed while a waker is woken or dropped: those may call back.
     ports: RefCell<Ports>,
     /// Something was delivered since the last sleep ended.
     fresh: Cell<bool>,
     /// The driver could not be told of some unmasked port.
     unwritten: Cell<bool>,
+    /// The port at which this thread is woken by others.
+    bell: Cell<Option<Port>>,
+}
+
+/// What reading the driver's queue has come to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Reading {
+    /// There may be more in it.
+    Full,
+    /// It is empty, or was a moment ago.
+    Over,
+}
+
+/// Notifies the peer of a port. One that is not open is no error: its peer is gone, XenStore tells.
+pub(crate) fn notify(file: &OwnedFd, port: Port) {
+    let _ = call(file, &mut Notify { port: port.0 });
+}
+
+fn call(file: &OwnedFd, argument: &mut impl Argument) -> rustix::io::Result<u32> {
+    // SAFETY: `Argument` promises what the driver does.
+    unsafe { ioctl(file, Call(argument)) }
 }
 
 impl EventDevice {
     pub(crate) fn open() -> Result<Self, OpenError> {
         Ok(Self {
-            file: device::open(Device::EventChannels)?,
+            file: Arc::new(device::open_blocking(Device::EventChannels)?),
             ports: RefCell::default(),
             fresh: Cell::new(false),
             unwritten: Cell::new(false),
+            bell: Cell::new(None),
         })
+    }
+
+    /// A bell for this thread, which has one at most: the last one that was made.
+    pub(crate) fn doorbell(&self) -> Result<Doorbell, EventError> {
+        let bell = self.allocate_unbound(SELF)?;
+        let button = self.bind_interdomain(SELF, bell).inspect_err(|_| self.close(bell))?;
+        self.bell.set(Some(bell));
+        self.unmask(bell);
+        Ok(Doorbell::new(Arc::clone(&self.file), button))
     }
 
     pub(crate) fn allocate_unbound(&self, peer: DomainId) -> Result<Port, EventError> {
@@ -129,8 +167,7 @@ impl EventDevice {
     }
 
     fn call(&self, argument: &mut impl Argument) -> rustix::io::Result<u32> {
-        // SAFETY: `Argument` promises what the driver does.
-        unsafe { ioctl(&self.file, Call(argument)) }
+        call(&self.file, argument)
     }
 
     pub(crate) fn close(&self, port: Port) {
@@ -143,8 +180,7 @@ impl EventDevice {
     }
 
     pub(crate) fn notify(&self, port: Port) {
-        // A port that is not open is no error to the caller: its peer is gone, XenStore tells.
-        let _ = self.call(&mut Notify { port: port.0 });
+        notify(&self.file, port);
     }
 
     pub(crate) fn unmask(&self, port: Port) {
@@ -208,31 +244,51 @@ impl EventDevice {
         if let Some(waker) = delivery {
             self.delivered(waker);
         }
+        if self.bell.get() == Some(Port(number)) {
+            // Whoever rang is heard: the next one can ring at once.
+            self.ports.borrow_mut().take(number);
+            self.unmask(Port(number));
+        }
     }
 
-    /// Reads the driver's queue until it is empty.
+    /// Reads the driver's queue until it is empty, without sleeping.
     pub(crate) fn collect(&self) {
-        let mut bytes = [0; READ_PORTS * PORT_BYTES];
-        loop {
-            match rustix::io::read(&self.file, &mut bytes) {
-                Ok(count) => {
-                    for number in bytes[..count].as_chunks().0 {
-                        self.arrived(u32::from_ne_bytes(*number));
-                    }
-                    if count < bytes.len() {
-                        break;
-                    }
-                }
-                Err(Errno::INTR) => {}
-                Err(Errno::FBIG) => {
-                    self.recover();
-                    break;
-                }
-                // Empty; there is no other error that reading again would mend.
-                Err(_) => break,
-            }
+        if self.is_readable() {
+            self.collect_ready();
+        } else {
+            self.ports.borrow_mut().begin_round();
         }
+    }
+
+    /// The same, when it is known that there is something.
+    fn collect_ready(&self) {
+        while self.read() == Reading::Full && self.is_readable() {}
         self.ports.borrow_mut().begin_round();
+    }
+
+    fn is_readable(&self) -> bool {
+        let mut fds = [PollFd::new(&self.file, PollFlags::IN)];
+        rustix::event::poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+    }
+
+    /// Takes in what is in the driver's queue, as much as one read takes; if there is nothing, it
+    /// sleeps until there is, or a signal comes.
+    fn read(&self) -> Reading {
+        let mut bytes = [0; READ_PORTS * PORT_BYTES];
+        match rustix::io::read(&self.file, &mut bytes) {
+            Ok(count) => {
+                for number in bytes[..count].as_chunks().0 {
+                    self.arrived(u32::from_ne_bytes(*number));
+                }
+                if count == bytes.len() { Reading::Full } else { Reading::Over }
+            }
+            Err(Errno::FBIG) => {
+                self.recover();
+                Reading::Over
+            }
+            // Interrupted; there is no other error that reading again would mend.
+            Err(_) => Reading::Over,
+        }
     }
 
     /// Begins anew after the driver's queue has overflowed, which only a fault of the driver can
@@ -255,9 +311,16 @@ impl EventDevice {
 
     /// Sleeps until something is delivered, or the deadline.
     pub(crate) fn wait(&self, deadline: Option<u64>) {
-        if !self.take_fresh() {
-            self.poll(&mut [PollFd::new(&self.file, PollFlags::IN)], deadline);
+        if self.take_fresh() {
+            return;
         }
+        if deadline.is_some() || self.unwritten.get() {
+            self.poll(&mut [PollFd::new(&self.file, PollFlags::IN)], deadline);
+            return;
+        }
+        // It sleeps until there is something.
+        self.collect_ready();
+        self.fresh.set(false);
     }
 
     /// Sleeps until something is delivered, one of `fds` is ready, or the deadline. What the
@@ -277,7 +340,7 @@ impl EventDevice {
         }
         let own = self.file.as_raw_fd();
         if fds.iter().any(|fd| fd.as_fd().as_raw_fd() == own && !fd.revents().is_empty()) {
-            self.collect();
+            self.collect_ready();
         }
         self.fresh.replace(false) || fresh
     }

@@ -39,9 +39,11 @@
 //!
 //! # What the system is asked for
 //!
-//! On the way of a request: one call to notify, one to unmask a port that was delivered, two for a
-//! sleep and what ended it, one for 64 grant copies, two for up to 256 pages to be mapped, two to
-//! unmap them. Whether a port was delivered is known without a call.
+//! On the way of a request: one call to notify, one to unmask a port that was delivered, one for a
+//! sleep and what ended it (two for a sleep with a deadline, or for other descriptors, too), one for
+//! 64 grant copies, two for up to 256 pages to be mapped, two to unmap them. Whether a port was
+//! delivered is known without a call. A thread with nothing else to sleep for is woken by others by
+//! its [`Doorbell`].
 //!
 //! # Limits
 //!
@@ -58,6 +60,7 @@ mod budget;
 mod clock;
 mod control;
 mod device;
+mod doorbell;
 mod error;
 mod evtchn;
 mod gntalloc;
@@ -69,6 +72,7 @@ mod store;
 mod worker;
 
 pub use control::Control;
+pub use doorbell::Doorbell;
 pub use error::{Device, OpenError, OpenErrorKind};
 pub use linux::Linux;
 /// The system's interface: [`Worker::poll`] takes its `PollFd`.

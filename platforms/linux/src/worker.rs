@@ -11,6 +11,7 @@ use pvblk_xen::platform::{
 };
 use rustix::event::PollFd;
 
+use crate::doorbell::Doorbell;
 use crate::error::OpenError;
 use crate::evtchn::EventDevice;
 use crate::gntdev::GrantDevice;
@@ -46,6 +47,16 @@ impl Worker {
     /// event between the caller's last look and the sleep ends the sleep.
     pub fn poll(&self, fds: &mut [PollFd<'_>], deadline: Option<u64>) -> bool {
         self.events.poll(fds, deadline)
+    }
+
+    /// A bell by which other threads end this thread's sleep, in [`wait`](EventChannels::wait) and
+    /// in [`poll`](Self::poll). There is one at a time: the last one that was made.
+    ///
+    /// # Errors
+    ///
+    /// [`EventError`]: it takes two event channels.
+    pub fn doorbell(&self) -> Result<Doorbell, EventError> {
+        self.events.doorbell()
     }
 
     /// Takes in the events that are there, without sleeping: for loops that sleep by other means
@@ -129,6 +140,8 @@ impl EventChannels for Worker {
         self.events.take(port)
     }
 
+    /// One call of the system if there is no deadline, which takes in what ended the sleep, too; two
+    /// otherwise.
     fn wait(&self, deadline: Option<u64>) {
         self.events.wait(deadline);
     }

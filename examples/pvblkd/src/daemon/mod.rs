@@ -132,12 +132,18 @@ pub struct Daemon<'s, 't, H: Host> {
     stopping: bool,
     /// XenStore has refused to say what disks there are: it is asked again at that time.
     retry_at: Option<u64>,
+    /// When workers are told to look through what they keep, if there are any.
+    tidy_at: Option<u64>,
     /// XenStore is gone: what is connected is served on, and nothing else can be done.
     orphaned: bool,
 }
 
 /// How long to wait before XenStore is asked again that has refused something, in nanoseconds.
 const RETRY: u64 = 1_000_000_000;
+
+/// How often workers look through the memory that they keep, in nanoseconds. They are told to, so that
+/// their own sleep needs no deadline.
+const TIDY: u64 = 1_000_000_000;
 
 impl<'s, 't, H: Host> Daemon<'s, 't, H> {
     /// A daemon that serves the given classes: `vbd`, `pvblk`.
@@ -170,6 +176,7 @@ impl<'s, 't, H: Host> Daemon<'s, 't, H> {
             swept: false,
             stopping: false,
             retry_at: None,
+            tidy_at: None,
             orphaned: false,
         })
     }
@@ -190,10 +197,21 @@ impl<'s, 't, H: Host> Daemon<'s, 't, H> {
                     Err(error) => self.check(&error),
                 };
             }
+            self.tidy();
             if !again {
                 self.sleep();
             }
         }
+    }
+
+    fn tidy(&mut self) {
+        let now = self.control.now();
+        if self.tidy_at.is_some_and(|at| now < at) {
+            return;
+        }
+        self.served.values().for_each(Served::tidy);
+        let idle = self.served.values().all(Served::has_no_workers);
+        self.tidy_at = (!idle).then(|| now.saturating_add(TIDY));
     }
 
     /// Whether XenStore is there still: `true` if it is to be asked again.
@@ -216,7 +234,7 @@ impl<'s, 't, H: Host> Daemon<'s, 't, H> {
             true => None,
             false => self.served.values().filter_map(Served::deadline).chain(self.retry_at).min(),
         };
-        self.control.sleep(&[mailbox], deadline);
+        self.control.sleep(&[mailbox], deadline.into_iter().chain(self.tidy_at).min());
     }
 
     /// Looks at everything that may have news. `true` if more has come meanwhile.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::task::{Wake, Waker};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use pvblk_linux::Worker;
 use pvblk_linux::rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd};
@@ -25,6 +26,7 @@ pub const TESTS: &[Test] = &[
     ("events: other descriptors", other_descriptors),
     ("events: no wake-up is lost, one for one", ping_pong),
     ("events: no wake-up is lost, in a storm", storm),
+    ("events: a doorbell ends every sleep", doorbell),
 ];
 
 const MILLISECOND: u64 = 1_000_000;
@@ -328,5 +330,47 @@ fn storm() -> Outcome {
     });
     check_eq!(lost, None);
     println!("      {SIGNALS} signals, {sleeps} sleeps");
+    Ok(())
+}
+
+/// A thread rings for another one that sleeps without a deadline, or is about to, and waits until it
+/// is heard.
+fn doorbell() -> Outcome {
+    const RINGS: u32 = 2_000;
+    let worker = Worker::open()?;
+    let bell = worker.doorbell()?;
+    let (rung, heard) = (AtomicU32::new(0), AtomicU32::new(0));
+    let lost = thread::scope(|scope| {
+        let (rung, heard, bell) = (&rung, &heard, &bell);
+        let ringer = scope.spawn(move || {
+            for count in 1..=RINGS {
+                rung.store(count, Ordering::SeqCst);
+                bell.ring();
+                let start = Instant::now();
+                while heard.load(Ordering::SeqCst) < count {
+                    if start.elapsed() > Duration::from_nanos(LONG) {
+                        // So that the other thread comes to an end.
+                        rung.store(RINGS, Ordering::SeqCst);
+                        bell.ring();
+                        return Some(count);
+                    }
+                    thread::yield_now();
+                }
+                if count % 20 == 0 {
+                    thread::sleep(Duration::from_millis(1));
+                }
+            }
+            None
+        });
+        while heard.load(Ordering::SeqCst) < RINGS {
+            worker.wait(None);
+            heard.store(rung.load(Ordering::SeqCst), Ordering::SeqCst);
+        }
+        ringer.join()
+    });
+    check_eq!(lost.map_err(|_| "a thread panicked")?, None);
+    // Beside other descriptors, and before the sleep begins.
+    bell.ring();
+    check!(worker.poll(&mut [PollFd::new(&worker, PollFlags::IN)], Some(worker.now() + LONG)));
     Ok(())
 }

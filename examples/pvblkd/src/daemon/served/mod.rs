@@ -252,6 +252,17 @@ impl<'s, 't, H: Host> Served<'s, 't, H> {
         self.workers.iter().all(Option::is_none)
     }
 
+    /// Has the workers look through the memory that they keep.
+    pub fn tidy(&self) {
+        for (queue, worker) in self.workers.iter().enumerate() {
+            if let Some(worker) = worker
+                && self.status.queue(queue).kept() > 0
+            {
+                worker.tell(Order::Tidy);
+            }
+        }
+    }
+
     /// Has the workers end, and leaves everything else as it is.
     pub fn stop(&mut self) {
         self.leave(Next::Nothing);
