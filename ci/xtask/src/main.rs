@@ -17,6 +17,7 @@ mod rig;
 mod run;
 mod shell;
 mod test;
+mod vhost_user;
 
 use std::process::ExitCode;
 

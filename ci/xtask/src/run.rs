@@ -8,14 +8,14 @@ use crate::guests::Guest;
 use crate::guests::case::Case;
 use crate::matrix::{self, Back};
 use crate::rig::Rig;
-use crate::{driver_domain, foreign};
+use crate::{driver_domain, foreign, vhost_user};
 
 /// What to run.
 #[derive(clap::Args)]
 pub struct Options {
     /// The guest: `unikernel` (ours), `linux` (the same checks by Linux's own driver), or
     /// `foreign` (two guests that share pages); or the backend: `pvblkd`, for a Linux guest to use,
-    /// `driver-domain`, for several guests at once
+    /// `driver-domain`, for several guests at once, `vhost-user-blkd`, for a Linux guest without Xen
     #[arg(default_value = "unikernel")]
     example: String,
     /// A PVH image of one's own in the unikernel's place
@@ -51,6 +51,14 @@ pub fn run(options: &Options) -> Result<()> {
         );
         return Ok(());
     }
+    if options.example == "vhost-user-blkd" {
+        vhost_user::run(&rig, true).context("FAIL")?;
+        println!(
+            "PASS: split and packed queues; nothing was lost when the daemon was killed; a Linux \
+             guest's file system and disk are as they must be, from both sides"
+        );
+        return Ok(());
+    }
     if options.example == "pvblkd" {
         matrix::show(&rig, Back::PvblkdFile).context("FAIL")?;
         println!("PASS: a Linux guest's file system and disk are as they must be, from both sides");
@@ -62,8 +70,8 @@ pub fn run(options: &Options) -> Result<()> {
         ("unikernel", None) => Guest::unikernel(&rig, &[])?,
         ("linux", None) => Guest::linux(&rig)?,
         (other, _) => bail!(
-            "there is no example {other}: `unikernel`, `linux`, `foreign`, `pvblkd` or \
-             `driver-domain`"
+            "there is no example {other}: `unikernel`, `linux`, `foreign`, `pvblkd`, \
+             `driver-domain` or `vhost-user-blkd`"
         ),
     };
     let case = Case { arguments: options.cmdline.clone(), ..Case::plain(&options.example) };

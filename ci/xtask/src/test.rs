@@ -18,6 +18,7 @@ use crate::project;
 use crate::report::{Tally, heading, say};
 use crate::rig::Rig;
 use crate::shell;
+use crate::vhost_user;
 
 /// What to test.
 #[derive(clap::Args)]
@@ -33,17 +34,25 @@ enum Part {
     Host,
     /// What runs on real Xen in QEMU
     Xen,
+    /// What runs in a plain QEMU: a Linux guest on `vhost-user-blkd`
+    VhostUser,
 }
 
 /// Tests, and closes with the count: that line is the last, whatever happens.
 pub fn test(options: &Options) -> ExitCode {
     let mut tally = Tally::default();
-    if options.only != Some(Part::Xen)
+    let is_wanted = |part| options.only.is_none_or(|only| only == part);
+    if is_wanted(Part::Host)
         && let Err(error) = host(&mut tally)
     {
         tally.note("host tests", 0.0, Some(format!("{error:#}")));
     }
-    if options.only != Some(Part::Host)
+    if is_wanted(Part::VhostUser)
+        && let Err(error) = vhost_user(&mut tally)
+    {
+        tally.note("tests on vhost-user", 0.0, Some(format!("{error:#}")));
+    }
+    if is_wanted(Part::Xen)
         && let Err(error) = xen(&mut tally)
     {
         tally.note("tests on Xen", 0.0, Some(format!("{error:#}")));
@@ -87,6 +96,16 @@ fn xen(tally: &mut Tally) -> Result<()> {
         driver_domain::run(&rig, false)
     });
     matrix::run(&rig, &matrix::Options::default(), tally)
+}
+
+fn vhost_user(tally: &mut Tally) -> Result<()> {
+    heading("a Linux guest in a plain QEMU, on vhost-user-blkd");
+    let rig = Rig::prepare()?;
+    let parts = vhost_user::Parts::prepare(&rig)?;
+    for case in &vhost_user::CASES {
+        tally.step(&case.title(), || parts.run(case, false));
+    }
+    Ok(())
 }
 
 /// Runs `cargo test`, prints a line for each of its programs, and counts their tests.

@@ -31,6 +31,16 @@ const MODULES: [&str; 9] = [
 const GUEST_MODULES: [&str; 7] =
     ["xen-blkfront", "crc16", "mbcache", "jbd2", "crc32c_generic", "libcrc32c", "ext4"];
 
+/// Modules of a Linux guest whose disk is a VirtIO device on the PCI bus.
+const VIRTIO_MODULES: [&str; 6] = [
+    "virtio_ring",
+    "virtio",
+    "virtio_pci_modern_dev",
+    "virtio_pci_legacy_dev",
+    "virtio_pci",
+    "virtio_blk",
+];
+
 /// Programs, and where they go.
 const PROGRAMS: [(&str, &str); 9] = [
     ("usr/lib/xen-4.17/bin/xl", "sbin/xl"),
@@ -142,6 +152,19 @@ pub fn write_bench_guest(
 pub fn write_cell_guest(packages: &Packages, file: &Path, fio: &Path) -> Result<()> {
     let programs = [("bin/fio", fio.to_owned())];
     write_guest(packages, file, &GUEST_MODULES, "init.cell", &programs, &FILE_SYSTEM_PROGRAMS)
+}
+
+/// Writes the initramfs of the same guest for a machine without Xen.
+pub fn write_virtio_cell_guest(packages: &Packages, file: &Path, fio: &Path) -> Result<()> {
+    let programs = [("bin/fio", fio.to_owned())];
+    let modules = [&VIRTIO_MODULES, &GUEST_MODULES[1..]].concat();
+    write_guest(packages, file, &modules, "init.cell", &programs, &FILE_SYSTEM_PROGRAMS)
+}
+
+/// Writes the initramfs of a Linux guest that measures, for a machine without Xen.
+pub fn write_virtio_bench_guest(packages: &Packages, file: &Path, fio: &Path) -> Result<()> {
+    let programs = [("bin/fio", fio.to_owned())];
+    write_guest(packages, file, &VIRTIO_MODULES, "init.vhost-bench", &programs, &[])
 }
 
 fn write_guest(

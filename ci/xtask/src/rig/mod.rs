@@ -82,6 +82,23 @@ impl Rig {
         Ok((self.path("vmlinux"), initramfs))
     }
 
+    /// The same for a machine without Xen, where the disk is a VirtIO device.
+    pub fn virtio_cell_guest(&self, fio: &Path) -> Result<(PathBuf, PathBuf)> {
+        self.add(&[dom0::PARTITIONS])?;
+        let _lock = lock()?;
+        let initramfs = self.path("virtio-cell.cpio");
+        dom0::write_virtio_cell_guest(&self.packages, &initramfs, fio)?;
+        Ok((self.path("vmlinux"), initramfs))
+    }
+
+    /// Files that a Linux guest that measures a VirtIO device starts from.
+    pub fn virtio_bench_guest(&self, fio: &Path) -> Result<(PathBuf, PathBuf)> {
+        let _lock = lock()?;
+        let initramfs = self.path("bench/virtio-guest.cpio");
+        dom0::write_virtio_bench_guest(&self.packages, &initramfs, fio)?;
+        Ok((self.path("vmlinux"), initramfs))
+    }
+
     /// The archive of an overlay for dom0, made once.
     pub fn overlay(&self, overlay: &Overlay) -> Result<PathBuf> {
         self.add(overlay.packages)?;

@@ -1,0 +1,149 @@
+//! The disk, as the device serves it, and what there is to say about its queues.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use pvblk::backend::{Completed, Operation, Requests, Store, Submitted};
+use pvblk::command::Features;
+use pvblk::extent::Geometry;
+use pvblk::table::Tag;
+use pvblk_daemon::backing::{Backing, QueueStore};
+use pvblk_stores::Wakeup;
+use pvblk_virtio::Identity;
+use virtio_blk_device::vhost_user::{Disk, Report, Waits};
+
+use crate::figures::{self, QueueFigures};
+
+/// The disk. Clones are the same.
+#[derive(Clone)]
+pub struct Served {
+    backing: Backing,
+    identity: Identity,
+    queues: Arc<[QueueFigures]>,
+}
+
+impl Served {
+    /// A disk with up to `queues` queues, and its serial number.
+    pub fn new(backing: Backing, queues: u16, serial: &str) -> Self {
+        let mut identity = Identity::default();
+        for (place, byte) in identity.id.iter_mut().zip(serial.bytes()) {
+            *place = byte;
+        }
+        let queues = (0..queues).map(|_| QueueFigures::default()).collect();
+        Self { backing, identity, queues }
+    }
+
+    /// What it is served from.
+    pub fn backing(&self) -> &Backing {
+        &self.backing
+    }
+
+    /// All counters, for Prometheus.
+    pub fn metrics(&self) -> String {
+        let errors = self.backing.failure_counter().load(Ordering::Relaxed);
+        figures::text(&self.queues, self.backing.geometry().sectors, errors)
+    }
+}
+
+impl Disk for Served {
+    type Store = Share;
+
+    fn geometry(&self) -> Geometry {
+        self.backing.geometry()
+    }
+
+    fn features(&self) -> Features {
+        self.backing.features()
+    }
+
+    fn identity(&self) -> Identity {
+        self.identity
+    }
+
+    fn store(&self, depth: u16) -> io::Result<Share> {
+        let store = self.backing.queue(depth).map_err(io::Error::other)?;
+        Ok(Share { store, remedy: self.backing.remedy() })
+    }
+
+    fn report(&self, queue: usize, report: Report) {
+        let Some(figures) = self.queues.get(queue) else { return };
+        match report {
+            Report::Open => {
+                figures.begin();
+                log::info!("queue {queue}: open");
+            }
+            Report::Progress(progress) => figures.publish(&progress),
+            Report::Closed => log::info!("queue {queue}: closed"),
+            Report::NotOpened(error) => log::error!("queue {queue}: cannot be served: {error}"),
+            Report::Violation(violation) => {
+                log::error!("queue {queue}: closed, until the guest resets the disk: {violation}");
+            }
+            Report::Panicked => log::error!("queue {queue}: closed by a fault of this program"),
+            _ => {}
+        }
+    }
+}
+
+/// One queue's share of the disk. It says once that the medium fails.
+pub struct Share {
+    store: QueueStore,
+    remedy: &'static str,
+}
+
+impl Share {
+    #[cold]
+    fn medium_fails(remedy: &str) {
+        log::error!("the medium fails: {remedy}");
+    }
+
+    /// Does something that may be the first failure of the medium.
+    #[inline]
+    fn watch<T>(&mut self, work: impl FnOnce(&mut QueueStore) -> T) -> T {
+        let had_failed = self.store.has_failed();
+        let result = work(&mut self.store);
+        if !had_failed && self.store.has_failed() {
+            Self::medium_fails(self.remedy);
+        }
+        result
+    }
+}
+
+impl Waits for Share {
+    fn wakeup(&self) -> Wakeup<'_> {
+        self.store.wakeup()
+    }
+}
+
+impl Store for Share {
+    fn geometry(&self) -> Geometry {
+        self.store.geometry()
+    }
+
+    fn features(&self) -> Features {
+        self.store.features()
+    }
+
+    fn capacity(&self) -> usize {
+        self.store.capacity()
+    }
+
+    #[inline]
+    fn submit(&mut self, tag: Tag, operation: Operation<'_>) -> Submitted {
+        self.watch(|store| store.submit(tag, operation))
+    }
+
+    #[inline]
+    fn commit(&mut self, requests: &dyn Requests) {
+        self.store.commit(requests);
+    }
+
+    #[inline]
+    fn complete(&mut self, requests: &dyn Requests) -> Option<Completed> {
+        self.watch(|store| store.complete(requests))
+    }
+
+    fn quiesce(&mut self, requests: &dyn Requests) {
+        self.store.quiesce(requests);
+    }
+}

@@ -1,0 +1,154 @@
+//! Everything around the device.
+
+use std::fs;
+use std::sync::Arc;
+use std::thread;
+
+use anyhow::{Context, Result, bail};
+use pvblk_daemon::backing::Backing;
+use pvblk_daemon::http::{Address, Listener};
+use pvblk_daemon::mapped::{MappedFile, Origin};
+use pvblk_daemon::sandbox::{self, User};
+use pvblk_daemon::size::Size;
+use pvblk_daemon::source::Source;
+use pvblk_daemon::{logging, notify, socket};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use virtio_blk_device::vhost_user::Server;
+
+use crate::cli::{Cli, folder};
+use crate::disk::Served;
+
+/// Serves the disk until a signal.
+///
+/// # Errors
+///
+/// If the daemon cannot begin. Once it has, nothing is an error that ends it.
+pub fn serve(cli: &Cli) -> Result<()> {
+    let (settings, source) = (cli.settings()?, cli.source()?);
+    logging::start(cli.log, cli.log_level);
+
+    // What takes privileges.
+    raise_file_limit();
+    let listener = socket::listen(&cli.socket, cli.socket_mode)?;
+    let metrics = cli.metrics.as_deref().map(str::parse::<Address>).transpose()?;
+    let metrics = metrics.as_ref().map(Listener::open).transpose()?;
+    let user = cli.user.as_deref().map(User::find).transpose()?;
+    if let Some(user) = &user {
+        user.own(&cli.socket)?;
+    }
+    let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("signals")?;
+
+    // Before there are other threads: they have what this one has.
+    if !cli.no_sandbox {
+        sandbox::drop_privileges(user.as_ref())?;
+        sandbox::filter_system_calls()?;
+    } else if user.is_some() {
+        bail!("--user makes no sense with --no-sandbox");
+    }
+
+    // As what it is now: it must be able to open it again and again.
+    let backing = open(cli, &source)?;
+    let geometry = backing.geometry();
+    let disk = Served::new(backing, settings.queues, &cli.device.serial);
+    let server = Server::new(disk.clone(), settings)?;
+    end_by_signal(signals, server.clone(), disk.clone())?;
+    if let Some(metrics) = metrics {
+        start("metrics", move || metrics.serve(|| disk.metrics()))?;
+    }
+    log::info!(
+        "{source}: {} sectors, logical ones of {} bytes{}, at {}",
+        geometry.sectors,
+        geometry.logical_bytes,
+        if geometry.read_only { ", read-only" } else { "" },
+        cli.socket.display()
+    );
+    notify::ready();
+    let result = run(&server, &listener);
+    notify::stopping();
+    let _ = fs::remove_file(&cli.socket);
+    result
+}
+
+/// Serves one virtual machine after the other.
+fn run(server: &Server<Served>, listener: &std::os::unix::net::UnixListener) -> Result<()> {
+    while let Some(stream) = server.accept(listener).context("no more virtual machines")? {
+        log::info!("a virtual machine has connected");
+        match server.serve(stream) {
+            Ok(true) => log::info!("the virtual machine has gone"),
+            Ok(false) => return Ok(()),
+            Err(error) => log::error!("the virtual machine is disconnected: {error}"),
+        }
+    }
+    Ok(())
+}
+
+fn open(cli: &Cli, source: &Source) -> Result<Backing> {
+    let options = cli.store();
+    Backing::open(source, &options, |memory| {
+        let (size, file) = (memory.size, cli.memory_file());
+        let geometry = options.memory(size)?;
+        let there = fs::metadata(&file).map(|metadata| metadata.len());
+        if there.is_ok_and(|there| !is_as_large(there, size)) {
+            bail!(
+                "{} is there with another size: remove it if it is not wanted any more",
+                file.display()
+            );
+        }
+        let place = || format!("no {size} of memory in {}", folder(&file).display());
+        let (mapped, origin) = MappedFile::open(&file, size.bytes(), true).with_context(place)?;
+        if origin == Origin::Kept {
+            log::info!("{}: as it was left", file.display());
+        }
+        Ok(Arc::new(mapped.into_disk(geometry)?))
+    })
+}
+
+/// Whether a file of so many bytes is one of that size, rounded up to pages.
+fn is_as_large(bytes: u64, size: Size) -> bool {
+    bytes == size.bytes().next_multiple_of(pvblk::memory::PAGE_BYTES as u64)
+}
+
+fn start(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
+    let builder = thread::Builder::new().name(name.into());
+    builder.spawn(work).with_context(|| format!("no thread for {name}"))?;
+    Ok(())
+}
+
+/// The first signal asks the daemon to end, the second one ends it.
+fn end_by_signal(mut signals: Signals, server: Server<Served>, disk: Served) -> Result<()> {
+    start("signals", move || {
+        let mut is_ending = false;
+        for signal in &mut signals {
+            if signal == SIGHUP {
+                refresh(&server, &disk);
+            } else if is_ending {
+                log::warn!("ending at once, with requests in progress");
+                std::process::exit(1);
+            } else {
+                is_ending = true;
+                server.end();
+            }
+        }
+    })
+}
+
+/// Looks how large the disk is now, and tells the guest.
+fn refresh(server: &Server<Served>, disk: &Served) {
+    let result = disk.backing().resize(None).and_then(|geometry| {
+        server.refresh().context("the virtual machine does not hear of it")?;
+        Ok(geometry)
+    });
+    match result {
+        Ok(geometry) => log::info!("the disk has {} sectors", geometry.sectors),
+        Err(error) => log::error!("the disk's size: {error:#}"),
+    }
+}
+
+/// Every queue takes about six file descriptors, and every region of the guest's memory one.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    // What cannot be had is told when it is missing.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+}
