@@ -20,6 +20,8 @@ mod device;
 mod driver;
 mod event;
 pub mod feature;
+#[cfg(feature = "xen")]
+pub mod grants;
 pub mod guest;
 pub mod packed;
 pub mod queue;
