@@ -5,7 +5,7 @@ use core::ptr::NonNull;
 
 use super::memory::{Lease, PeerMemory};
 use super::store::{Operation, Requests, StoreError};
-use super::wire::Wire;
+use super::wire::{Incoming, Wire};
 use crate::command::{Code, Command, Status};
 use crate::extent::{Extent, Geometry, SECTOR_BYTES};
 use crate::memory::{Access, Lent, PAGE_BYTES, Piece};
@@ -41,13 +41,63 @@ impl Steps {
     }
 }
 
-/// What the segments of a request add up to.
+/// What the segments of a request add up to, and how it went to reach them.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Sum {
+    /// How many there are.
+    pub count: usize,
     bytes: u64,
     /// All offsets and lengths but those of whole pages, or-ed: what they are all multiples of shows
     /// in it.
     bits: u32,
+    /// Some are being fetched.
+    pub is_fetched: bool,
+    /// One is none.
+    is_bad: bool,
+}
+
+impl Sum {
+    /// So many whole pages, all of them at hand.
+    #[inline(always)]
+    pub fn of_pages(count: usize) -> Self {
+        Self {
+            count,
+            bytes: (count * PAGE_BYTES) as u64,
+            bits: 0,
+            is_fetched: false,
+            is_bad: false,
+        }
+    }
+
+    /// The sectors that a read or write is about, if it is a sound one.
+    #[inline(always)]
+    pub fn extent<W: Wire>(&self, command: &Command, geometry: &Geometry) -> Option<Extent> {
+        // The sum need not be looked at in bytes if the segments were.
+        let is_whole = match W::SEGMENTS_IN_SECTORS {
+            true => self.bits & (geometry.logical_bytes - 1) == 0,
+            false => self.bytes.is_multiple_of(SECTOR_BYTES.into()),
+        };
+        if self.is_bad || !is_whole {
+            return None;
+        }
+        extent(command, self.bytes / u64::from(SECTOR_BYTES), geometry)
+    }
+}
+
+/// The sectors of a request, if they are within the disk and its mode.
+#[inline(always)]
+fn extent(command: &Command, sectors: u64, geometry: &Geometry) -> Option<Extent> {
+    let extent = match command.code {
+        Code::Read => geometry.extent(command.sector, sectors),
+        _ => geometry.writable_extent(command.sector, sectors),
+    };
+    extent.ok()
+}
+
+/// What is done to the memory of a request.
+#[inline(always)]
+pub(super) fn access(code: Code) -> Access {
+    if code == Code::Read { Access::ReadWrite } else { Access::Read }
 }
 
 /// What a job waits for from the peer's memory.
@@ -76,7 +126,10 @@ pub(super) struct Job<K> {
     pub count: usize,
     /// How many segments the tables list that are being fetched.
     pub listed: usize,
+    /// Whole pages, but for the first few.
     pieces: Box<[Piece]>,
+    /// How many those few are.
+    crumbs: usize,
     /// One a piece; they say something only if `is_fetched`.
     leases: Box<[Lease]>,
     pub is_fetched: bool,
@@ -86,6 +139,7 @@ pub(super) struct Job<K> {
 impl<K: Copy + Default> Job<K> {
     /// An empty job with room for `longest` segments.
     pub fn empty(longest: usize) -> Self {
+        let page = Piece::new(Piece::EMPTY.base(), PAGE_BYTES);
         Self {
             key: K::default(),
             command: Command { code: Code::Flush, sector: 0, sectors: 0 },
@@ -96,18 +150,19 @@ impl<K: Copy + Default> Job<K> {
             round: 0,
             count: 0,
             listed: 0,
-            pieces: core::iter::repeat_n(Piece::EMPTY, longest).collect(),
+            pieces: core::iter::repeat_n(page, longest).collect(),
+            crumbs: 0,
             leases: core::iter::repeat_n(Lease::NONE, longest).collect(),
             is_fetched: false,
             tables: heapless::Vec::new(),
         }
     }
 
-    /// A new request. Its memory is listed next.
+    /// A new request. Its memory is listed next, or already was.
     #[inline(always)]
-    pub fn begin(&mut self, key: K, command: Command, round: u32) {
-        self.key = key;
-        self.command = command;
+    pub fn begin(&mut self, incoming: &Incoming<K>, round: u32) {
+        self.key = incoming.key;
+        self.command = incoming.command;
         self.extent = None;
         self.status = Status::Done;
         self.steps = Steps::NONE;
@@ -127,90 +182,116 @@ impl<K: Copy + Default> Job<K> {
         let _ = self.tables.push(lease);
     }
 
-    /// What is done to the peer's memory.
+    /// Reaches for the first segments of a request, as long as they are whole pages at hand. Returns
+    /// how many are.
     #[inline(always)]
-    pub fn access(&self) -> Access {
-        if self.command.code == Code::Read { Access::ReadWrite } else { Access::Read }
+    pub fn gather_pages<W: Wire<Key = K>>(
+        &mut self,
+        memory: &mut impl PeerMemory<Handle = W::Handle>,
+        code: Code,
+        entries: &[W::Entry],
+    ) -> usize {
+        if self.crumbs > 0 {
+            self.sweep();
+        }
+        let Some(pieces) = self.pieces.get_mut(..entries.len()) else { return 0 };
+        memory.pages_at_hand(access(code), entries, W::whole_page, pieces)
     }
 
-    /// Reaches for each of `listed` segments, and adds them to those that are there. What is not at
-    /// hand is being fetched afterwards, and `is_fetched` says so. A bad segment makes the request
-    /// one that failed. `entry` gives each entry, and is asked once for each.
-    #[inline(always)]
+    /// All pieces are whole pages again.
+    #[cold]
+    fn sweep(&mut self) {
+        for piece in self.pieces.iter_mut().take(core::mem::take(&mut self.crumbs)) {
+            *piece = Piece::new(Piece::EMPTY.base(), PAGE_BYTES);
+        }
+    }
+
+    /// Reaches for each of the `entries`, and adds them to the segments that `sum` counts. What is
+    /// not at hand is being fetched afterwards.
+    #[inline(never)]
     pub fn gather<W: Wire<Key = K>>(
         &mut self,
         memory: &mut impl PeerMemory<Handle = W::Handle>,
-        sum: &mut Sum,
-        listed: usize,
-        entry: impl Fn(usize) -> W::Entry,
-    ) {
-        let access = self.access();
-        let Self { pieces, leases, is_fetched, status, count, .. } = self;
-        let pieces = pieces.get_mut(*count..).unwrap_or_default();
-        if listed > pieces.len() {
-            // Half a request must not pass for a whole one.
-            *status = Status::Failed;
+        code: Code,
+        mut entries: &[W::Entry],
+        mut sum: Sum,
+    ) -> Sum {
+        if sum.count == 0 && self.crumbs > 0 {
+            self.sweep();
         }
-        let listed = listed.min(pieces.len());
-        let mut rest = pieces[..listed].iter_mut();
-        let (mut place, mut others) = (0, 0);
         loop {
-            let mut find = memory.pages_at_hand(access);
-            let missed = loop {
-                let Some(piece) = rest.next() else { break None };
-                let entry = entry(place);
-                place += 1;
-                match W::whole_page(entry).and_then(&mut find) {
-                    Some(base) => *piece = Piece::new(base, PAGE_BYTES),
-                    None => break Some((piece, entry)),
-                }
+            let Some(pieces) = self.pieces.get_mut(sum.count..sum.count + entries.len()) else {
+                // Half a request must not pass for a whole one.
+                sum.is_bad = true;
+                return sum;
             };
-            drop(find);
-            let Some((piece, entry)) = missed else { break };
-            let leases = (&mut **leases, &mut *is_fetched);
-            let reached = reach::<W>(memory, access, entry, sum, leases, *count + place - 1);
-            *piece = reached.unwrap_or_else(|| {
-                *status = Status::Failed;
-                Piece::EMPTY
-            });
-            others += 1;
+            let found = memory.pages_at_hand(access(code), entries, W::whole_page, pieces);
+            sum.count += found;
+            sum.bytes += (found * PAGE_BYTES) as u64;
+            let Some((entry, rest)) = entries.get(found..).and_then(|left| left.split_first())
+            else {
+                return sum;
+            };
+            let piece = self.reach::<W>(memory, code, *entry, &mut sum);
+            let place = sum.count;
+            if let Some(slot) = self.pieces.get_mut(place) {
+                *slot = piece.unwrap_or_else(|| {
+                    sum.is_bad = true;
+                    Piece::EMPTY
+                });
+            }
+            sum.count += 1;
+            self.crumbs = sum.count;
+            entries = rest;
         }
-        *count += listed;
-        sum.bytes += ((listed - others) * PAGE_BYTES) as u64;
     }
 
-    /// All segments are there: checks the whole against the disk. A bad request is one that failed.
+    /// Reaches for the next segment, which is not a whole page at hand.
     #[inline(always)]
-    pub fn check<W: Wire<Key = K>>(&mut self, geometry: &Geometry, sum: Sum) {
-        // The sum need not be looked at in bytes if the segments were.
-        let aligned = match W::SEGMENTS_IN_SECTORS {
-            true => sum.bits & (geometry.logical_bytes - 1) == 0,
-            false => sum.bytes.is_multiple_of(SECTOR_BYTES.into()),
+    fn reach<W: Wire<Key = K>>(
+        &mut self,
+        memory: &mut impl PeerMemory<Handle = W::Handle>,
+        code: Code,
+        entry: W::Entry,
+        sum: &mut Sum,
+    ) -> Option<Piece> {
+        let segment = W::segment(entry).ok()?;
+        sum.bytes += u64::from(segment.bytes);
+        sum.bits |= segment.offset | segment.bytes;
+        let base = match memory.at_hand(&segment, access(code)) {
+            Some(base) => base,
+            None => {
+                if !sum.is_fetched {
+                    sum.is_fetched = true;
+                    self.leases.fill(Lease::NONE);
+                }
+                *self.leases.get_mut(sum.count)? = memory.fetch(&segment, access(code))?;
+                Piece::EMPTY.base()
+            }
         };
-        if !aligned || !self.make_extent(geometry, sum.bytes / u64::from(SECTOR_BYTES)) {
+        Some(Piece::new(base, segment.bytes as usize))
+    }
+
+    /// All segments are listed: they add up to `sum`. A bad request is one that failed.
+    #[inline(always)]
+    pub fn gathered<W: Wire<Key = K>>(&mut self, sum: &Sum, geometry: &Geometry) {
+        self.count = sum.count;
+        self.is_fetched |= sum.is_fetched;
+        self.extent = sum.extent::<W>(&self.command, geometry);
+        if self.extent.is_none() {
             self.status = Status::Failed;
         }
     }
 
     /// Checks a request without data against the disk.
     pub fn check_command(&mut self, geometry: &Geometry) {
-        if !self.make_extent(geometry, self.command.sectors) {
-            self.status = Status::Failed;
+        // Without data a flush or a barrier is about no sectors.
+        if self.command.code.is_range() || matches!(self.command.code, Code::Read | Code::Write) {
+            self.extent = extent(&self.command, self.command.sectors, geometry);
+            if self.extent.is_none() {
+                self.status = Status::Failed;
+            }
         }
-    }
-
-    /// Makes the extent, if the request is within the disk and its mode.
-    #[inline(always)]
-    fn make_extent(&mut self, geometry: &Geometry, sectors: u64) -> bool {
-        let sector = self.command.sector;
-        let extent = match self.command.code {
-            Code::Read => geometry.extent(sector, sectors),
-            // Without data they are about no sectors.
-            Code::Flush | Code::Barrier if sectors == 0 => return true,
-            _ => geometry.writable_extent(sector, sectors),
-        };
-        self.extent = extent.ok();
-        self.extent.is_some()
     }
 
     /// The segments that were fetched are there, or not.
@@ -251,18 +332,18 @@ impl<K: Copy + Default> Job<K> {
     }
 
     #[inline(always)]
-    fn lent(&self) -> Lent<'_> {
-        Lent::by_engine(&self.pieces[..self.count])
+    fn lent(&self, count: usize) -> Lent<'_> {
+        Lent::by_engine(&self.pieces[..count])
     }
 
-    /// What the store is to do for a read or write that is good.
+    /// What the store is to do for a read or write of `count` segments that is good.
     #[inline(always)]
-    pub fn transfer(&self) -> Option<Operation<'_>> {
-        let (extent, memory) = (self.extent?, self.lent());
-        Some(match self.command.code {
+    pub fn transfer(&self, code: Code, extent: Extent, count: usize) -> Operation<'_> {
+        let memory = self.lent(count);
+        match code {
             Code::Read => Operation::Read { extent, memory },
             _ => Operation::Write { extent, memory },
-        })
+        }
     }
 
     /// What the store is to do now; `None` if nothing is left.
@@ -279,7 +360,7 @@ impl<K: Copy + Default> Job<K> {
                     Code::WriteZeroesMayUnmap => {
                         Some(Operation::WriteZeroes { extent, may_unmap: true })
                     }
-                    Code::Read | Code::Write | Code::Flush | Code::Barrier => self.transfer(),
+                    code => Some(self.transfer(code, extent, self.count)),
                 }
             }
             _ => Some(Operation::Flush),
@@ -302,40 +383,12 @@ impl<K: Copy + Default> Job<K> {
     }
 }
 
-/// Reaches for a segment that is not a whole page at hand. `leases` are those of all segments, and
-/// whether they say anything yet.
-#[inline(never)]
-fn reach<W: Wire>(
-    memory: &mut impl PeerMemory<Handle = W::Handle>,
-    access: Access,
-    entry: W::Entry,
-    sum: &mut Sum,
-    (leases, is_fetched): (&mut [Lease], &mut bool),
-    place: usize,
-) -> Option<Piece> {
-    let segment = W::segment(entry).ok()?;
-    sum.bytes += u64::from(segment.bytes);
-    sum.bits |= segment.offset | segment.bytes;
-    let base = match memory.at_hand(&segment, access) {
-        Some(base) => base,
-        None => {
-            if !*is_fetched {
-                *is_fetched = true;
-                leases.fill(Lease::NONE);
-            }
-            *leases.get_mut(place)? = memory.fetch(&segment, access)?;
-            Piece::EMPTY.base()
-        }
-    };
-    Some(Piece::new(base, segment.bytes as usize))
-}
-
 /// The jobs, as a store sees them.
 pub(super) struct InFlight<'a, K>(pub &'a Slots<Job<K>>);
 
 impl<K: Copy + Default> Requests for InFlight<'_, K> {
     fn memory(&self, tag: Tag) -> Option<Lent<'_>> {
         let job = self.0.get(tag)?;
-        (job.steps.first() == Steps::MAIN && job.count > 0).then(|| job.lent())
+        (job.steps.first() == Steps::MAIN && job.count > 0).then(|| job.lent(job.count))
     }
 }

@@ -51,9 +51,18 @@ pub unsafe trait PeerMemory {
         region_of(Piece::new(base, segment.bytes as usize))
     }
 
-    /// Looks many whole pages up, as [`at_hand`](Self::at_hand), by the [bits](Handle::to_bits) of
-    /// their handles. Bits that are no handle's are at nobody's hand.
-    fn pages_at_hand(&mut self, access: Access) -> impl FnMut(u64) -> Option<NonNull<u8>>;
+    /// Looks many whole pages up, as [`at_hand`](Self::at_hand), until one is not at hand. `page`
+    /// gives the [bits](Handle::to_bits) of an entry's handle if the entry is for a whole page; bits
+    /// that are no handle's are at nobody's hand. Each of the `pieces`, one an entry, is a page long:
+    /// those that were found are [moved](Piece::move_to) there, those after them anywhere. Returns
+    /// how many were found.
+    fn pages_at_hand<E: Copy>(
+        &mut self,
+        access: Access,
+        entries: &[E],
+        page: impl Fn(E) -> Option<u64>,
+        pieces: &mut [Piece],
+    ) -> usize;
 
     /// How many segments can be fetched now.
     fn room(&self) -> usize;

@@ -12,9 +12,10 @@
 //! Nothing is taken off the wire that could not be carried through with the memory at hand; so
 //! there is no queue of requests that wait for room, and no two requests can wait for each other.
 
+use alloc::boxed::Box;
 use alloc::collections::VecDeque;
 
-use crate::command::{Code, Features, Status};
+use crate::command::{Code, Command, Features, Status};
 use crate::extent::Geometry;
 use crate::memory::{Access, Lent, PAGE_BYTES, Piece};
 use crate::plan::{Segment, TABLES_MAX};
@@ -59,20 +60,26 @@ pub struct Statistics {
 }
 
 impl Statistics {
-    /// Counts a request that is done, well or not, and says how many bytes of the peer's memory hold
-    /// data for it.
+    /// Counts a read or write that is done, and says how many bytes of the peer's memory hold data
+    /// for it.
     #[inline(always)]
+    fn count_transfer(&mut self, code: Code, bytes: u64) -> u64 {
+        if code == Code::Read {
+            self.reads += 1;
+            self.bytes_read += bytes;
+            return bytes;
+        }
+        self.writes += 1;
+        self.bytes_written += bytes;
+        0
+    }
+
+    /// Counts any request that is done, well or not, as above.
     fn count<K>(&mut self, job: &Job<K>) -> u64 {
         let bytes = job.extent.map_or(0, |extent| extent.bytes());
         match (job.status, job.command.code) {
-            (Status::Done, Code::Read) => {
-                self.reads += 1;
-                self.bytes_read += bytes;
-                return bytes;
-            }
-            (Status::Done, Code::Write) => {
-                self.writes += 1;
-                self.bytes_written += bytes;
+            (Status::Done, code @ (Code::Read | Code::Write)) => {
+                return self.count_transfer(code, bytes);
             }
             (Status::Done, Code::Flush | Code::Barrier) => {
                 self.flushes += 1;
@@ -109,6 +116,8 @@ pub struct Backend<W: Wire, M: PeerMemory<Handle = W::Handle>, S: Store> {
     exchanging: VecDeque<Tag>,
     /// Segments of requests whose tables are being fetched: there must be room for them, too.
     reserved: usize,
+    /// What a table holds, while it is looked at.
+    entries: Box<[W::Entry]>,
     /// The barrier that everything taken before it must go before.
     barrier: Option<Tag>,
     round: u32,
@@ -143,6 +152,8 @@ where
             jobs: slots,
             exchanging: VecDeque::with_capacity(capacity),
             reserved: 0,
+            entries: core::iter::repeat_n(W::Entry::default(), PAGE_BYTES / W::ENTRY_BYTES)
+                .collect(),
             barrier: None,
             round: 0,
             answered: false,
@@ -165,15 +176,11 @@ where
         self.collect();
         let mut left = if self.violation.is_none() { budget } else { 0 };
         while left > 0 && self.takes() {
-            match self.wire.take(&mut self.memory) {
-                Ok(Taken::Request) => self.admit(),
-                Ok(Taken::Refused(status)) => self.refuse(status),
-                Ok(Taken::Settled(filled)) => self.reply(Status::Done, filled),
-                Ok(Taken::Nothing) => break,
-                Err(violation) => {
-                    self.violation = Some(violation);
-                    break;
-                }
+            let taken = self.wire.take(&mut self.memory);
+            if let Ok(Taken::Request) = taken {
+                self.admit();
+            } else if !self.note_other(taken) {
+                break;
             }
             left -= 1;
         }
@@ -202,51 +209,75 @@ where
             && self.memory.room() >= self.reserved + self.longest + TABLES_MAX
     }
 
+    /// What came off the wire is no request that is to be begun. `false` if it is nothing at all.
+    #[inline(never)]
+    fn note_other(&mut self, taken: Result<Taken, Violation>) -> bool {
+        match taken {
+            Ok(Taken::Nothing) => return false,
+            Ok(Taken::Request) => {}
+            Ok(Taken::Refused(status)) => self.refuse(status),
+            Ok(Taken::Settled) => self.answered = true,
+            Err(violation) => {
+                self.violation = Some(violation);
+                return false;
+            }
+        }
+        true
+    }
+
     /// Begins a request.
     ///
     /// Most are reads and writes whose few segments are at hand, and with some stores they are done
     /// at once: all of that is here, and nobody moves in.
     #[inline(always)]
     fn admit(&mut self) {
+        let incoming = self.wire.incoming();
+        let Command { code, .. } = incoming.command;
+        if !matches!(code, Code::Read | Code::Write) || !matches!(incoming.list, List::Direct(_)) {
+            return self.admit_other();
+        }
         let Some(mut vacancy) = self.jobs.vacancy() else { return self.refuse(Status::Failed) };
-        let Incoming { key, command, list } = *self.wire.incoming();
-        let tag = vacancy.tag();
-        let job = vacancy.value();
-        job.begin(key, command, self.round);
-        let is_transfer = matches!(command.code, Code::Read | Code::Write);
-        if !is_transfer || !matches!(list, List::Direct(_)) {
-            vacancy.occupy();
-            return self.admit_other(tag, list);
-        }
-        job.steps = Steps::MAIN;
-        let mut sum = Sum::default();
+        let (tag, job) = (vacancy.tag(), vacancy.value());
         let direct = self.wire.direct();
-        job.gather::<W>(&mut self.memory, &mut sum, direct.len(), |place| direct[place]);
-        job.check::<W>(&self.geometry, sum);
-        if job.is_fetched || job.status != Status::Done {
-            vacancy.occupy();
-            return self.gathered(tag);
+        let pages = job.gather_pages::<W>(&mut self.memory, code, direct);
+        let mut sum = Sum::of_pages(pages);
+        if pages < direct.len() {
+            sum = job.gather::<W>(&mut self.memory, code, &direct[pages..], sum);
         }
-        let Some(operation) = job.transfer() else { return };
-        match self.store.submit(tag, operation) {
-            Submitted::Done(Ok(())) => {
-                let filled = self.statistics.count(job);
-                self.wire.answer(&mut self.memory, key, Status::Done, filled);
-                self.answered = true;
-            }
-            Submitted::Done(result) => {
-                vacancy.occupy();
-                self.note(tag, result);
-                self.run(tag);
-            }
-            Submitted::Pending => drop(vacancy.occupy()),
+        let extent = sum.extent::<W>(&incoming.command, &self.geometry);
+        let Some(extent) = extent.filter(|_| !sum.is_fetched) else {
+            let job = vacancy.occupy();
+            job.begin(incoming, self.round);
+            job.steps = Steps::MAIN;
+            job.gathered::<W>(&sum, &self.geometry);
+            return self.reached(tag);
+        };
+        let submitted = self.store.submit(tag, job.transfer(code, extent, sum.count));
+        if submitted == Submitted::Done(Ok(())) {
+            let filled = self.statistics.count_transfer(code, extent.bytes());
+            let key = self.wire.incoming().key;
+            self.wire.answer(&mut self.memory, key, Status::Done, filled);
+            self.answered = true;
+            return;
+        }
+        let job = vacancy.occupy();
+        job.begin(incoming, self.round);
+        job.steps = Steps::MAIN;
+        (job.count, job.extent) = (sum.count, Some(extent));
+        if let Submitted::Done(result) = submitted {
+            self.note(tag, result);
+            self.run(tag);
         }
     }
 
     /// Begins what is not a read or write with segments of its own.
     #[inline(never)]
-    fn admit_other(&mut self, tag: Tag, list: List) {
-        let Some(job) = self.jobs.get_mut(tag) else { return };
+    fn admit_other(&mut self) {
+        let Some(vacancy) = self.jobs.vacancy() else { return self.refuse(Status::Failed) };
+        let (tag, job) = (vacancy.tag(), vacancy.occupy());
+        let incoming = self.wire.incoming();
+        let list = incoming.list;
+        job.begin(incoming, self.round);
         let Features { flush, barrier, discard, secure_discard, write_zeroes } = self.features;
         let supported = match job.command.code {
             Code::Read | Code::Write => true,
@@ -272,7 +303,7 @@ where
             List::Indirect(segments) => self.reach_tables(tag, segments),
             List::Direct(0) => {
                 job.check_command(&self.geometry);
-                self.gathered(tag);
+                self.reached(tag);
             }
             List::Direct(_) => {
                 // A flush or a barrier with data: the data is written in between.
@@ -280,11 +311,11 @@ where
                 if job.command.code == Code::Barrier && flush {
                     job.steps = job.steps.and(Steps::FLUSH_AFTER);
                 }
-                let mut sum = Sum::default();
-                let direct = self.wire.direct();
-                job.gather::<W>(&mut self.memory, &mut sum, direct.len(), |place| direct[place]);
-                job.check::<W>(&self.geometry, sum);
-                self.gathered(tag);
+                let code = job.command.code;
+                let sum = Sum::default();
+                let sum = job.gather::<W>(&mut self.memory, code, self.wire.direct(), sum);
+                job.gathered::<W>(&sum, &self.geometry);
+                self.reached(tag);
             }
         }
     }
@@ -350,19 +381,21 @@ where
     /// looked at.
     fn list_tables(&mut self, tag: Tag, tables: &[Piece]) {
         let Some(job) = self.jobs.get_mut(tag) else { return };
+        let code = job.command.code;
         let mut sum = Sum::default();
         for table in Lent::by_engine(tables).regions() {
-            let count = table.len() / W::ENTRY_BYTES;
-            let entry = W::entries(&table, count);
-            job.gather::<W>(&mut self.memory, &mut sum, count, entry);
+            // A table is a page, and there is room for all of one.
+            let entries = self.entries.get_mut(..table.len() / W::ENTRY_BYTES).unwrap_or_default();
+            W::copy_entries(&table, entries);
+            sum = job.gather::<W>(&mut self.memory, code, entries, sum);
         }
-        job.check::<W>(&self.geometry, sum);
-        self.gathered(tag);
+        job.gathered::<W>(&sum, &self.geometry);
+        self.reached(tag);
     }
 
     /// All segments are listed: goes on, or waits for those that have to be fetched.
     #[inline(always)]
-    fn gathered(&mut self, tag: Tag) {
+    fn reached(&mut self, tag: Tag) {
         let Some(job) = self.jobs.get_mut(tag) else { return };
         if job.is_fetched {
             job.exchange = Exchange::Segments;

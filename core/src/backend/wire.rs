@@ -26,9 +26,9 @@ pub enum Taken {
     Request,
     /// A request that the wire refuses: it is answered at once.
     Refused(Status),
-    /// A request that is about the device and not its data, and that the wire has carried out
-    /// itself: it is answered at once. That many bytes of the request's memory hold data now.
-    Settled(u64),
+    /// A request that is about the device and not its data, and that the wire has carried out and
+    /// [answered](Wire::answer) itself.
+    Settled,
 }
 
 /// Where the segments of a request are.
@@ -76,7 +76,7 @@ pub trait Wire {
     /// What an answer needs to know of its request.
     type Key: Copy + Default;
     /// What describes one segment, as it was copied out of a request or a table.
-    type Entry: Copy;
+    type Entry: Copy + Default;
     /// Bytes of an entry in a table.
     const ENTRY_BYTES: usize;
     /// Whether every segment keeps to the disk's logical sector, as blkif has it. If not, it is
@@ -104,8 +104,8 @@ pub trait Wire {
     /// [`TABLES_MAX`](crate::plan::TABLES_MAX).
     fn tables(&self) -> &[Self::Handle];
 
-    /// A way to copy `count` entries out of a table. Each is asked for once.
-    fn entries(table: &SharedRegion<'_>, count: usize) -> impl Fn(usize) -> Self::Entry;
+    /// Copies the first entries out of a table, each once, as many as there is room for.
+    fn copy_entries(table: &SharedRegion<'_>, into: &mut [Self::Entry]);
 
     /// The [bits](Handle::to_bits) of the page's handle, if the entry is for a whole page. What
     /// does not fit a handle may stand for "no".

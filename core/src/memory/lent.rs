@@ -30,6 +30,12 @@ impl Piece {
         Self { base, bytes }
     }
 
+    /// Names the memory at `base` instead, as much of it.
+    #[inline(always)]
+    pub fn move_to(&mut self, base: NonNull<u8>) {
+        self.base = base;
+    }
+
     /// Where it begins.
     #[inline(always)]
     pub fn base(&self) -> NonNull<u8> {

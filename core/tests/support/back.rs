@@ -13,7 +13,7 @@ use pvblk::backend::{
 };
 use pvblk::command::{Code, Command, DiscardUnits, Features, Status};
 use pvblk::extent::Geometry;
-use pvblk::memory::{Access, Lent, PAGE_BYTES, SharedRegion};
+use pvblk::memory::{Access, Lent, PAGE_BYTES, Piece, SharedRegion};
 use pvblk::plan::Segment;
 use pvblk::table::Tag;
 
@@ -132,9 +132,22 @@ unsafe impl PeerMemory for Reached {
         self.guest.find(address, segment.bytes.into())
     }
 
-    fn pages_at_hand(&mut self, _access: Access) -> impl FnMut(u64) -> Option<NonNull<u8>> {
-        let (guest, fetches) = (&self.guest, self.fetches);
-        move |address| guest.find(address, PAGE_BYTES as u64).filter(|_| !fetches)
+    fn pages_at_hand<E: Copy>(
+        &mut self,
+        _access: Access,
+        entries: &[E],
+        page: impl Fn(E) -> Option<u64>,
+        pieces: &mut [Piece],
+    ) -> usize {
+        assert_eq!(entries.len(), pieces.len(), "a piece for each entry");
+        for (found, (entry, piece)) in entries.iter().zip(pieces).enumerate() {
+            assert_eq!(piece.bytes(), PAGE_BYTES, "pieces of a page each");
+            let address = page(*entry).filter(|_| !self.fetches);
+            let base = address.and_then(|address| self.guest.find(address, PAGE_BYTES as u64));
+            let Some(base) = base else { return found };
+            piece.move_to(base);
+        }
+        entries.len()
     }
 
     fn room(&self) -> usize {
@@ -228,7 +241,7 @@ pub mod kind {
 pub const IDENTITY: &[u8; 20] = b"a disk of this test\0";
 
 /// A descriptor: an address, a length, whether the device writes to it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Descriptor {
     pub address: u64,
     pub bytes: u32,
@@ -345,7 +358,10 @@ impl Wire for Virtqueue {
                 let Some(base) = base else { return Ok(Taken::Refused(Status::Failed)) };
                 // SAFETY: at hand in this round.
                 unsafe { SharedRegion::new(base, IDENTITY.len()) }.write_bytes(0, IDENTITY);
-                return Ok(Taken::Settled(IDENTITY.len() as u64));
+                let key = self.incoming.key;
+                drop(driver);
+                self.answer(memory, key, Status::Done, IDENTITY.len() as u64);
+                return Ok(Taken::Settled);
             }
             _ => return Ok(Taken::Refused(Status::NotSupported)),
         };
@@ -389,12 +405,11 @@ impl Wire for Virtqueue {
         &self.tables
     }
 
-    fn entries(table: &SharedRegion<'_>, count: usize) -> impl Fn(usize) -> Descriptor {
-        let word = table.words::<u64>(0, 2 * count);
-        move |place| {
-            let rest = word(2 * place + 1);
+    fn copy_entries(table: &SharedRegion<'_>, into: &mut [Descriptor]) {
+        for (place, entry) in into.iter_mut().enumerate() {
+            let [address, rest]: [u64; 2] = table.read(place * 16);
             let writes = rest >> 33 & 1 == 1;
-            Descriptor { address: word(2 * place), bytes: rest as u32, writes }
+            *entry = Descriptor { address, bytes: rest as u32, writes };
         }
     }
 

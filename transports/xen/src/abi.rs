@@ -61,7 +61,7 @@ pub const ENTRIES_PER_PAGE: usize = 512;
 pub const INDIRECT_SEGMENTS: usize = INDIRECT_PAGES * ENTRIES_PER_PAGE;
 
 /// `blkif_request_segment`: a range of sectors in a granted page, in a slot or an indirect page.
-#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct SegmentEntry {
     gref: U32,

@@ -7,6 +7,7 @@ use pvblk::command::{Code, Command, Status};
 use pvblk::memory::SharedRegion;
 use pvblk::plan::Segment;
 use pvblk::ring::{Consumer, Overrun, Producer, SharedIndex};
+use zerocopy::IntoBytes;
 
 use crate::abi::{
     Abi, Abi32, Abi64, DIRECT_SEGMENTS, DISCARD_SECURE, ENTRIES_PER_PAGE, INDIRECT_PAGES,
@@ -358,9 +359,8 @@ impl<P: ForeignGrants> Wire for BackRing<P> {
     }
 
     #[inline(always)]
-    fn entries(table: &SharedRegion<'_>, count: usize) -> impl Fn(usize) -> SegmentEntry {
-        let word = table.words(0, count);
-        move |place| SegmentEntry::from_word(word(place))
+    fn copy_entries(table: &SharedRegion<'_>, into: &mut [SegmentEntry]) {
+        table.read_bytes(0, into.as_mut_bytes());
     }
 
     #[inline(always)]

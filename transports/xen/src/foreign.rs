@@ -16,7 +16,7 @@ use alloc::vec::Vec;
 use core::ptr::NonNull;
 
 use pvblk::backend::{Lease, PeerMemory};
-use pvblk::memory::{Access, PAGE_BYTES};
+use pvblk::memory::{Access, PAGE_BYTES, Piece};
 use pvblk::plan::Segment;
 
 use crate::kept::Kept;
@@ -254,7 +254,7 @@ impl<P: ForeignGrants> ForeignMemory<P> {
                     // Two segments of a batch were in the same page.
                     Err(page) => {
                         self.unmaps.push(page);
-                        self.kept.finder(round)(reference.0.into())
+                        self.kept.find(round, reference.0.into())
                     }
                 }
             }
@@ -314,14 +314,20 @@ unsafe impl<P: ForeignGrants> PeerMemory for ForeignMemory<P> {
 
     #[inline(always)]
     fn at_hand(&mut self, segment: &Segment<GrantRef>, _access: Access) -> Option<NonNull<u8>> {
-        let page = self.kept.finder(self.round)(segment.handle.0.into())?;
+        let page = self.kept.find(self.round, segment.handle.0.into())?;
         // SAFETY: a segment of this wire lies in its page.
         Some(unsafe { page.add(segment.offset as usize) })
     }
 
     #[inline(always)]
-    fn pages_at_hand(&mut self, _access: Access) -> impl FnMut(u64) -> Option<NonNull<u8>> {
-        self.kept.finder(self.round)
+    fn pages_at_hand<E: Copy>(
+        &mut self,
+        _access: Access,
+        entries: &[E],
+        page: impl Fn(E) -> Option<u64>,
+        pieces: &mut [Piece],
+    ) -> usize {
+        self.kept.find_pages(self.round, entries, page, pieces)
     }
 
     #[inline(always)]

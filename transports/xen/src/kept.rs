@@ -4,24 +4,28 @@ use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::ptr::NonNull;
 
+use pvblk::memory::{PAGE_BYTES, Piece};
+
 use crate::platform::{GrantRef, MappedPage};
 
 /// Moments at which the unused age: a page is given up at most a sixteenth of the time-out late.
 const MARKS: usize = 16;
 
-#[derive(Clone, Copy)]
-struct Entry {
-    page: Option<NonNull<u8>>,
-    /// The last round of work in which it was used.
-    round: u32,
-}
+/// Pages looked up together: an error in one shows in all of them.
+const BLOCK: usize = 8;
+
+/// No page: it is not aligned as one.
+const NONE: NonNull<u8> = NonNull::dangling();
 
 /// Pages by their grant reference.
 ///
-/// The table has an entry for every reference that may be kept, so that looking one up is a load
+/// The tables have an entry for every reference that may be kept, so that looking one up is a load
 /// and a comparison; a frontend's references are small numbers, as small as its grant table.
 pub(crate) struct Kept {
-    entries: Box<[Entry]>,
+    /// Where each page is, or [`NONE`].
+    pages: Box<[NonNull<u8>]>,
+    /// The last round of work in which each was used, or asked for.
+    rounds: Box<[u32]>,
     /// What is kept, in no order, with what the platform wants to unmap it.
     members: Vec<(GrantRef, u64)>,
     limit: usize,
@@ -42,7 +46,8 @@ impl Kept {
         let limit = limit.min(references);
         let references = if limit == 0 { 0 } else { references };
         Self {
-            entries: core::iter::repeat_n(Entry { page: None, round: 0 }, references).collect(),
+            pages: core::iter::repeat_n(NONE, references).collect(),
+            rounds: core::iter::repeat_n(0, references).collect(),
             members: Vec::with_capacity(limit),
             limit,
             overflowed: false,
@@ -51,21 +56,74 @@ impl Kept {
         }
     }
 
-    /// Looks pages up by their reference; what is found counts as used in `round`.
+    /// Looks a page up by its reference; it counts as used in `round`.
     #[inline(always)]
-    pub fn finder(&mut self, round: u32) -> impl FnMut(u64) -> Option<NonNull<u8>> + use<'_> {
-        let entries = &mut *self.entries;
-        move |reference| {
-            // All 64 bits: what is too large for a reference must not look like a small one.
-            let entry = entries.get_mut(usize::try_from(reference).ok()?)?;
-            entry.round = round;
-            entry.page
+    pub fn find(&mut self, round: u32, reference: u64) -> Option<NonNull<u8>> {
+        // All 64 bits: what is too large for a reference must not look like a small one.
+        let number = usize::try_from(reference).ok()?;
+        *self.rounds.get_mut(number)? = round;
+        self.pages.get(number).copied().filter(|page| *page != NONE)
+    }
+
+    /// Looks many pages up, until one is not there: see
+    /// [`PeerMemory::pages_at_hand`](pvblk::backend::PeerMemory::pages_at_hand).
+    #[inline(always)]
+    pub fn find_pages<E: Copy>(
+        &mut self,
+        round: u32,
+        entries: &[E],
+        page: impl Fn(E) -> Option<u64>,
+        pieces: &mut [Piece],
+    ) -> usize {
+        let mut found = 0;
+        if entries.len() >= 2 * BLOCK {
+            found = self.find_blocks(round, entries, &page, pieces);
         }
+        for (entry, piece) in entries.iter().zip(pieces).skip(found) {
+            let Some(base) = page(*entry).and_then(|reference| self.find(round, reference)) else {
+                break;
+            };
+            piece.move_to(base);
+            found += 1;
+        }
+        found
+    }
+
+    /// The same a block at a time, until one is not wholly there.
+    #[inline(never)]
+    fn find_blocks<E: Copy>(
+        &mut self,
+        round: u32,
+        entries: &[E],
+        page: impl Fn(E) -> Option<u64>,
+        pieces: &mut [Piece],
+    ) -> usize {
+        let pages = &*self.pages;
+        // As long as `pages`.
+        let Some(rounds) = self.rounds.get_mut(..pages.len()) else { return 0 };
+        let blocks = entries.as_chunks::<BLOCK>().0.iter().zip(pieces.as_chunks_mut::<BLOCK>().0);
+        let mut found = 0;
+        for (entries, pieces) in blocks {
+            let mut bits = 0;
+            for (entry, piece) in entries.iter().zip(pieces) {
+                let Some(reference) = page(*entry) else { return found };
+                let number = usize::try_from(reference).unwrap_or(usize::MAX);
+                let Some(base) = pages.get(number) else { return found };
+                rounds[number] = round;
+                piece.move_to(*base);
+                bits |= base.addr().get();
+            }
+            if bits % PAGE_BYTES != 0 {
+                return found;
+            }
+            found += BLOCK;
+        }
+        found
     }
 
     /// Whether one more page would be kept, of which `coming` are on their way already.
     pub fn wants(&mut self, reference: GrantRef, coming: usize) -> bool {
-        if reference.0 as usize >= self.entries.len() {
+        if reference.0 as usize >= self.pages.len() {
             return false;
         }
         let full = self.members.len() + coming >= self.limit;
@@ -80,9 +138,10 @@ impl Kept {
         page: MappedPage,
         round: u32,
     ) -> Result<NonNull<u8>, MappedPage> {
-        match self.entries.get_mut(reference.0 as usize) {
-            Some(entry) if entry.page.is_none() => {
-                *entry = Entry { page: Some(page.address), round };
+        let number = reference.0 as usize;
+        match (self.pages.get_mut(number), self.rounds.get_mut(number)) {
+            (Some(place), Some(last)) if *place == NONE => {
+                (*place, *last) = (page.address, round);
                 self.members.push((reference, page.token));
                 Ok(page.address)
             }
@@ -100,28 +159,26 @@ impl Kept {
     /// the round `oldest` or later stays.
     pub fn tidy(&mut self, round: u32, oldest: u32, now: u64, mut give_up: impl FnMut(MappedPage)) {
         let stale = self.stale(round, now);
-        let Self { entries, members, overflowed, .. } = self;
+        let Self { pages, rounds, members, overflowed, .. } = self;
         // In rounds: 0 is the present one.
-        let age = |entries: &[Entry], reference: GrantRef| {
-            entries.get(reference.0 as usize).map_or(0, |entry| round.wrapping_sub(entry.round))
+        let age = |reference: GrantRef| {
+            rounds.get(reference.0 as usize).map_or(0, |last| round.wrapping_sub(*last))
         };
         // Nothing is in use if `oldest` is the round to come.
         let in_use = round.wrapping_sub(oldest).wrapping_add(1);
         let mut surplus = 0;
         if core::mem::take(overflowed) {
             surplus = members.len().div_ceil(20);
-            members.sort_unstable_by_key(|(member, _)| age(entries, *member));
+            members.sort_unstable_by_key(|(member, _)| age(*member));
         }
         let first = members.len() - surplus;
         // From the end: what takes the place of one that goes was looked at before.
         for index in (0..members.len()).rev() {
             let (reference, token) = members[index];
-            let age = age(entries, reference);
+            let age = age(reference);
             if age >= in_use && (stale.is_some_and(|stale| age >= stale) || index >= first) {
                 members.swap_remove(index);
-                if let Some(entry) = entries.get_mut(reference.0 as usize)
-                    && let Some(address) = entry.page.take()
-                {
+                if let Some(address) = take(pages, reference) {
                     give_up(MappedPage { address, token });
                 }
             }
@@ -147,10 +204,15 @@ impl Kept {
     /// Gives up everything.
     pub fn clear(&mut self, mut give_up: impl FnMut(MappedPage)) {
         for (reference, token) in self.members.drain(..) {
-            let entry = self.entries.get_mut(reference.0 as usize);
-            if let Some(address) = entry.and_then(|entry| entry.page.take()) {
+            if let Some(address) = take(&mut self.pages, reference) {
                 give_up(MappedPage { address, token });
             }
         }
     }
+}
+
+/// Takes a page out of the table.
+fn take(pages: &mut [NonNull<u8>], reference: GrantRef) -> Option<NonNull<u8>> {
+    let place = pages.get_mut(reference.0 as usize)?;
+    Some(core::mem::replace(place, NONE)).filter(|page| *page != NONE)
 }
