@@ -14,6 +14,7 @@ fn disk(bytes: usize, depth: usize) -> Bench {
 
 #[library_benchmark]
 #[bench::peer_4k_qd1(disk(4 << 10, 1))]
+#[bench::peer_4k_qd8(disk(4 << 10, DEEPEST.min(8)))]
 #[bench::peer_4k_deepest(disk(4 << 10, DEEPEST))]
 #[bench::peer_128k_deepest(disk(128 << 10, DEEPEST))]
 #[bench::peer_1m_qd4(disk(1 << 20, 4))]

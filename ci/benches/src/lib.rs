@@ -15,7 +15,9 @@ pub mod device;
 pub mod driver;
 pub mod nothing;
 pub mod rust_vmm;
+pub mod threads;
 pub mod virtio;
+pub mod virtio_guest;
 pub mod virtqueue;
 
 /// Requests of a bench, after the first few that fill the queue. A multiple of every depth.

@@ -113,7 +113,7 @@ impl RustVmm {
             let header = chain.next().and_then(|it| memory.read_obj::<[u64; 2]>(it.addr()).ok());
             let mut last = None;
             if let Some([kind, sector]) = header {
-                let (kind, mut offset) = (kind as u32, sector * 512);
+                let (kind, mut offset) = (kind as u32, sector.wrapping_mul(512));
                 outcome = status::OK;
                 for descriptor in chain {
                     // The last one is the status.

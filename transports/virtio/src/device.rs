@@ -228,9 +228,7 @@ fn tell(
     for descriptor in data.iter().take_while(|descriptor| descriptor.is_writable()) {
         let (now, later) = bytes.split_at(bytes.len().min(descriptor.bytes as usize));
         let access = Access::ReadWrite;
-        let Some((region, offset)) = window(memory, descriptor.address, now.len(), access) else {
-            return None;
-        };
+        let (region, offset) = window(memory, descriptor.address, now.len(), access)?;
         region.write_bytes(offset, now);
         filled += now.len() as u64;
         bytes = later;

@@ -27,7 +27,7 @@ const GRANT: u64 = 1 << 63;
 impl Address {
     /// The address of a granted page.
     pub fn of_grant(reference: GrantRef) -> Self {
-        Self(GRANT | u64::from(reference.0) * PAGE_BYTES as u64)
+        Self(GRANT | (u64::from(reference.0) * PAGE_BYTES as u64))
     }
 
     /// The reference that an address is, if it is one.

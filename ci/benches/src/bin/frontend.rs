@@ -10,23 +10,80 @@ use std::{env, fs};
 
 use pvblk_benches::allocations::Counting;
 use pvblk_benches::callgrind::instructions;
+use pvblk_benches::driver::{self, Packed, Split};
 use pvblk_benches::{Tally, blkif, virtio};
 use serde_json::{Value, json};
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting::new();
 
-/// Ours: the name in the bench, the name in the report, bytes, depth, whether the peer stays awake,
-/// the peer's case beside it, the aim in instructions a request.
-type Ours = (&'static str, &'static str, usize, u16, bool, &'static str, Option<u32>);
+/// Ours: the name in the bench, the name in the report, what is run, bytes, depth, the peer's case
+/// beside it, the aim in instructions a request.
+type Ours = (&'static str, &'static str, Run, usize, u16, &'static str, Option<u32>);
 
-const OURS: [Ours; 6] = [
-    ("blkif_4k_qd1", "blkif/4k/qd1", 4 << 10, 1, true, "peer_4k_qd1", None),
-    ("blkif_4k_qd32", "blkif/4k/qd32", 4 << 10, 32, true, "peer_4k_deepest", Some(150)),
-    ("blkif_4k_qd32_asleep", "blkif/4k/qd32/asleep", 4 << 10, 32, false, "peer_4k_deepest", None),
-    ("blkif_128k_qd8", "blkif/128k/qd8", 128 << 10, 8, true, "peer_128k_deepest", None),
-    ("blkif_1m_qd4", "blkif/1m/qd4", 1 << 20, 4, true, "peer_1m_qd4", None),
-    ("blkif_16m_qd2", "blkif/16m/qd2", 16 << 20, 2, true, "peer_16m_qd2", None),
+/// One way to drive a disk.
+#[derive(Clone, Copy)]
+enum Run {
+    Blkif,
+    /// With a backend that sleeps.
+    BlkifAsleep,
+    Split,
+    /// Each page is a segment.
+    SplitPages,
+    Packed,
+    PackedPages,
+}
+
+impl Run {
+    fn tally(self, bytes: usize, depth: u16) -> Tally {
+        let case = |awake| blkif::Case { bytes, depth, awake };
+        let allocations = || ALLOCATOR.allocations();
+        match self {
+            Self::Blkif => blkif::Bench::new(case(true)).run(allocations),
+            Self::BlkifAsleep => blkif::Bench::new(case(false)).run(allocations),
+            Self::Split => driver::Bench::<Split>::new(case(true), true).run(allocations),
+            Self::SplitPages => driver::Bench::<Split>::new(case(true), false).run(allocations),
+            Self::Packed => driver::Bench::<Packed>::new(case(true), true).run(allocations),
+            Self::PackedPages => driver::Bench::<Packed>::new(case(true), false).run(allocations),
+        }
+    }
+}
+
+const OURS: [Ours; 18] = [
+    ("blkif_4k_qd1", "blkif/4k/qd1", Run::Blkif, 4 << 10, 1, "peer_4k_qd1", None),
+    ("blkif_4k_qd32", "blkif/4k/qd32", Run::Blkif, 4 << 10, 32, "peer_4k_deepest", Some(150)),
+    (
+        "blkif_4k_qd32_asleep",
+        "blkif/4k/qd32/asleep",
+        Run::BlkifAsleep,
+        4 << 10,
+        32,
+        "peer_4k_deepest",
+        None,
+    ),
+    ("blkif_128k_qd8", "blkif/128k/qd8", Run::Blkif, 128 << 10, 8, "peer_128k_deepest", None),
+    ("blkif_1m_qd4", "blkif/1m/qd4", Run::Blkif, 1 << 20, 4, "peer_1m_qd4", None),
+    ("blkif_16m_qd2", "blkif/16m/qd2", Run::Blkif, 16 << 20, 2, "peer_16m_qd2", None),
+    ("split_4k_qd1", "split/4k/qd1", Run::Split, 4 << 10, 1, "peer_4k_qd1", None),
+    ("split_4k_qd8", "split/4k/qd8", Run::Split, 4 << 10, 8, "peer_4k_qd8", None),
+    ("split_4k_qd16", "split/4k/qd16", Run::Split, 4 << 10, 16, "peer_4k_deepest", None),
+    ("split_128k_qd8", "split/128k/qd8", Run::Split, 128 << 10, 8, "peer_128k_deepest", None),
+    ("split_1m_qd4", "split/1m/qd4", Run::Split, 1 << 20, 4, "peer_1m_qd4", None),
+    ("split_1m_qd4_pages", "split/1m/qd4/pages", Run::SplitPages, 1 << 20, 4, "peer_1m_qd4", None),
+    ("packed_4k_qd1", "packed/4k/qd1", Run::Packed, 4 << 10, 1, "peer_4k_qd1", None),
+    ("packed_4k_qd8", "packed/4k/qd8", Run::Packed, 4 << 10, 8, "peer_4k_qd8", None),
+    ("packed_4k_qd16", "packed/4k/qd16", Run::Packed, 4 << 10, 16, "peer_4k_deepest", None),
+    ("packed_128k_qd8", "packed/128k/qd8", Run::Packed, 128 << 10, 8, "peer_128k_deepest", None),
+    ("packed_1m_qd4", "packed/1m/qd4", Run::Packed, 1 << 20, 4, "peer_1m_qd4", None),
+    (
+        "packed_1m_qd4_pages",
+        "packed/1m/qd4/pages",
+        Run::PackedPages,
+        1 << 20,
+        4,
+        "peer_1m_qd4",
+        None,
+    ),
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -44,9 +101,8 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let mut rows = Vec::new();
     println!("{:24} {:>10} {:>10} {:>10}", "a request", "ours", "direct", "indirect");
-    for (bench, case, bytes, depth, awake, peer, aim) in OURS {
-        let mut run = blkif::Bench::new(blkif::Case { bytes, depth, awake });
-        let tally = run.run(|| ALLOCATOR.allocations());
+    for (bench, case, run, bytes, depth, peer, aim) in OURS {
+        let tally = run.tally(bytes, depth);
         let each = |count: u64, tally: &Tally| count as f64 / tally.requests as f64;
         let mine = each(*ours.get(bench).ok_or("a case is missing")?, &tally);
         let theirs = |counts: &BTreeMap<String, u64>, tallies: &BTreeMap<String, Tally>| {
@@ -98,6 +154,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 fn peer_tallies() -> BTreeMap<String, Tally> {
     let cases = [
         ("peer_4k_qd1", 4 << 10, 1),
+        ("peer_4k_qd8", 4 << 10, virtio::DEEPEST.min(8)),
         ("peer_4k_deepest", 4 << 10, virtio::DEEPEST),
         ("peer_128k_deepest", 128 << 10, virtio::DEEPEST),
         ("peer_1m_qd4", 1 << 20, 4),

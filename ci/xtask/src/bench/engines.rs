@@ -1,5 +1,5 @@
-//! The benches `frontend` and `backend`: instructions of the engines on this machine, counted by
-//! callgrind.
+//! The benches `frontend`, `backend` and `virtio-peers`: instructions of the engines on this machine,
+//! counted by callgrind. And `threads`: their speed between two processors.
 
 use std::fs;
 use std::path::PathBuf;
@@ -21,6 +21,13 @@ pub fn run(name: &str) -> Result<()> {
     cargo.current_dir(project::root()).args(["run", "--quiet", "--package", "pvblk-benches"]);
     cargo.args(["--bin", name]).env("GUNGRAUN_RUNNER", runner);
     shell::run(&mut cargo)
+}
+
+/// Runs the bench `threads`, which writes `target/bench/threads.json`.
+pub fn run_threads() -> Result<()> {
+    let mut cargo = Command::new("cargo");
+    cargo.current_dir(project::root()).args(["run", "--quiet", "--release"]);
+    shell::run(cargo.args(["--package", "pvblk-benches", "--bin", "threads"]))
 }
 
 /// gungraun's runner, of the version that the benches are built with.
