@@ -154,10 +154,29 @@ pub struct RequestHead {
 #[derive(Clone, Copy, Debug)]
 pub struct RingPages<'a, R: Fn(usize) -> SharedRegion<'a>>(pub R);
 
-impl<'a, R: Fn(usize) -> SharedRegion<'a>> RingPages<'a, R> {
-    /// Copies `N` words out, once. A slot may lie in two pages, but no word does.
+/// Where requests are copied out of.
+pub trait Slots {
+    /// Copies `N` words out, once.
+    fn read<T: Word, const N: usize>(&self, at: usize) -> [T; N];
+
+    /// Copies `N` words out, once, for each place of `into`.
     #[inline(always)]
-    pub fn read<T: Word, const N: usize>(&self, at: usize) -> [T; N] {
+    fn read_list<T: Word, U, const N: usize>(
+        &self,
+        at: usize,
+        into: &mut [U],
+        decode: impl Fn([T; N]) -> U,
+    ) {
+        for (place, item) in into.iter_mut().enumerate() {
+            *item = decode(self.read(at + place * N * size_of::<T>()));
+        }
+    }
+}
+
+impl<'a, R: Fn(usize) -> SharedRegion<'a>> Slots for RingPages<'a, R> {
+    /// A slot may lie in two pages, but no word does.
+    #[inline(always)]
+    fn read<T: Word, const N: usize>(&self, at: usize) -> [T; N] {
         if at % PAGE_BYTES + N * size_of::<T>() <= PAGE_BYTES {
             return (self.0)(at / PAGE_BYTES).read(at % PAGE_BYTES);
         }
@@ -166,6 +185,50 @@ impl<'a, R: Fn(usize) -> SharedRegion<'a>> RingPages<'a, R> {
             let [word] = (self.0)(at / PAGE_BYTES).read(at % PAGE_BYTES);
             word
         })
+    }
+
+    #[inline(always)]
+    fn read_list<T: Word, U, const N: usize>(
+        &self,
+        at: usize,
+        into: &mut [U],
+        decode: impl Fn([T; N]) -> U,
+    ) {
+        let each = N * size_of::<T>();
+        if at % PAGE_BYTES + into.len() * each <= PAGE_BYTES {
+            return (self.0)(at / PAGE_BYTES).read_list(at % PAGE_BYTES, into, decode);
+        }
+        for (place, item) in into.iter_mut().enumerate() {
+            *item = decode(self.read(at + place * each));
+        }
+    }
+}
+
+/// One slot of a ring, of which every word that is copied out is written down as well.
+pub(crate) struct Noted<'n, S> {
+    /// The ring.
+    pub ring: S,
+    /// Where the slot begins there.
+    pub at: usize,
+    /// Where it is written down, from the beginning.
+    pub note: SharedRegion<'n>,
+}
+
+impl<S: Slots> Slots for Noted<'_, S> {
+    #[inline(always)]
+    fn read<T: Word, const N: usize>(&self, at: usize) -> [T; N] {
+        let words = self.ring.read(at);
+        self.note.write(at - self.at, &words);
+        words
+    }
+}
+
+impl<'a, R: Fn(usize) -> SharedRegion<'a>> RingPages<'a, R> {
+    /// The page in which all of the `bytes` bytes at `at` lie, if one does, and where they are in it.
+    #[inline(always)]
+    pub fn page(&self, at: usize, bytes: usize) -> Option<(SharedRegion<'a>, usize)> {
+        let offset = at % PAGE_BYTES;
+        (offset + bytes <= PAGE_BYTES).then(|| ((self.0)(at / PAGE_BYTES), offset))
     }
 
     /// Copies words in.
@@ -230,38 +293,17 @@ pub trait Abi: 'static {
     /// Copies a response out, once.
     fn read_response(ring: &SharedRegion<'_>, at: usize) -> Response;
 
-    /// Copies a whole slot, once.
-    fn copy_slot<'a, 'b>(
-        ring: &RingPages<'a, impl Fn(usize) -> SharedRegion<'a>>,
-        at: usize,
-        into: &RingPages<'b, impl Fn(usize) -> SharedRegion<'b>>,
-        to: usize,
-    );
-
     /// Copies the head of a request out, once.
-    fn read_head<'a>(
-        ring: &RingPages<'a, impl Fn(usize) -> SharedRegion<'a>>,
-        at: usize,
-    ) -> RequestHead;
+    fn read_head(ring: &impl Slots, at: usize) -> RequestHead;
 
     /// Copies the first segments of a direct request out, once each.
-    fn read_segments<'a>(
-        ring: &RingPages<'a, impl Fn(usize) -> SharedRegion<'a>>,
-        at: usize,
-        into: &mut [SegmentEntry],
-    );
+    fn read_segments(ring: &impl Slots, at: usize, into: &mut [SegmentEntry]);
 
     /// Copies the number of sectors of a discard out, once.
-    fn read_discard_sectors<'a>(
-        ring: &RingPages<'a, impl Fn(usize) -> SharedRegion<'a>>,
-        at: usize,
-    ) -> u64;
+    fn read_discard_sectors(ring: &impl Slots, at: usize) -> u64;
 
     /// Copies the pages of an indirect request out, once.
-    fn read_indirect_pages<'a>(
-        ring: &RingPages<'a, impl Fn(usize) -> SharedRegion<'a>>,
-        at: usize,
-    ) -> [GrantRef; INDIRECT_PAGES];
+    fn read_indirect_pages(ring: &impl Slots, at: usize) -> [GrantRef; INDIRECT_PAGES];
 
     /// Writes a response, padding and all (Xen advisory 216).
     fn write_response<'a>(
@@ -459,19 +501,9 @@ macro_rules! layout {
                 }
             }
 
-            fn copy_slot<'a, 'b>(
-                ring: &RingPages<'a, impl Fn(usize) -> SharedRegion<'a>>,
-                at: usize,
-                into: &RingPages<'b, impl Fn(usize) -> SharedRegion<'b>>,
-                to: usize,
-            ) {
-                let words: [$word; $stride / size_of::<$word>()] = ring.read(at);
-                into.write(to, words);
-            }
-
             #[inline(always)]
-            fn read_head<'a>(
-                ring: &RingPages<'a, impl Fn(usize) -> SharedRegion<'a>>,
+            fn read_head(
+                ring: &impl Slots,
                 at: usize,
             ) -> RequestHead {
                 let words: [$word; $module::DIRECT_WORDS] = ring.read(at);
@@ -486,19 +518,17 @@ macro_rules! layout {
             }
 
             #[inline(always)]
-            fn read_segments<'a>(
-                ring: &RingPages<'a, impl Fn(usize) -> SharedRegion<'a>>,
+            fn read_segments(
+                ring: &impl Slots,
                 at: usize,
                 into: &mut [SegmentEntry],
             ) {
-                for (i, entry) in into.iter_mut().enumerate() {
-                    let words: [$word; 8 / size_of::<$word>()] = ring.read(at + $segments + i * 8);
-                    *entry = transmute!(words);
-                }
+                let decode = |words: [$word; 8 / size_of::<$word>()]| transmute!(words);
+                ring.read_list(at + $segments, into, decode);
             }
 
-            fn read_discard_sectors<'a>(
-                ring: &RingPages<'a, impl Fn(usize) -> SharedRegion<'a>>,
+            fn read_discard_sectors(
+                ring: &impl Slots,
                 at: usize,
             ) -> u64 {
                 let words: [$word; 8 / size_of::<$word>()] = ring.read(at + $sectors);
@@ -506,8 +536,8 @@ macro_rules! layout {
                 sectors.get()
             }
 
-            fn read_indirect_pages<'a>(
-                ring: &RingPages<'a, impl Fn(usize) -> SharedRegion<'a>>,
+            fn read_indirect_pages(
+                ring: &impl Slots,
                 at: usize,
             ) -> [GrantRef; INDIRECT_PAGES] {
                 let words: [u32; INDIRECT_PAGES] = ring.read(at + $grefs);

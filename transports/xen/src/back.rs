@@ -11,8 +11,8 @@ use zerocopy::IntoBytes;
 
 use crate::abi::{
     Abi, Abi32, Abi64, DIRECT_SEGMENTS, DISCARD_SECURE, ENTRIES_PER_PAGE, INDIRECT_PAGES,
-    INDIRECT_SEGMENTS, RING_HEADER_BYTES, RequestHead, Response, RingPages, SegmentEntry,
-    operation, ring_slots, status,
+    INDIRECT_SEGMENTS, Noted, RING_HEADER_BYTES, RequestHead, Response, RingPages, SegmentEntry,
+    Slots, operation, ring_slots, status,
 };
 use crate::journal::{EntryId, Journal, Lasting};
 use crate::mapped::MappedPages;
@@ -72,8 +72,6 @@ pub struct BackRing<P: ForeignGrants> {
     /// The number of slots, a power of two, less one.
     mask: u32,
     layout: Layout,
-    /// Bytes from one slot to the next.
-    stride: usize,
     decoded: Decoded,
 }
 
@@ -104,13 +102,28 @@ impl Decoded {
         }
     }
 
-    /// Copies a request out of its slot, each word once.
+    /// Copies a request out of its slot, each word once. Nearly all slots lie in one page.
     #[inline(always)]
-    fn read<'a, A: Abi>(
+    fn read_slot<'a, A: Abi>(
         &mut self,
         ring: &RingPages<'a, impl Fn(usize) -> SharedRegion<'a>>,
         at: usize,
     ) -> Taken {
+        match ring.page(at, A::STRIDE) {
+            Some((page, offset)) => self.read::<A>(&RingPages(|_| page), offset),
+            None => self.read_apart::<A>(ring, at),
+        }
+    }
+
+    /// The same for a slot that lies in two pages.
+    #[inline(never)]
+    fn read_apart<A: Abi>(&mut self, ring: &impl Slots, at: usize) -> Taken {
+        self.read::<A>(ring, at)
+    }
+
+    /// Copies a request out of its slot, each word once.
+    #[inline(always)]
+    fn read<A: Abi>(&mut self, ring: &impl Slots, at: usize) -> Taken {
         let head = A::read_head(ring, at);
         let RequestHead { operation, detail, id, sector, .. } = head;
         self.incoming.key = Key { id, entry: EntryId::NONE, operation: operation.into() };
@@ -134,12 +147,7 @@ impl Decoded {
 
     /// Copies the rest of a request out of its slot that has no segments there.
     #[inline(never)]
-    fn read_other<'a, A: Abi>(
-        &mut self,
-        ring: &RingPages<'a, impl Fn(usize) -> SharedRegion<'a>>,
-        at: usize,
-        head: RequestHead,
-    ) -> Taken {
+    fn read_other<A: Abi>(&mut self, ring: &impl Slots, at: usize, head: RequestHead) -> Taken {
         let RequestHead { operation, detail, indirect_segments, .. } = head;
         let Self { incoming, offer, .. } = self;
         match operation {
@@ -238,7 +246,6 @@ impl<P: ForeignGrants> BackRing<P> {
             responses: Producer::new(start),
             mask: slots - 1,
             layout,
-            stride: layout.stride(),
             decoded: Decoded::new(offer),
             pages,
         })
@@ -250,8 +257,8 @@ impl<P: ForeignGrants> BackRing<P> {
     }
 
     #[inline(always)]
-    fn at(&self, index: u32) -> usize {
-        RING_HEADER_BYTES + (index & self.mask) as usize * self.stride
+    fn at<A: Abi>(mask: u32, index: u32) -> usize {
+        RING_HEADER_BYTES + (index & mask) as usize * A::STRIDE
     }
 
     /// How many more requests there can be: as many as slots that hold neither a request that was
@@ -275,8 +282,8 @@ impl<P: ForeignGrants> BackRing<P> {
         Ok(self.requests.take())
     }
 
-    /// Takes a request that a predecessor left behind, or else the next one, and writes it down. What
-    /// is looked at is the copy in the journal.
+    /// Takes a request that a predecessor left behind, or else the next one, and writes it down.
+    #[inline(always)]
     fn take_journalled(&mut self) -> Result<Taken, Violation> {
         let Some(journal) = &mut self.journal else { return Ok(Taken::Nothing) };
         let (entry, new) = match journal.again() {
@@ -287,34 +294,48 @@ impl<P: ForeignGrants> BackRing<P> {
                     self.journal.as_mut().into_iter().for_each(|journal| journal.keep(entry));
                     return Ok(Taken::Nothing);
                 };
-                (entry, Some((next, self.at(next))))
+                (entry, Some(next))
             }
         };
-        let Self { journal: Some(journal), decoded, layout, pages, .. } = self else {
+        let Self { journal: Some(journal), decoded, layout, pages, mask, .. } = self else {
             return Ok(Taken::Nothing);
         };
         let memory = journal.memory();
-        // It is smaller than a page.
-        let slot = memory.slot(entry);
-        let copy = RingPages(|_| slot);
-        if let Some((next, at)) = new {
-            let ring = RingPages(|page| pages.region(page));
-            match layout {
-                Layout::Bits64 => Abi64::copy_slot(&ring, at, &copy, 0),
-                Layout::Bits32 => Abi32::copy_slot(&ring, at, &copy, 0),
+        let note = memory.slot(entry);
+        let taken = match new {
+            // Each word that is looked at is copied once, and written down: nothing else counts when
+            // the request is looked at again.
+            Some(next) => {
+                let ring = RingPages(|page| pages.region(page));
+                let taken = match layout {
+                    Layout::Bits64 => {
+                        let at = Self::at::<Abi64>(*mask, next);
+                        decoded.read::<Abi64>(&Noted { ring, at, note }, at)
+                    }
+                    Layout::Bits32 => {
+                        let at = Self::at::<Abi32>(*mask, next);
+                        decoded.read::<Abi32>(&Noted { ring, at, note }, at)
+                    }
+                };
+                memory.taken(entry, next);
+                taken
             }
-            memory.taken(entry, next);
-        }
-        let taken = match layout {
-            Layout::Bits64 => decoded.read::<Abi64>(&copy, 0),
-            Layout::Bits32 => decoded.read::<Abi32>(&copy, 0),
+            None => {
+                // It is smaller than a page.
+                let ring = RingPages(|_| note);
+                match layout {
+                    Layout::Bits64 => decoded.read::<Abi64>(&ring, 0),
+                    Layout::Bits32 => decoded.read::<Abi32>(&ring, 0),
+                }
+            }
         };
         decoded.incoming.key.entry = entry;
         Ok(taken)
     }
 
     #[inline(always)]
-    fn write<A: Abi>(&self, at: usize, response: Response) {
+    fn write<A: Abi>(&self, index: u32, response: Response) {
+        let at = Self::at::<A>(self.mask, index);
         A::write_response(&RingPages(|page| self.pages.region(page)), at, response);
     }
 }
@@ -335,12 +356,11 @@ impl<P: ForeignGrants> Wire for BackRing<P> {
             return self.take_journalled();
         }
         let Some(next) = self.next()? else { return Ok(Taken::Nothing) };
-        let at = self.at(next);
-        let Self { pages, decoded, .. } = self;
+        let Self { pages, decoded, mask, .. } = self;
         let ring = RingPages(|page| pages.region(page));
         Ok(match self.layout {
-            Layout::Bits64 => decoded.read::<Abi64>(&ring, at),
-            Layout::Bits32 => decoded.read::<Abi32>(&ring, at),
+            Layout::Bits64 => decoded.read_slot::<Abi64>(&ring, Self::at::<Abi64>(*mask, next)),
+            Layout::Bits32 => decoded.read_slot::<Abi32>(&ring, Self::at::<Abi32>(*mask, next)),
         })
     }
 
@@ -391,10 +411,9 @@ impl<P: ForeignGrants> Wire for BackRing<P> {
         if let Some(journal) = &mut self.journal {
             journal.answered(key.entry, next);
         }
-        let at = self.at(next);
         match self.layout {
-            Layout::Bits64 => self.write::<Abi64>(at, response),
-            Layout::Bits32 => self.write::<Abi32>(at, response),
+            Layout::Bits64 => self.write::<Abi64>(next, response),
+            Layout::Bits32 => self.write::<Abi32>(next, response),
         }
     }
 

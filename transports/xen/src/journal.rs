@@ -221,13 +221,13 @@ impl<'a> Memory<'a> {
         self.0.part(place(entry.0), at::ENTRY_BYTES)
     }
 
-    /// Where the copy of an entry's slot is.
+    /// Where an entry's slot is written down.
     #[inline(always)]
     pub fn slot(&self, entry: EntryId) -> SharedRegion<'a> {
         self.entry(entry).part(at::SLOT, at::ENTRY_BYTES - at::SLOT)
     }
 
-    /// The slot was copied: the request counts as taken.
+    /// The slot was written down: the request counts as taken.
     #[inline(always)]
     pub fn taken(&self, entry: EntryId, request: u32) {
         let memory = self.entry(entry);
