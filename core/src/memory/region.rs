@@ -112,16 +112,21 @@ impl SharedRegion<'_> {
         core::array::from_fn(|i| unsafe { base.add(i).read_volatile() })
     }
 
-    /// A way to copy `count` words out one by one. `offset` is a multiple of the word's size. What is
-    /// returned panics if it is asked for a word past the last.
+    /// Copies `N` words out for each place of `into`, and puts there what `decode` makes of them.
+    /// `offset` is a multiple of the word's size.
     #[inline(always)]
-    pub fn words<T: Word>(&self, offset: usize, count: usize) -> impl Fn(usize) -> T {
-        let bytes = count.saturating_mul(size_of::<T>());
+    pub fn read_list<T: Word, U, const N: usize>(
+        &self,
+        offset: usize,
+        into: &mut [U],
+        mut decode: impl FnMut([T; N]) -> U,
+    ) {
+        let bytes = into.len().saturating_mul(N * size_of::<T>());
         let base = self.at(offset, bytes, size_of::<T>()).cast::<T>();
-        move |place| {
-            assert!(place < count, "outside the words");
-            // SAFETY: `at` checked the bounds and the alignment of all `count` words.
-            unsafe { base.add(place).read_volatile() }
+        for (place, item) in into.iter_mut().enumerate() {
+            // SAFETY: `at` checked the bounds and the alignment of all the words: `N` for each place.
+            let word = |i| unsafe { base.add(place * N + i).read_volatile() };
+            *item = decode(core::array::from_fn(word));
         }
     }
 
