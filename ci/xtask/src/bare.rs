@@ -43,6 +43,15 @@ pub fn build(target: &str, package: &str, features: &[&str]) -> Result<PathBuf> 
     Ok(folder().join(target).join("release").join(package))
 }
 
+/// As [`build`], for one program of a package that has several. `words` choose the features.
+pub fn build_bin(target: &str, package: &str, bin: &str, words: &[&str]) -> Result<PathBuf> {
+    say(format!("building {bin} for {target}"));
+    let mut cargo = cargo(target, "build")?;
+    cargo.args(["--quiet", "--release", "--package", package, "--bin", bin]).args(words);
+    shell::run(&mut cargo)?;
+    Ok(folder().join(target).join("release").join(bin))
+}
+
 /// `cargo SUBCOMMAND` for `target`, with a toolchain that has it.
 pub fn cargo(target: &str, subcommand: &str) -> Result<Command> {
     let toolchain = toolchain(target)?;

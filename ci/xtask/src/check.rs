@@ -11,10 +11,12 @@ use crate::report::{Tally, heading, say};
 use crate::shell;
 
 /// Crates that must build for a 64-bit x86 machine without an operating system.
-const BARE_X86_64: [&str; 12] = [
+const BARE_X86_64: [&str; 14] = [
     "pvblk",
     "pvblk-xen",
+    "pvblk-virtio",
     "xen-blkfront",
+    "virtio-blk-driver",
     "pvblk-adapters",
     "xen-blkback",
     "pvblk-stores",
@@ -27,8 +29,16 @@ const BARE_X86_64: [&str; 12] = [
 ];
 
 /// The same for Arm.
-const BARE_AARCH64: [&str; 6] =
-    ["pvblk", "pvblk-xen", "xen-blkfront", "xen-blkback", "pvblk-stores", "xen-hypercalls"];
+const BARE_AARCH64: [&str; 8] = [
+    "pvblk",
+    "pvblk-xen",
+    "pvblk-virtio",
+    "xen-blkfront",
+    "virtio-blk-driver",
+    "xen-blkback",
+    "pvblk-stores",
+    "xen-hypercalls",
+];
 
 /// What to check: everything.
 #[derive(clap::Args)]
@@ -51,6 +61,11 @@ pub fn check(_options: &Options) -> Result<()> {
             });
         }
     }
+    tally.step(&format!("clippy: unikernel-virtio for {}", bare::X86_64), || {
+        let mut clippy = bare::cargo(bare::X86_64, "clippy")?;
+        clippy.args(["--package", "unikernel", "--no-default-features", "--features", "virtio"]);
+        quiet(clippy.args(["--", "-D", "warnings"]))
+    });
     heading("docs");
     tally.step("docs", || quiet(cargo("doc").arg("--no-deps").env("RUSTDOCFLAGS", "-D warnings")));
     heading("features");

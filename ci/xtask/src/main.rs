@@ -18,6 +18,7 @@ mod run;
 mod shell;
 mod test;
 mod vhost_user;
+mod virtio;
 
 use std::process::ExitCode;
 

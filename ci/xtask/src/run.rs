@@ -7,8 +7,8 @@ use anyhow::{Context, Result, bail};
 use crate::guests::Guest;
 use crate::guests::case::Case;
 use crate::matrix::{self, Back};
-use crate::rig::Rig;
-use crate::{driver_domain, foreign, vhost_user};
+use crate::rig::{Machine, Rig};
+use crate::{driver_domain, foreign, vhost_user, virtio};
 
 /// What to run.
 #[derive(clap::Args)]
@@ -27,15 +27,42 @@ pub struct Options {
     /// The machine to emulate
     #[arg(long, default_value = "x86_64")]
     arch: String,
+    /// The wire of the unikernel's disks: Xen's, or VirtIO's in QEMU without Xen
+    #[arg(long, value_enum, default_value_t = Wire::Xen)]
+    wire: Wire,
+    /// With `--wire virtio`: only this machine
+    #[arg(long, value_enum)]
+    machine: Option<Machine>,
+    /// With `--wire virtio`: only packed queues
+    #[arg(long)]
+    packed: bool,
     /// Words for the guest's command line
     #[arg(long, default_value = "")]
     cmdline: String,
 }
 
-/// Boots Xen with the guest.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Wire {
+    Xen,
+    Virtio,
+}
+
+/// Boots Xen with the guest; or the guest alone.
 pub fn run(options: &Options) -> Result<()> {
     if options.arch != "x86_64" {
         bail!("only x86_64 so far, not {}", options.arch);
+    }
+    if options.wire == Wire::Virtio {
+        if options.example != "unikernel" || options.image.is_some() || options.defmt {
+            bail!("with `--wire virtio` there is the unikernel, with its messages as text");
+        }
+        let packed = options.packed.then_some(true);
+        virtio::run(options.machine, packed, &options.cmdline).context("FAIL")?;
+        println!("PASS: every file and the disk are as they must be, on every machine and queue");
+        return Ok(());
+    }
+    if options.machine.is_some() || options.packed {
+        bail!("`--machine` and `--packed` are for `--wire virtio`");
     }
     let rig = Rig::prepare()?;
     if options.example == "foreign" {

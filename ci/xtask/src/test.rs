@@ -10,7 +10,7 @@ use clap::ValueEnum;
 use crate::driver_domain;
 use crate::foreign;
 use crate::guests::Guest;
-use crate::guests::case::Case;
+use crate::guests::case;
 use crate::linux;
 use crate::matrix;
 use crate::metadata;
@@ -19,6 +19,7 @@ use crate::report::{Tally, heading, say};
 use crate::rig::Rig;
 use crate::shell;
 use crate::vhost_user;
+use crate::virtio::{Case, Virtio};
 
 /// What to test.
 #[derive(clap::Args)]
@@ -30,8 +31,10 @@ pub struct Options {
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Part {
-    /// What needs no Xen
+    /// What needs no virtual machine
     Host,
+    /// What runs in a plain QEMU: our unikernel on QEMU's own disks
+    Virtio,
     /// What runs on real Xen in QEMU
     Xen,
     /// What runs in a plain QEMU: a Linux guest on `vhost-user-blkd`
@@ -46,6 +49,11 @@ pub fn test(options: &Options) -> ExitCode {
         && let Err(error) = host(&mut tally)
     {
         tally.note("host tests", 0.0, Some(format!("{error:#}")));
+    }
+    if is_wanted(Part::Virtio)
+        && let Err(error) = virtio(&mut tally)
+    {
+        tally.note("tests on VirtIO", 0.0, Some(format!("{error:#}")));
     }
     if is_wanted(Part::VhostUser)
         && let Err(error) = vhost_user(&mut tally)
@@ -81,13 +89,24 @@ fn host(tally: &mut Tally) -> Result<()> {
     Ok(())
 }
 
+fn virtio(tally: &mut Tally) -> Result<()> {
+    heading("VirtIO in QEMU, without Xen");
+    let rig = Rig::prepare()?;
+    let virtio = Virtio::new(&rig)?;
+    for case in Case::all(None, None) {
+        let name = format!("unikernel on {}: a file system read, a disk written", case.name());
+        tally.step(&name, || virtio.run(&case, "", false).map(drop));
+    }
+    Ok(())
+}
+
 fn xen(tally: &mut Tally) -> Result<()> {
     heading("real Xen");
     let rig = Rig::prepare()?;
     linux::test(&rig, tally)?;
     let guest = Guest::unikernel(&rig, &[])?;
     tally.step("unikernel: a file system read, a disk written", || {
-        guest.run_one(&Case::plain("unikernel"), false)
+        guest.run_one(&case::Case::plain("unikernel"), false)
     });
     tally.step("two guests: pages mapped and copied by one, granted by the other", || {
         foreign::run(&rig, false)

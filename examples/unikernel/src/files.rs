@@ -7,23 +7,26 @@ use alloc::{format, vec};
 use core::fmt::Write;
 
 use ext4_view::{Ext4, Ext4Error, Path, PathBuf};
+use pvblk::frontend::Wire;
+use pvblk::frontend::queue::{Line, Queue};
+use pvblk::memory::Share;
 use pvblk_adapters::ByteReader;
 use sha2::{Digest, Sha256};
-use xen_blkfront::{Disk, FrontQueue};
-use xen_guest::{Guest, println};
+
+use crate::machine::{Machine, say};
 
 /// The superblock is at byte 1024, and its magic number 56 bytes in.
 const SUPERBLOCK_SECTOR: u64 = 2;
 const MAGIC: [u8; 2] = 0xef53_u16.to_le_bytes();
 
-/// Reads the whole file system through the disk's first queue. Returns the mounted file system, with
-/// the queue in it, and the queues that are left.
-pub fn read_all(
-    guest: &'static Guest,
-    disk: &Disk<'static, 'static, Guest>,
-    mut queues: Vec<FrontQueue<'static, Guest>>,
-) -> Result<(Ext4, Vec<FrontQueue<'static, Guest>>), String> {
-    let mut queue = queues.remove(0);
+/// Reads the whole file system through a queue of the disk. Returns the mounted file system, with the
+/// queue in it.
+pub fn read_all<W, S, L>(machine: &impl Machine, mut queue: Queue<W, S, L>) -> Result<Ext4, String>
+where
+    W: Wire + 'static,
+    S: Share<Handle = W::Handle> + 'static,
+    L: Line + 'static,
+{
     let geometry = queue.frontend.geometry();
 
     let mut block = vec![0; geometry.logical_bytes.max(1024) as usize];
@@ -32,21 +35,24 @@ pub fn read_all(
     queue.read(sector, &mut block).map_err(|error| format!("first read: {error}"))?;
     let magic = (SUPERBLOCK_SECTOR - sector) as usize * 512 + 56;
     if block[magic..magic + 2] != MAGIC {
-        return Err("xvda has no ext4 superblock".to_string());
+        return Err("the disk has no ext4 superblock".to_string());
     }
-    println!("FIRST-READ verified at {} ns", guest.now());
+    say!(machine, "FIRST-READ verified at {} ns", machine.now());
 
-    // From here on the queue looks by itself whether the backend is still there.
-    let queue = disk.watched(queue).map_err(|error| error.to_string())?;
     let fs = Ext4::load(Box::new(ByteReader::with_window(queue, 64 << 10)))
-        .map_err(|error| format!("mounting xvda: {error}"))?;
+        .map_err(|error| format!("mounting: {error}"))?;
     let mut count = 0;
-    walk(&fs, Path::ROOT, &mut count).map_err(|error| format!("reading xvda: {error}"))?;
-    println!("FILES {count} read from an ext4 file system");
-    Ok((fs, queues))
+    walk(machine, &fs, Path::ROOT, &mut count).map_err(|error| format!("reading: {error}"))?;
+    say!(machine, "FILES {count} read from an ext4 file system");
+    Ok(fs)
 }
 
-fn walk(fs: &Ext4, folder: Path<'_>, count: &mut usize) -> Result<(), Ext4Error> {
+fn walk(
+    machine: &impl Machine,
+    fs: &Ext4,
+    folder: Path<'_>,
+    count: &mut usize,
+) -> Result<(), Ext4Error> {
     let mut entries = Vec::new();
     for entry in fs.read_dir(folder)? {
         let entry = entry?;
@@ -58,16 +64,21 @@ fn walk(fs: &Ext4, folder: Path<'_>, count: &mut usize) -> Result<(), Ext4Error>
     for path in &entries {
         let metadata = fs.symlink_metadata(path)?;
         if metadata.is_dir() {
-            walk(fs, path.as_path(), count)?;
+            walk(machine, fs, path.as_path(), count)?;
         } else if !metadata.is_symlink() {
-            print_file(fs, path, metadata.len())?;
+            print_file(machine, fs, path, metadata.len())?;
             *count += 1;
         }
     }
     Ok(())
 }
 
-fn print_file(fs: &Ext4, path: &PathBuf, size: u64) -> Result<(), Ext4Error> {
+fn print_file(
+    machine: &impl Machine,
+    fs: &Ext4,
+    path: &PathBuf,
+    size: u64,
+) -> Result<(), Ext4Error> {
     let mut file = fs.open(path)?;
     let mut hash = Sha256::new();
     let mut chunk = vec![0; 128 << 10];
@@ -78,7 +89,7 @@ fn print_file(fs: &Ext4, path: &PathBuf, size: u64) -> Result<(), Ext4Error> {
         }
         hash.update(&chunk[..count]);
     }
-    println!("FILE {} {size} {}", hex(&hash.finalize()), path.display());
+    say!(machine, "FILE {} {size} {}", hex(&hash.finalize()), path.display());
     Ok(())
 }
 

@@ -7,13 +7,14 @@ use alloc::sync::Arc;
 use alloc::vec;
 use alloc::vec::Vec;
 
-use pvblk::buffer::{Buffer as AnyBuffer, OwnedPages, Pool, PoolBuffer};
-use pvblk::frontend::Request;
+use pvblk::buffer::{Buffer, OwnedPages, Pool, PoolBuffer};
+use pvblk::frontend::queue::{Line, Queue};
+use pvblk::frontend::{Request, Wire};
+use pvblk::memory::Share;
 use sha2::{Digest, Sha256};
-use xen_blkfront::{Buffer, Disk, FrontQueue, Lender};
-use xen_guest::{Guest, println};
 
 use crate::files::hex;
+use crate::machine::{Machine, say};
 use crate::many::Many;
 use crate::model::{Model, next};
 
@@ -28,8 +29,6 @@ const LARGE_BYTES: usize = 16 << 20;
 const RANDOM: usize = 3000;
 const DEPTH: usize = 32;
 
-type Registered = PoolBuffer<Lender<'static, Guest>>;
-
 /// A transfer in flight.
 struct Transfer {
     sector: u64,
@@ -37,11 +36,12 @@ struct Transfer {
     is_write: bool,
 }
 
-struct Hammer<'q> {
-    many: Many<'q, Transfer>,
+struct Hammer<'q, M, W: Wire, S: Share<Handle = W::Handle>, L> {
+    machine: &'q M,
+    many: Many<'q, M, W, S, L, Transfer>,
     model: Model,
-    small: Arc<Pool<Lender<'static, Guest>>>,
-    large: Arc<Pool<Lender<'static, Guest>>>,
+    small: Arc<Pool<S>>,
+    large: Arc<Pool<S>>,
     /// Sectors in a logical sector.
     unit: u64,
     random: u64,
@@ -50,31 +50,41 @@ struct Hammer<'q> {
     finished: u64,
 }
 
-/// Does all of it. Returns the buffers' pools, which are to be kept until the disk is closed.
-pub fn run(
-    guest: &'static Guest,
-    disk: &Disk<'static, 'static, Guest>,
-    queues: &mut [FrontQueue<'static, Guest>],
-) -> Result<Vec<Arc<Pool<Lender<'static, Guest>>>>, String> {
-    let properties = disk.negotiated().ok_or("not connected")?.properties;
-    if properties.geometry.sectors < AREA {
+/// Does all of it, with memory that `lender` shares. Returns the buffers' pools, which are to be kept
+/// until the disk is closed.
+pub fn run<M, W, S, L>(
+    machine: &M,
+    lender: &S,
+    queues: &mut [Queue<W, S, L>],
+) -> Result<Vec<Arc<Pool<S>>>, String>
+where
+    M: Machine,
+    W: Wire,
+    S: Share<Handle = W::Handle> + Clone,
+    L: Line,
+{
+    let queue = queues.first_mut().ok_or("a disk without a queue")?;
+    let (geometry, features) = (queue.frontend.geometry(), queue.frontend.features());
+    if geometry.sectors < AREA {
         return Err("the raw disk is smaller than 32 MiB".to_string());
     }
-    let seed = guest.argument("seed").and_then(|seed| seed.parse().ok()).unwrap_or(2013);
-    let register = |count, bytes| disk.register(count, bytes).map_err(|error| error.to_string());
+    let seed = machine.argument("seed").and_then(|seed| seed.parse().ok()).unwrap_or(2013);
+    let register =
+        |count, bytes| Pool::new(lender.clone(), count, bytes).map_err(|error| error.to_string());
     let small = register(DEPTH as u32, SMALL_BYTES)?;
     let large = register(2, LARGE_BYTES)?;
-    let unit = u64::from(properties.geometry.logical_bytes / 512);
+    let unit = u64::from(geometry.logical_bytes / 512);
 
-    through_bounce_buffers(&mut queues[0], unit)?;
-    // A backend that keeps pages mapped would not give these back.
-    if !disk.negotiated().ok_or("not connected")?.persistent {
-        granted_for_one_request(disk, &mut queues[0])?;
+    through_bounce_buffers(queue, unit)?;
+    // A peer that keeps pages mapped would not give these back.
+    if lender.can_lend() {
+        lent_for_one_request(lender, queue)?;
     }
 
     let model = Model::new(seed, AREA as usize);
-    let many = Many::new(guest, queues);
+    let many = Many::new(machine, queues);
     let mut hammer = Hammer {
+        machine,
         many,
         model,
         small,
@@ -85,19 +95,24 @@ pub fn run(
         written: 0,
         finished: 0,
     };
-    hammer.timed(guest, "sequential writes of 128 KiB", |it| it.all(0, AREA, true))?;
+    hammer.timed("sequential writes of 128 KiB", |it| it.all(0, AREA, true))?;
     hammer.flush()?;
-    hammer.timed(guest, "sizes from one sector to 16 MiB", Hammer::sizes)?;
-    hammer.timed(guest, "random reads and writes", Hammer::random)?;
+    hammer.timed("sizes from one sector to 16 MiB", Hammer::sizes)?;
+    hammer.timed("random reads and writes", Hammer::random)?;
     hammer.flush()?;
-    if properties.features.discard.is_some() {
+    if features.discard.is_some() {
         hammer.discard()?;
     }
+    if features.write_zeroes {
+        hammer.write_zeroes()?;
+    }
     hammer.flush()?;
-    hammer.timed(guest, "sequential reads of 128 KiB", |it| it.all(0, AREA, false))?;
-    println!(
+    hammer.timed("sequential reads of 128 KiB", |it| it.all(0, AREA, false))?;
+    say!(
+        machine,
         "HAMMER wrote {} and verified {} bytes, every one of them compared",
-        hammer.written, hammer.verified
+        hammer.written,
+        hammer.verified
     );
     let mut hash = Sha256::new();
     for sector in 0..DIGEST_BYTES / 512 {
@@ -105,12 +120,17 @@ pub fn run(
             hash.update(word.to_le_bytes());
         }
     }
-    println!("DISK-SHA256 {} {DIGEST_BYTES}", hex(&hash.finalize()));
+    say!(machine, "DISK-SHA256 {} {DIGEST_BYTES}", hex(&hash.finalize()));
     Ok(vec![hammer.small, hammer.large])
 }
 
 /// Slices that live elsewhere are copied through registered buffers.
-fn through_bounce_buffers(queue: &mut FrontQueue<'static, Guest>, unit: u64) -> Result<(), String> {
+fn through_bounce_buffers<W, S, L>(queue: &mut Queue<W, S, L>, unit: u64) -> Result<(), String>
+where
+    W: Wire,
+    S: Share<Handle = W::Handle>,
+    L: Line,
+{
     let text = |error: pvblk::frontend::queue::Error| error.to_string();
     for sectors in [1, 7, 8, 9, 300, 4096, 9001_u64] {
         let bytes = (sectors.next_multiple_of(unit) * 512) as usize;
@@ -127,26 +147,28 @@ fn through_bounce_buffers(queue: &mut FrontQueue<'static, Guest>, unit: u64) -> 
     Ok(())
 }
 
-/// Pages of ours that are granted for the time of one request.
-fn granted_for_one_request(
-    disk: &Disk<'static, 'static, Guest>,
-    queue: &mut FrontQueue<'static, Guest>,
-) -> Result<(), String> {
+/// Pages of ours that are lent for the time of one request.
+fn lent_for_one_request<W, S, L>(lender: &S, queue: &mut Queue<W, S, L>) -> Result<(), String>
+where
+    W: Wire,
+    S: Share<Handle = W::Handle> + Clone,
+    L: Line,
+{
     let bytes = 5 * 4096;
-    let mut pages = OwnedPages::new(disk.lender(), bytes).map_err(|error| error.to_string())?;
-    let fill = |pages: &mut OwnedPages<Lender<'static, Guest>>, value: fn(usize) -> u8| {
+    let mut pages = OwnedPages::new(lender.clone(), bytes).map_err(|error| error.to_string())?;
+    let fill = |pages: &mut OwnedPages<S>, value: fn(usize) -> u8| {
         let memory = pages.bytes_mut().ok_or("our own pages are not ours")?;
         memory.iter_mut().enumerate().for_each(|(i, byte)| *byte = value(i));
         Ok::<(), String>(())
     };
     fill(&mut pages, |i| (i / 7) as u8)?;
     let sectors = (bytes / 512) as u32;
-    let mut transfer = |request| -> Result<OwnedPages<Lender<'static, Guest>>, String> {
+    let mut transfer = |request| -> Result<OwnedPages<S>, String> {
         queue.submit(request).map_err(|rejected| rejected.error.to_string())?;
         let done = queue.wait().map_err(|error| error.to_string())?.ok_or("nothing in flight")?;
         done.result.map_err(|error| error.to_string())?;
         match done.buffer {
-            Some(AnyBuffer::Owned(pages)) => Ok(pages),
+            Some(Buffer::Owned(pages)) => Ok(pages),
             _ => Err("another buffer came back".to_string()),
         }
     };
@@ -155,13 +177,19 @@ fn granted_for_one_request(
     let mut pages = transfer(Request::Read { sector: AREA / 2, sectors, buffer: pages.into() })?;
     let memory = pages.bytes_mut().ok_or("our own pages are not ours")?;
     if memory.iter().enumerate().any(|(i, byte)| *byte != (i / 7) as u8) {
-        return Err("pages granted for one request came back changed".to_string());
+        return Err("pages lent for one request came back changed".to_string());
     }
     Ok(())
 }
 
-impl Hammer<'_> {
-    fn start(&mut self, mut transfer: Transfer, mut buffer: Registered) -> Result<(), String> {
+impl<M, W, S, L> Hammer<'_, M, W, S, L>
+where
+    M: Machine,
+    W: Wire,
+    S: Share<Handle = W::Handle>,
+    L: Line,
+{
+    fn start(&mut self, mut transfer: Transfer, mut buffer: PoolBuffer<S>) -> Result<(), String> {
         let Transfer { sector, sectors, is_write } = transfer;
         let request = if is_write {
             self.model.write(sector, sectors, &buffer.region());
@@ -177,14 +205,14 @@ impl Hammer<'_> {
     }
 
     /// Waits for one transfer, checks it, and gives back its buffer.
-    fn finish(&mut self) -> Result<(Transfer, Registered), String> {
+    fn finish(&mut self) -> Result<(Transfer, PoolBuffer<S>), String> {
         let done = self.many.wait()?;
         self.finished += 1;
         let Transfer { sector, sectors, is_write } = done.known;
         done.completion
             .result
             .map_err(|error| format!("{sectors} sectors from {sector}: {error}"))?;
-        let Some(AnyBuffer::Registered(buffer)) = done.completion.buffer else {
+        let Some(Buffer::Registered(buffer)) = done.completion.buffer else {
             return Err("a request lost its buffer".to_string());
         };
         if !is_write {
@@ -199,14 +227,15 @@ impl Hammer<'_> {
     /// Does something, and prints how fast it went, with the making and checking of the pattern.
     fn timed(
         &mut self,
-        guest: &Guest,
         what: &str,
         work: impl FnOnce(&mut Self) -> Result<(), String>,
     ) -> Result<(), String> {
-        let (start, requests, bytes) = (guest.now(), self.finished, self.written + self.verified);
+        let (start, requests, bytes) =
+            (self.machine.now(), self.finished, self.written + self.verified);
         work(self)?;
-        let seconds = (guest.now() - start) as f64 / 1e9;
-        println!(
+        let seconds = (self.machine.now() - start) as f64 / 1e9;
+        say!(
+            self.machine,
             "REACHED {what}: {:.0} requests/s, {:.1} MiB/s",
             (self.finished - requests) as f64 / seconds,
             (self.written + self.verified - bytes) as f64 / f64::from(1 << 20) / seconds,
@@ -255,7 +284,7 @@ impl Hammer<'_> {
 
     /// Random sizes at random places, reads among writes, none of which overlap while in flight.
     fn random(&mut self) -> Result<(), String> {
-        let mut free: Vec<Registered> = core::iter::from_fn(|| self.small.take()).collect();
+        let mut free: Vec<PoolBuffer<S>> = core::iter::from_fn(|| self.small.take()).collect();
         let mut busy = VecDeque::<(u64, u64)>::new();
         for _ in 0..RANDOM {
             let Some(buffer) = free.pop() else {
@@ -293,8 +322,25 @@ impl Hammer<'_> {
         )?;
         let done = self.many.wait()?;
         done.completion.result.map_err(|error| format!("discard: {error}"))?;
-        println!("DISCARD {sectors} sectors");
+        say!(self.machine, "DISCARD {sectors} sectors");
         self.all(sector, sector + sectors, true)
+    }
+
+    /// Has the disk fill a range with zeroes, with its space kept and given up, and reads it back.
+    fn write_zeroes(&mut self) -> Result<(), String> {
+        let sectors = 3000_u64.next_multiple_of(self.unit);
+        for (sector, may_unmap) in [(AREA / 8, false), (AREA / 2, true)] {
+            self.many.submit(
+                Request::WriteZeroes { sector, sectors, may_unmap },
+                Transfer { sector, sectors, is_write: true },
+            )?;
+            let done = self.many.wait()?;
+            done.completion.result.map_err(|error| format!("writing zeroes: {error}"))?;
+            self.model.zero(sector, sectors);
+            say!(self.machine, "ZEROES {sectors} sectors, may-unmap={}", u8::from(may_unmap));
+            self.all(sector, sector + sectors, false)?;
+        }
+        Ok(())
     }
 
     fn flush(&mut self) -> Result<(), String> {

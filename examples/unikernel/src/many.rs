@@ -4,16 +4,17 @@ use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
-use pvblk::frontend::queue::Line;
-use pvblk::frontend::{Completion, Request};
-use pvblk_xen::platform::EventChannels;
-use xen_blkfront::{Buffer, FrontQueue};
-use xen_guest::Guest;
+use pvblk::buffer::Buffer;
+use pvblk::frontend::queue::{Line, Queue};
+use pvblk::frontend::{Completion, Request, Wire};
+use pvblk::memory::Share;
+
+use crate::machine::Machine;
 
 /// The queues of a disk, and who is in flight on them.
-pub struct Many<'q, K> {
-    guest: &'static Guest,
-    queues: &'q mut [FrontQueue<'static, Guest>],
+pub struct Many<'q, M, W: Wire, S: Share<Handle = W::Handle>, L, K> {
+    machine: &'q M,
+    queues: &'q mut [Queue<W, S, L>],
     /// What the caller knows of each request, by queue and slot.
     known: Vec<Vec<Option<K>>>,
     turn: usize,
@@ -21,21 +22,25 @@ pub struct Many<'q, K> {
 }
 
 /// A request that is done, and what its submitter knew of it.
-pub struct Done<K> {
+pub struct Done<S: Share, K> {
     /// What was submitted with it.
     pub known: K,
     /// How it went.
-    pub completion: Completion<Buffer<'static, Guest>>,
+    pub completion: Completion<Buffer<S>>,
 }
 
-impl<'q, K> Many<'q, K> {
+impl<'q, M, W, S, L, K> Many<'q, M, W, S, L, K>
+where
+    M: Machine,
+    W: Wire,
+    S: Share<Handle = W::Handle>,
+    L: Line,
+{
     /// Nothing is in flight at first.
-    pub fn new(guest: &'static Guest, queues: &'q mut [FrontQueue<'static, Guest>]) -> Self {
-        let slots = |queue: &FrontQueue<'static, Guest>| {
-            (0..queue.frontend.capacity()).map(|_| None).collect()
-        };
+    pub fn new(machine: &'q M, queues: &'q mut [Queue<W, S, L>]) -> Self {
+        let slots = |queue: &Queue<W, S, L>| (0..queue.frontend.capacity()).map(|_| None).collect();
         let known = queues.iter().map(slots).collect();
-        Self { guest, queues, known, turn: 0, in_flight: 0 }
+        Self { machine, queues, known, turn: 0, in_flight: 0 }
     }
 
     /// How many requests are in flight.
@@ -44,11 +49,7 @@ impl<'q, K> Many<'q, K> {
     }
 
     /// Submits a request on the next queue.
-    pub fn submit(
-        &mut self,
-        request: Request<Buffer<'static, Guest>>,
-        known: K,
-    ) -> Result<(), String> {
+    pub fn submit(&mut self, request: Request<Buffer<S>>, known: K) -> Result<(), String> {
         self.turn = (self.turn + 1) % self.queues.len();
         let tag = self.queues[self.turn]
             .submit(request)
@@ -59,7 +60,7 @@ impl<'q, K> Many<'q, K> {
     }
 
     /// The next request that is done; sleeps until there is one.
-    pub fn wait(&mut self) -> Result<Done<K>, String> {
+    pub fn wait(&mut self) -> Result<Done<S, K>, String> {
         loop {
             for number in 0..self.queues.len() {
                 if let Some(done) = self.poll(number)? {
@@ -73,12 +74,12 @@ impl<'q, K> Many<'q, K> {
                 awake |= queue.sleep_batched().map_err(|error| error.to_string())?;
             }
             if !awake {
-                self.guest.wait(None);
+                self.machine.wait();
             }
         }
     }
 
-    fn poll(&mut self, number: usize) -> Result<Option<Done<K>>, String> {
+    fn poll(&mut self, number: usize) -> Result<Option<Done<S, K>>, String> {
         let Some(completion) = self.queues[number].poll().map_err(|error| error.to_string())?
         else {
             return Ok(None);

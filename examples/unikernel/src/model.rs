@@ -10,7 +10,7 @@ const WORDS: usize = 64;
 /// A seeded pattern in which every sector of every version is different.
 pub struct Model {
     seed: u64,
-    /// The version of each sector; 0 has never been written and holds zeroes.
+    /// The version of each sector; 0 holds zeroes: it was never written, or written with them.
     versions: Vec<u32>,
     version: u32,
 }
@@ -29,6 +29,11 @@ impl Model {
             let words = self.words(sector + i, self.version);
             memory.write(i as usize * 512, &words);
         }
+    }
+
+    /// Some sectors hold zeroes now.
+    pub fn zero(&mut self, sector: u64, sectors: u64) {
+        self.versions[sector as usize..(sector + sectors) as usize].fill(0);
     }
 
     /// Where `memory` differs from what the sectors must hold.

@@ -15,6 +15,9 @@ pub struct Config {
     /// Segments in one request, as many as are in a table; 0 for no tables. Pages that follow each other in the
     /// device's eyes are one segment. Default 254, which is a table of one page.
     pub indirect_segments: u16,
+    /// Bytes in one segment, rounded down to pages, of which there is at least one. Default: no limit
+    /// but the device's.
+    pub segment_bytes: u32,
     /// Requests with a table that can be in flight on one queue. Default 32.
     pub indirect_requests: u16,
     /// Requests that can be in flight on one queue. `None`, the default: as many as the queue has
@@ -40,6 +43,7 @@ impl Default for Config {
             queues: 1,
             queue_size: 256,
             indirect_segments: 254,
+            segment_bytes: u32::MAX,
             indirect_requests: 32,
             requests: None,
             bounce_buffers: 32,

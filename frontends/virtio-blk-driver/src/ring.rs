@@ -80,6 +80,8 @@ where
     }
     let entries = if tables.count() == 0 { 0 } else { tables.entries_each().min(wanted + 2) };
     let Properties { segment_bytes, ranges, .. } = *properties;
+    let page = PAGE_BYTES as u32;
+    let segment_bytes = segment_bytes.min((config.segment_bytes / page * page).max(page));
     let limits = limits(size, segments, segment_bytes, entries, ranges);
     Link { wire: ring, limits, tables }
 }

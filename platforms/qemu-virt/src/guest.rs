@@ -3,7 +3,8 @@
 use core::ops::Range;
 use core::ptr::NonNull;
 
-use pvblk::memory::PageAllocator;
+use pvblk::memory::{Access, PAGE_BYTES, PageAllocator, Share, ShareError, StillShared};
+use pvblk_virtio::Address;
 use pvh_guest::command_line::argument;
 use pvh_guest::pages;
 use pvh_guest::ram::Ram;
@@ -98,6 +99,24 @@ unsafe impl PageAllocator for Guest {
     unsafe fn release_pages(&self, base: NonNull<u8>, count: usize) {
         // SAFETY: passed on from the caller.
         unsafe { pages::release(base, count) }
+    }
+}
+
+// SAFETY: a device's address of memory is the program's. There is no IOMMU to hold a device back: one
+// that keeps to the rules leaves memory alone that is in no queue and in no request.
+unsafe impl Share for Guest {
+    type Handle = Address;
+
+    fn share(&self, page: NonNull<u8>, _access: Access) -> Result<Address, ShareError> {
+        let address = page.expose_provenance().get();
+        if address.is_multiple_of(PAGE_BYTES) {
+            return Ok(Address(address as u64));
+        }
+        Err(ShareError::BadPage)
+    }
+
+    fn unshare(&self, _handle: Address) -> Result<(), StillShared> {
+        Ok(())
     }
 }
 

@@ -10,6 +10,7 @@
 use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use core::task::Waker;
 
+use pvblk_virtio::transport::Interrupt;
 use pvh_guest::interrupts;
 use pvh_guest::sync::{Locked, without_interrupts};
 
@@ -109,6 +110,24 @@ impl Line {
     #[must_use]
     pub fn statistics(&self) -> LineStatistics {
         LineStatistics { received: self.listener().received.load(Ordering::Relaxed) }
+    }
+}
+
+impl Interrupt for Line {
+    fn is_held(&self) -> bool {
+        self.is_held()
+    }
+
+    fn rearm(&self) {
+        self.unmask();
+    }
+
+    fn wait(&self) {
+        wait(None);
+    }
+
+    fn set_waker(&self, waker: &Waker) {
+        self.set_waker(waker);
     }
 }
 

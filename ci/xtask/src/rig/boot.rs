@@ -228,7 +228,7 @@ impl Boot<'_> {
 
 /// A folder for one run's files, locked until the lock is dropped: several runs of the same name
 /// may go on at once.
-fn run_folder(rig: &Rig, name: &str) -> Result<(PathBuf, fs::File)> {
+pub(super) fn run_folder(rig: &Rig, name: &str) -> Result<(PathBuf, fs::File)> {
     let runs = rig.path("runs");
     fs::create_dir_all(&runs)?;
     for number in 1.. {
@@ -243,7 +243,7 @@ fn run_folder(rig: &Rig, name: &str) -> Result<(PathBuf, fs::File)> {
     unreachable!("the numbers do not end")
 }
 
-fn read_lines(from: impl io::Read + Send + 'static) -> Receiver<Vec<u8>> {
+pub(super) fn read_lines(from: impl io::Read + Send + 'static) -> Receiver<Vec<u8>> {
     let (sender, receiver) = channel();
     thread::spawn(move || {
         let mut from = BufReader::new(from);

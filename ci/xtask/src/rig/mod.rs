@@ -8,6 +8,7 @@ mod cpio;
 mod dom0;
 mod kernel;
 pub mod packages;
+mod plain;
 pub mod stamp;
 
 use std::fs;
@@ -22,6 +23,7 @@ pub use apt::Apt;
 pub use boot::{Boot, Event, Outcome};
 pub use dom0::Overlay;
 use packages::Packages;
+pub use plain::{Machine, Plain};
 
 /// The prepared machine.
 pub struct Rig {

@@ -13,11 +13,11 @@ use pvblk::frontend::Request;
 use pvblk::frontend::queue::Line;
 use pvblk_xen::platform::EventChannels;
 use pvblk_xen::store::Store;
+use unikernel::model::next;
 use xen_blkfront::{Buffer, Config, Disk, FrontQueue};
 use xen_guest::{Guest, println};
 
 use crate::bench::{Case, XVDA, mark, text};
-use crate::model::next;
 use crate::report;
 
 /// From one `xvd*` to the next.

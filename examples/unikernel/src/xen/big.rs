@@ -15,10 +15,10 @@ use pvblk::buffer::{Buffer as AnyBuffer, Pool};
 use pvblk::frontend::Request;
 use pvblk::memory::SharedRegion;
 use pvblk_xen::store::Store;
+use unikernel::model::next;
 use xen_blkfront::{Buffer, Config, Disk, FrontQueue, Lender};
 use xen_guest::{Guest, println};
 
-use crate::model::next;
 use crate::report;
 
 /// What a request transfers: 4096 segments of a page.

@@ -1,4 +1,4 @@
-//! A unikernel: one image, one address space, two disks.
+//! The unikernel as a guest of Xen, on two virtual block devices.
 //!
 //! It (1) mounts the ext4 file system on `xvda` and prints each file with its SHA-256, (2) writes,
 //! flushes, reads, compares and discards on the raw disk `xvdb` in many sizes with many requests in
@@ -20,13 +20,7 @@ mod big;
 #[cfg(target_os = "none")]
 mod disks;
 #[cfg(target_os = "none")]
-mod files;
-#[cfg(target_os = "none")]
-mod hammer;
-#[cfg(target_os = "none")]
-mod many;
-#[cfg(target_os = "none")]
-mod model;
+mod machine;
 #[cfg(target_os = "none")]
 mod report;
 
@@ -41,10 +35,12 @@ mod image {
     use alloc::string::{String, ToString};
 
     use pvblk_xen::store::Store;
+    use unikernel::{files, hammer};
     use xen_blkfront::{Config, Disk};
     use xen_guest::{Guest, println};
 
-    use crate::{bench, big, files, hammer, report};
+    use crate::machine::XenMachine;
+    use crate::{bench, big, report};
 
     /// The virtual device numbers of `xvda` and `xvdb` (202 << 8 | disk << 4).
     const XVDA: u32 = 51712;
@@ -70,11 +66,14 @@ mod image {
             return big::run(store, guest, names);
         }
 
+        let machine = XenMachine(guest);
         let config = Config::default();
-        let (mut disk, queues) =
+        let (mut disk, mut queues) =
             Disk::connect(store, guest, XVDA, &config).map_err(|error| text("xvda", error))?;
         report::negotiated("xvda", &disk);
-        let (fs, mut queues) = files::read_all(guest, &disk, queues)?;
+        // This queue looks by itself whether the backend is still there.
+        let queue = disk.watched(queues.remove(0)).map_err(|error| text("xvda", error))?;
+        let fs = files::read_all(&machine, queue).map_err(|error| text("xvda", error))?;
         disk.close(&mut queues).map_err(|error| text("closing xvda", error))?;
         // Not earlier, for the queue in it: the backend lets go of a ring when the disk is closed.
         drop(fs);
@@ -83,7 +82,7 @@ mod image {
         let (mut disk, mut queues) =
             Disk::connect(store, guest, XVDB, &config).map_err(|error| text("xvdb", error))?;
         report::negotiated("xvdb", &disk);
-        let pools = hammer::run(guest, &disk, &mut queues)?;
+        let pools = hammer::run(&machine, &disk.lender(), &mut queues)?;
         report::totals(guest, &queues);
         disk.close(&mut queues).map_err(|error| text("closing xvdb", error))?;
         // Not earlier: a backend that keeps pages mapped lets go of them when the disk is closed.

@@ -14,10 +14,10 @@ use alloc::vec::Vec;
 use pvblk::buffer::{Buffer as AnyBuffer, Pool};
 use pvblk::frontend::Request;
 use pvblk_xen::store::Store;
+use unikernel::model::next;
 use xen_blkfront::{Buffer, Config, Disk, FrontQueue, Lender};
 use xen_guest::{Guest, println};
 
-use crate::model::next;
 use crate::{disks, report};
 
 /// The virtual device number of `xvda`.

@@ -1,0 +1,183 @@
+//! The unikernel as a guest of QEMU without Xen, on two virtio-blk devices.
+//!
+//! It (1) mounts the ext4 file system on the disk that is named `files` and prints each file with its
+//! SHA-256, (2) writes, flushes, reads, compares, discards and writes zeroes on the raw disk `raw`,
+//! and (3) prints what was negotiated and what was reached. The last line is `VERDICT PASS`, or
+//! `VERDICT FAIL` and why.
+//!
+//! The command line: `queues=N size=N segments=N segment=KIB packed=0|1` shape what the driver asks for
+//! (packed queues are used where they are offered, unless `packed=0`); `seed=N` makes another pattern;
+//! `resize=SECTORS` waits for the raw disk to get that size after all else.
+#![cfg_attr(target_os = "none", no_std, no_main)]
+
+#[cfg(target_os = "none")]
+extern crate alloc;
+
+#[cfg(target_os = "none")]
+mod machine;
+#[cfg(target_os = "none")]
+mod report;
+
+#[cfg(not(target_os = "none"))]
+fn main() {
+    eprintln!("this is an image for QEMU: `cargo xtask run --wire virtio` builds and boots it");
+}
+
+#[cfg(target_os = "none")]
+mod image {
+    use alloc::boxed::Box;
+    use alloc::string::{String, ToString};
+
+    use embassy_sync::blocking_mutex::raw::NoopRawMutex;
+    use pvblk_virtio::feature::Features;
+    use pvblk_virtio::queue::DriverQueue;
+    use pvblk_virtio::transport::Transport;
+    use pvblk_virtio::{packed, split};
+    use qemu_virt::{Guest, Line, println};
+    use unikernel::{files, hammer};
+    use virtio_blk_driver::{Change, Config, Disk, DiskQueue, Registers};
+    use virtio_drivers::transport::{DeviceType, SomeTransport};
+
+    use crate::machine::QemuMachine;
+    use crate::report;
+
+    type Device = Registers<NoopRawMutex, SomeTransport<'static>>;
+    pub type Queue<Q> = DiskQueue<'static, Device, Line, Q>;
+
+    qemu_virt::entry!(start);
+
+    fn start(guest: &'static Guest) -> ! {
+        match run(guest) {
+            Ok(()) => println!("VERDICT PASS"),
+            Err(error) => println!("VERDICT FAIL {error}"),
+        }
+        qemu_virt::power_off()
+    }
+
+    fn run(guest: &'static Guest) -> Result<(), String> {
+        let mut done = (false, false);
+        for found in guest.devices().filter(|device| device.kind() == DeviceType::Block) {
+            let (pin, place) = (found.pin, found.place);
+            // They live as long as the image: what they borrow is never freed.
+            let device: &'static Device = Box::leak(Box::new(Registers::new(found.transport)));
+            let packed = guest.argument("packed") != Some("0")
+                && device.features().contains(Features::PACKED);
+            let free = guest.free_pages();
+            let used = if packed {
+                one::<packed::DriverQueue<&'static Guest>>(guest, device, pin, place)
+            } else {
+                one::<split::DriverQueue<&'static Guest>>(guest, device, pin, place)
+            };
+            match used.map_err(|error| alloc::format!("{place}: {error}"))? {
+                Use::Files => done.0 = true,
+                Use::Raw => done.1 = true,
+            }
+            if guest.free_pages() != free {
+                return Err(alloc::format!(
+                    "{} pages were free before {place} was used, and {} are now",
+                    free,
+                    guest.free_pages()
+                ));
+            }
+        }
+        match done {
+            (true, true) => Ok(()),
+            (false, _) => Err("there is no disk named `files`".to_string()),
+            (_, false) => Err("there is no disk named `raw`".to_string()),
+        }
+    }
+
+    /// What a disk was used for.
+    enum Use {
+        Files,
+        Raw,
+    }
+
+    /// Uses one disk for what its name says.
+    fn one<Q>(
+        guest: &'static Guest,
+        device: &'static Device,
+        pin: u8,
+        place: qemu_virt::Place,
+    ) -> Result<Use, String>
+    where
+        Q: DriverQueue<Share = &'static Guest> + 'static,
+    {
+        let machine = QemuMachine(guest);
+        let interrupts = |_| guest.listen(pin);
+        let (mut disk, mut queues) =
+            Disk::<_, _, Q>::connect(device, guest, interrupts, &wanted(guest)).map_err(text)?;
+        let negotiated = *disk.negotiated().ok_or("not connected")?;
+        let name = negotiated.name.ok_or("the disk has no name")?;
+        let name = name.as_str().ok_or("the disk's name is no text")?;
+        report::negotiated(name, place, &negotiated);
+        match name {
+            "files" => {
+                let fs = files::read_all(&machine, queues.remove(0))?;
+                disk.close(&mut queues).map_err(text)?;
+                drop(fs);
+                Ok(Use::Files)
+            }
+            "raw" => {
+                let pools = hammer::run(&machine, &disk.lender(), &mut queues)?;
+                report::totals(guest, &queues);
+                if let Some(sectors) = guest.argument("resize") {
+                    resized(guest, &mut disk, &mut queues, sectors.parse().map_err(text)?)?;
+                }
+                disk.close(&mut queues).map_err(text)?;
+                drop((queues, pools));
+                Ok(Use::Raw)
+            }
+            other => Err(alloc::format!("nobody knows what to do with a disk named {other}")),
+        }
+    }
+
+    /// Waits for the disk to become as large as that, and uses its new last sector.
+    fn resized<Q>(
+        guest: &'static Guest,
+        disk: &mut Disk<'static, Device, Line, Q>,
+        queues: &mut alloc::vec::Vec<Queue<Q>>,
+        sectors: u64,
+    ) -> Result<(), String>
+    where
+        Q: DriverQueue<Share = &'static Guest>,
+    {
+        println!("RESIZE wanted: {sectors} sectors");
+        loop {
+            match disk.advance(queues).map_err(text)? {
+                Change::Resized(geometry) if geometry.sectors == sectors => break,
+                Change::Nothing if !disk.has_news() => guest.wait(None),
+                Change::Nothing => {}
+                change => return Err(alloc::format!("another change: {change:?}")),
+            }
+        }
+        let queue = queues.first_mut().ok_or("a disk without a queue")?;
+        let unit = queue.frontend.geometry().logical_bytes as usize;
+        let (at, data) = (sectors - unit as u64 / 512, alloc::vec![0x5a; unit]);
+        queue.write(at, &data).map_err(text)?;
+        let mut back = alloc::vec![0; unit];
+        queue.read(at, &mut back).map_err(text)?;
+        if back != data {
+            return Err("the new last sector came back changed".to_string());
+        }
+        println!("RESIZED to {sectors} sectors, by an interrupt");
+        Ok(())
+    }
+
+    /// What the command line asks for.
+    fn wanted(guest: &Guest) -> Config {
+        let number = |key| guest.argument(key).and_then(|value| value.parse::<u16>().ok());
+        let mut config = Config::default();
+        config.queues = number("queues").unwrap_or(config.queues);
+        config.queue_size = number("size").unwrap_or(config.queue_size);
+        config.indirect_segments = number("segments").unwrap_or(config.indirect_segments);
+        if let Some(kibibytes) = number("segment") {
+            config.segment_bytes = u32::from(kibibytes) << 10;
+        }
+        config
+    }
+
+    fn text(error: impl ToString) -> String {
+        error.to_string()
+    }
+}
