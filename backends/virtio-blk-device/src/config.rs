@@ -30,6 +30,9 @@ pub struct Settings {
     /// Whether writes are cached until they are flushed, before the driver says what it wants. It
     /// matters only for a disk that can be flushed.
     pub write_back: bool,
+    /// How long a queue is looked at before its server sleeps, in microseconds, if there were requests
+    /// lately. It answers the next one sooner, and takes processor time.
+    pub look_again: u32,
 }
 
 impl Default for Settings {
@@ -41,6 +44,7 @@ impl Default for Settings {
             segment_bytes: None,
             packed: false,
             write_back: true,
+            look_again: 0,
         }
     }
 }

@@ -108,6 +108,10 @@ pub struct DeviceArgs {
     /// Have every write durable before it is done, until the guest wants a write cache
     #[arg(long)]
     pub write_through: bool,
+    /// Look so long for the next request before sleeping, if there were some lately. The guest has its
+    /// answers sooner, and the host less processor time for others; 0 to sleep at once
+    #[arg(long, value_name = "MICROSECONDS", default_value_t = 0)]
+    pub poll: u32,
     /// The disk's serial number: up to 20 bytes
     #[arg(long, value_name = "TEXT", default_value = "pvblk")]
     pub serial: String,
@@ -192,6 +196,7 @@ impl Cli {
         settings.segments = segments;
         settings.packed = self.device.packed;
         settings.write_back = !self.device.write_through;
+        settings.look_again = self.device.poll;
         Ok(settings)
     }
 }

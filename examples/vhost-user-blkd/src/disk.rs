@@ -9,6 +9,7 @@ use pvblk::command::Features;
 use pvblk::extent::Geometry;
 use pvblk::table::Tag;
 use pvblk_daemon::backing::{Backing, QueueStore};
+use pvblk_daemon::source::Source;
 use pvblk_stores::Wakeup;
 use pvblk_virtio::Identity;
 use virtio_blk_device::vhost_user::{Disk, Report, Waits};
@@ -63,7 +64,8 @@ impl Disk for Served {
 
     fn store(&self, depth: u16) -> io::Result<Share> {
         let store = self.backing.queue(depth).map_err(io::Error::other)?;
-        Ok(Share { store, remedy: self.backing.remedy() })
+        let is_local = !matches!(self.backing.source(), Source::Nbd(_));
+        Ok(Share { store, is_local, remedy: self.backing.remedy() })
     }
 
     fn report(&self, queue: usize, report: Report) {
@@ -88,6 +90,8 @@ impl Disk for Served {
 /// One queue's share of the disk. It says once that the medium fails.
 pub struct Share {
     store: QueueStore,
+    /// Whether its completions are in memory of this process.
+    is_local: bool,
     remedy: &'static str,
 }
 
@@ -112,6 +116,10 @@ impl Share {
 impl Waits for Share {
     fn wakeup(&self) -> Wakeup<'_> {
         self.store.wakeup()
+    }
+
+    fn is_cheap_to_ask(&self) -> bool {
+        self.is_local
     }
 }
 

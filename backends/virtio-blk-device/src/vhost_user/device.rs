@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 use std::vec;
 use std::vec::Vec;
 
@@ -127,6 +128,7 @@ impl<D: Disk> Device<D> {
             log: self.logs.as_ref().and_then(|logs| logs.log(index, ring.size)),
             segments: self.settings.segments,
             write_back: self.write_back.clone(),
+            look_again: Duration::from_micros(self.settings.look_again.into()),
             kick: kick.clone(),
             call: ring.call.clone(),
             error: ring.error.clone(),

@@ -14,6 +14,11 @@ use pvblk_virtio::Identity;
 pub trait Waits: Store {
     /// What to wait for. It is asked anew before every sleep.
     fn wakeup(&self) -> Wakeup<'_>;
+
+    /// Whether asking it for completions costs no system call, so that it can be asked again and again.
+    fn is_cheap_to_ask(&self) -> bool {
+        false
+    }
 }
 
 /// A disk that a device is served from. Clones are the same disk: each queue has one, in a thread of

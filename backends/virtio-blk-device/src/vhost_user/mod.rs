@@ -15,6 +15,7 @@
 //! The monitor connects anew (`reconnect=1` of QEMU's socket) and hands the log of each queue back.
 //! What was taken and not answered is done again; nothing that was answered is.
 
+mod bell;
 mod channel;
 mod device;
 mod disk;

@@ -3,12 +3,12 @@
 use std::boxed::Box;
 use std::error::Error;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use pvblk::backend::{Backend, Violation};
 use pvblk::plan::TABLES_MAX;
@@ -16,8 +16,9 @@ use pvblk_virtio::DeviceWire;
 use pvblk_virtio::feature::Features;
 use pvblk_virtio::guest::{Bounce, GuestMemory, GuestRam};
 use pvblk_virtio::queue::Addresses;
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::event::{EventfdFlags, eventfd};
 
+use super::bell::{Bell, wait_for_store};
 use super::disk::{Disk, Progress, Report, Waits};
 use super::guest_queue::GuestQueue;
 use super::log::Log;
@@ -42,6 +43,8 @@ pub(super) struct Task<D> {
     /// The most segments in a request.
     pub segments: u16,
     pub write_back: WriteBack,
+    /// How long it looks for work before it sleeps, if there was some lately.
+    pub look_again: Duration,
     /// Readable when the driver has notified the device.
     pub kick: Arc<OwnedFd>,
     /// Written to, to notify the driver.
@@ -77,6 +80,9 @@ const BUDGET: usize = 64;
 /// Rounds of work between two reports, while there is no end to the work.
 const BUSY_ROUNDS: u32 = 16;
 
+/// Pauses of the processor between two looks.
+const LOOK_EVERY: u32 = 8;
+
 /// The longest request whose memory has to be bounced, in bytes.
 const BOUNCE_BYTES: usize = 4 << 20;
 
@@ -91,12 +97,11 @@ impl Worker {
         let thread = builder.spawn(move || {
             let (disk, number, base) = (task.disk.clone(), task.number, task.base);
             let error = task.error.clone();
-            // What it leaves behind is dropped, and looked at by nobody.
-            let inbox = Inbox { orders: inbox, wake: &waker };
             let is_packed = task.features.contains(Features::PACKED);
+            // What it leaves behind is dropped, and looked at by nobody.
             let result = catch_unwind(AssertUnwindSafe(|| match is_packed {
-                true => run::<PackedQueue, D>(task, &inbox),
-                false => run::<SplitQueue, D>(task, &inbox),
+                true => run::<PackedQueue, D>(task, &inbox, waker),
+                false => run::<SplitQueue, D>(task, &inbox, waker),
             }));
             let (base, report) = result.unwrap_or((base, Report::Panicked));
             if let (false, Some(error)) = (matches!(report, Report::Closed), &error) {
@@ -132,13 +137,6 @@ impl Worker {
     }
 }
 
-/// Where a worker finds its orders.
-struct Inbox<'a> {
-    orders: Receiver<Order>,
-    /// Readable when there are some.
-    wake: &'a OwnedFd,
-}
-
 type Engine<Q, D> = Backend<DeviceWire<Q>, GuestMemory, Cached<<D as Disk>::Store>>;
 
 fn open<Q: GuestQueue, D: Disk>(
@@ -156,17 +154,23 @@ fn open<Q: GuestQueue, D: Disk>(
 
 /// Serves a queue until it is told to stop, or the driver breaks the rules. Says where the queue is
 /// then, and what has become of it.
-fn run<Q: GuestQueue, D: Disk>(mut task: Task<D>, inbox: &Inbox<'_>) -> (u32, Report) {
-    let mut engine = match open::<Q, D>(&mut task) {
-        Ok(engine) => engine,
+fn run<Q: GuestQueue, D: Disk>(
+    mut task: Task<D>,
+    orders: &Receiver<Order>,
+    wake: Arc<OwnedFd>,
+) -> (u32, Report) {
+    let bell = Bell::new(task.kick.clone(), wake);
+    let opened = bell.map_err(Into::into).and_then(|bell| Ok((bell, open::<Q, D>(&mut task)?)));
+    let (bell, mut engine) = match opened {
+        Ok(opened) => opened,
         Err(error) => return (task.base, Report::NotOpened(error)),
     };
     let (disk, number) = (task.disk.clone(), task.number);
     disk.report(number, Report::Open);
     // The driver may wait for answers of which a device before this one could not notify it.
     notify(&task.call);
-    let mut worker = Running { task, sleeps: 0 };
-    let report = match worker.serve(&mut engine, inbox) {
+    let mut worker = Running { task, bell, orders, sleeps: 0, looks_again: false };
+    let report = match worker.serve(&mut engine) {
         Ok(()) => Report::Closed,
         Err(violation) => Report::Violation(violation),
     };
@@ -175,20 +179,20 @@ fn run<Q: GuestQueue, D: Disk>(mut task: Task<D>, inbox: &Inbox<'_>) -> (u32, Re
 }
 
 /// A worker at work.
-struct Running<D> {
+struct Running<'a, D> {
     task: Task<D>,
+    bell: Bell,
+    orders: &'a Receiver<Order>,
     sleeps: u64,
+    /// Whether it is worth while to look again before it sleeps: it was woken soon the last time.
+    looks_again: bool,
 }
 
-impl<D: Disk> Running<D> {
-    fn serve<Q: GuestQueue>(
-        &mut self,
-        engine: &mut Engine<Q, D>,
-        inbox: &Inbox<'_>,
-    ) -> Result<(), Violation> {
+impl<D: Disk> Running<'_, D> {
+    fn serve<Q: GuestQueue>(&mut self, engine: &mut Engine<Q, D>) -> Result<(), Violation> {
         let mut busy = 0;
         loop {
-            while let Ok(order) = inbox.orders.try_recv() {
+            while let Ok(order) = self.orders.try_recv() {
                 match order {
                     Order::Stop => return self.finish(engine),
                     Order::Refresh => drop(engine.refresh()),
@@ -199,37 +203,78 @@ impl<D: Disk> Running<D> {
                     }
                 }
             }
-            let round = engine.poll(BUDGET)?;
-            if round.notify {
-                notify(&self.task.call);
-            }
-            if (round.more || engine.sleep()?) && busy < BUSY_ROUNDS {
+            let more = self.work(engine, BUDGET)? || self.look_again(engine)? || engine.sleep()?;
+            if more && busy < BUSY_ROUNDS {
                 busy += 1;
                 continue;
             }
-            if busy < BUSY_ROUNDS {
-                self.sleeps += 1;
-                self.report(engine);
-                self.sleep(engine, inbox.wake, true);
-            } else {
-                self.report(engine);
-            }
             busy = 0;
+            self.report(engine);
+            if !more {
+                self.sleep(engine);
+            }
         }
     }
 
-    /// Finishes what is in progress, and takes nothing any more.
-    fn finish<Q: GuestQueue>(&mut self, engine: &mut Engine<Q, D>) -> Result<(), Violation> {
-        while engine.in_progress() > 0 {
-            if engine.poll(0)?.notify {
-                notify(&self.task.call);
-            }
-            if engine.in_progress() > 0 {
-                // It is the store alone that there is to wait for.
-                self.sleep(engine, &self.task.kick, false);
+    /// Does a round of work. `true` if there is more to take.
+    fn work<Q: GuestQueue>(
+        &self,
+        engine: &mut Engine<Q, D>,
+        budget: usize,
+    ) -> Result<bool, Violation> {
+        let round = engine.poll(budget)?;
+        if round.notify {
+            notify(&self.task.call);
+        }
+        Ok(round.more)
+    }
+
+    /// Looks again whether there are requests or completions, before it asks to be notified of them:
+    /// once if the store may be done already, and for a while if it was woken soon the last time. That is
+    /// sooner, and costs the guest no notification. `true` if there were.
+    fn look_again<Q: GuestQueue>(&self, engine: &mut Engine<Q, D>) -> Result<bool, Violation> {
+        let is_busy = engine.in_progress() > 0;
+        if is_busy && !engine.store().inner().is_cheap_to_ask() {
+            return Ok(false);
+        }
+        let state = |engine: &Engine<Q, D>| (engine.wire().queue().base(), engine.in_progress());
+        let before = state(engine);
+        if is_busy && (self.work(engine, BUDGET)? || state(engine) != before) {
+            return Ok(true);
+        }
+        if !self.looks_again {
+            return Ok(false);
+        }
+        let start = Instant::now();
+        while start.elapsed() < self.task.look_again {
+            (0..LOOK_EVERY).for_each(|_| std::hint::spin_loop());
+            if self.work(engine, BUDGET)? || state(engine) != before {
+                return Ok(true);
             }
         }
-        Ok(())
+        Ok(false)
+    }
+
+    fn sleep<Q: GuestQueue>(&mut self, engine: &Engine<Q, D>) {
+        self.sleeps += 1;
+        let wakeup = engine.store().inner().wakeup();
+        if self.task.look_again.is_zero() {
+            return self.bell.wait(&wakeup);
+        }
+        let start = Instant::now();
+        self.bell.wait(&wakeup);
+        self.looks_again = start.elapsed() < self.task.look_again;
+    }
+
+    /// Finishes what is in progress, and takes nothing any more.
+    fn finish<Q: GuestQueue>(&self, engine: &mut Engine<Q, D>) -> Result<(), Violation> {
+        loop {
+            self.work(engine, 0)?;
+            if engine.in_progress() == 0 {
+                return Ok(());
+            }
+            wait_for_store(&engine.store().inner().wakeup());
+        }
     }
 
     fn report<Q: GuestQueue>(&self, engine: &Engine<Q, D>) {
@@ -240,39 +285,6 @@ impl<D: Disk> Running<D> {
             sleeps: self.sleeps,
         };
         self.task.disk.report(self.task.number, Report::Progress(progress));
-    }
-
-    /// Sleeps until the store has completions or, unless it is to be waited for alone, the driver has
-    /// requests or there is an order.
-    fn sleep<Q: GuestQueue>(&self, engine: &Engine<Q, D>, wake: &OwnedFd, all: bool) {
-        let wakeup = engine.store().inner().wakeup();
-        let timeout = wakeup.deadline.map(|deadline| {
-            let left = deadline.saturating_duration_since(Instant::now());
-            Timespec {
-                tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
-                tv_nsec: left.subsec_nanos().into(),
-            }
-        });
-        let reads = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
-        let of_store = wakeup.fd.map_or_else(
-            || reads(wake.as_fd()),
-            |fd| {
-                let more = if wakeup.writable { PollFlags::OUT } else { PollFlags::empty() };
-                PollFd::from_borrowed_fd(fd, PollFlags::IN | more)
-            },
-        );
-        let mut fds = [of_store, reads(wake.as_fd()), reads(self.task.kick.as_fd())];
-        let count = if all { fds.len() } else { 1 };
-        // Interrupted is early: everything is looked at anyway.
-        let _ = poll(&mut fds[..count], timeout.as_ref());
-        if all {
-            for fd in &fds[1..] {
-                if fd.revents().contains(PollFlags::IN) {
-                    // To be heard again. What it says does not count, but the queue.
-                    let _ = rustix::io::read(fd.as_fd(), &mut [0; 8]);
-                }
-            }
-        }
     }
 }
 

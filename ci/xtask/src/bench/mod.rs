@@ -6,6 +6,7 @@ pub mod fio;
 mod profile;
 mod results;
 mod text;
+mod vhost_user;
 mod xen;
 
 use anyhow::{Result, anyhow};
@@ -23,7 +24,7 @@ pub struct Options {
     /// For `xen`: only our guest, without the peer
     #[arg(long)]
     ours_only: bool,
-    /// For `xen` and `xen-back`: only this load, such as `4k-randread-qd32`
+    /// For `xen`, `xen-back` and `vhost-user`: only this load, such as `4k-randread-qd32`
     #[arg(long)]
     load: Option<String>,
     /// For `xen`: more words for our guest's command line
@@ -43,6 +44,12 @@ enum Bench {
     XenBack,
     /// Many disks of one daemon, on real Xen: what they cost each other, and memory
     XenDisks,
+    /// Instructions a request of our VirtIO driver and device, beside their peers
+    VirtioPeers,
+    /// A driver and a device in two threads: requests a second, beside the peers
+    Threads,
+    /// A Linux guest on `vhost-user-blkd`, beside `qemu-storage-daemon`
+    VhostUser,
 }
 
 /// Runs one bench, or all.
@@ -53,13 +60,25 @@ pub fn bench(options: &Options) -> Result<()> {
         Bench::Xen => xen::run_front(options),
         Bench::XenBack => xen::run_back(options),
         Bench::XenDisks => xen::run_disks(),
+        Bench::VirtioPeers => engines::run("virtio_peers"),
+        Bench::Threads => engines::run_threads(),
+        Bench::VhostUser => vhost_user::run(options),
     };
     if let Some(bench) = options.name {
         return run(bench);
     }
     // One that fails does not keep the others from being run.
     let mut outcome = Ok(());
-    for bench in [Bench::Frontend, Bench::Backend, Bench::Xen, Bench::XenBack, Bench::XenDisks] {
+    for bench in [
+        Bench::Frontend,
+        Bench::Backend,
+        Bench::VirtioPeers,
+        Bench::Threads,
+        Bench::VhostUser,
+        Bench::Xen,
+        Bench::XenBack,
+        Bench::XenDisks,
+    ] {
         if let Err(error) = run(bench) {
             eprintln!("error: {error:#}");
             outcome = Err(anyhow!("not every bench has a result"));

@@ -55,7 +55,12 @@ impl Daemon {
         self.child.id()
     }
 
-    /// Kills it, as nothing that it could do something about, and starts it again after a while.
+    /// Where it waits.
+    pub fn socket(&self) -> &Path {
+        &self.plan.socket
+    }
+
+    /// Kills it, so that it cannot do anything about it, and starts it again after a while.
     pub fn strike(&mut self, pause: Duration) -> Result<()> {
         self.child.kill()?;
         self.child.wait()?;

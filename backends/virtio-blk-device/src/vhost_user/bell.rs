@@ -1,0 +1,71 @@
+//! What a worker sleeps for.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Instant;
+
+use pvblk_stores::Wakeup;
+use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+/// The driver's notifications, and whoever has orders.
+///
+/// Both are heard by their edges: they are never read, so that a notification costs one system call
+/// here and not two.
+pub(super) struct Bell {
+    epoll: OwnedFd,
+    /// Kept open.
+    _kick: Arc<OwnedFd>,
+    _orders: Arc<OwnedFd>,
+}
+
+impl Bell {
+    pub fn new(kick: Arc<OwnedFd>, orders: Arc<OwnedFd>) -> io::Result<Self> {
+        let epoll = epoll::create(CreateFlags::CLOEXEC)?;
+        for fd in [&kick, &orders] {
+            epoll::add(&epoll, fd, EventData::new_u64(0), EventFlags::IN | EventFlags::ET)?;
+        }
+        Ok(Self { epoll, _kick: kick, _orders: orders })
+    }
+
+    /// Sleeps until it rings, or the store wants to be called.
+    pub fn wait(&self, wakeup: &Wakeup<'_>) {
+        let timeout = timeout(wakeup);
+        // Interrupted is early: everything is looked at anyway.
+        match of_store(wakeup) {
+            None => self.listen(timeout.as_ref()),
+            Some(store) => {
+                let mut fds = [store, PollFd::new(&self.epoll, PollFlags::IN)];
+                let _ = poll(&mut fds, timeout.as_ref());
+                if !fds[1].revents().is_empty() {
+                    self.listen(Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));
+                }
+            }
+        }
+    }
+
+    fn listen(&self, timeout: Option<&Timespec>) {
+        // Either of the two, or both: which one does not matter.
+        let none = Event { flags: EventFlags::empty(), data: EventData::new_u64(0) };
+        let _ = epoll::wait(&self.epoll, &mut [none; 2], timeout);
+    }
+}
+
+/// Sleeps until the store wants to be called.
+pub(super) fn wait_for_store(wakeup: &Wakeup<'_>) {
+    if let Some(store) = of_store(wakeup) {
+        let _ = poll(&mut [store], timeout(wakeup).as_ref());
+    }
+}
+
+fn of_store<'a>(wakeup: &Wakeup<'a>) -> Option<PollFd<'a>> {
+    let more = if wakeup.writable { PollFlags::OUT } else { PollFlags::empty() };
+    wakeup.fd.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN | more))
+}
+
+fn timeout(wakeup: &Wakeup<'_>) -> Option<Timespec> {
+    let left = wakeup.deadline?.saturating_duration_since(Instant::now());
+    let tv_sec = i64::try_from(left.as_secs()).unwrap_or(i64::MAX);
+    Some(Timespec { tv_sec, tv_nsec: left.subsec_nanos().into() })
+}
