@@ -11,8 +11,9 @@ use crate::platform::{GrantRef, MappedPage};
 /// Moments at which the unused age: a page is given up at most a sixteenth of the time-out late.
 const MARKS: usize = 16;
 
-/// Pages looked up together: an error in one shows in all of them.
-const BLOCK: usize = 8;
+/// Pages looked up together: that one of them is missing shows in all of them. Two blocks in a turn
+/// of the loop; more in a block would not fit into registers.
+const BLOCK: usize = 4;
 
 /// No page: it is not aligned as one.
 const NONE: NonNull<u8> = NonNull::dangling();
@@ -75,48 +76,76 @@ impl Kept {
         page: impl Fn(E) -> Option<u64>,
         pieces: &mut [Piece],
     ) -> usize {
-        let mut found = 0;
-        if entries.len() >= 2 * BLOCK {
-            found = self.find_blocks(round, entries, &page, pieces);
+        if entries.len() >= 4 * BLOCK {
+            return self.find_many(round, entries, page, pieces);
         }
-        for (entry, piece) in entries.iter().zip(pieces).skip(found) {
-            let Some(base) = page(*entry).and_then(|reference| self.find(round, reference)) else {
-                break;
-            };
-            piece.move_to(base);
-            found += 1;
-        }
-        found
+        self.find_few(round, entries, &page, pieces)
     }
 
-    /// The same a block at a time, until one is not wholly there.
+    #[inline(always)]
+    fn find_few<E: Copy>(
+        &mut self,
+        round: u32,
+        entries: &[E],
+        page: &impl Fn(E) -> Option<u64>,
+        pieces: &mut [Piece],
+    ) -> usize {
+        for (found, (entry, piece)) in entries.iter().zip(pieces).enumerate() {
+            match page(*entry).and_then(|reference| self.find(round, reference)) {
+                Some(base) => piece.move_to(base),
+                None => return found,
+            }
+        }
+        entries.len()
+    }
+
     #[inline(never)]
-    fn find_blocks<E: Copy>(
+    fn find_many<E: Copy>(
         &mut self,
         round: u32,
         entries: &[E],
         page: impl Fn(E) -> Option<u64>,
         pieces: &mut [Piece],
     ) -> usize {
+        let found = self.find_blocks(round, entries, &page, pieces);
+        let (Some(entries), Some(pieces)) = (entries.get(found..), pieces.get_mut(found..)) else {
+            return found;
+        };
+        found + self.find_few(round, entries, &page, pieces)
+    }
+
+    /// The same a block at a time, until one is not wholly there.
+    #[inline(always)]
+    fn find_blocks<E: Copy>(
+        &mut self,
+        round: u32,
+        entries: &[E],
+        page: &impl Fn(E) -> Option<u64>,
+        pieces: &mut [Piece],
+    ) -> usize {
         let pages = &*self.pages;
         // As long as `pages`.
         let Some(rounds) = self.rounds.get_mut(..pages.len()) else { return 0 };
-        let blocks = entries.as_chunks::<BLOCK>().0.iter().zip(pieces.as_chunks_mut::<BLOCK>().0);
+        let turns = entries.as_chunks::<{ 2 * BLOCK }>().0;
+        let turns = turns.iter().zip(pieces.as_chunks_mut::<{ 2 * BLOCK }>().0);
         let mut found = 0;
-        for (entries, pieces) in blocks {
-            let mut bits = 0;
-            for (entry, piece) in entries.iter().zip(pieces) {
-                let Some(reference) = page(*entry) else { return found };
-                let number = usize::try_from(reference).unwrap_or(usize::MAX);
-                let Some(base) = pages.get(number) else { return found };
-                rounds[number] = round;
-                piece.move_to(*base);
-                bits |= base.addr().get();
+        for (entries, pieces) in turns {
+            let entries = entries.as_chunks::<BLOCK>().0;
+            for (entries, pieces) in entries.iter().zip(pieces.as_chunks_mut::<BLOCK>().0) {
+                let mut bits = 0;
+                for (entry, piece) in entries.iter().zip(pieces) {
+                    let Some(reference) = page(*entry) else { return found };
+                    let number = usize::try_from(reference).unwrap_or(usize::MAX);
+                    let Some(base) = pages.get(number) else { return found };
+                    rounds[number] = round;
+                    piece.move_to(*base);
+                    bits |= base.addr().get();
+                }
+                if bits % PAGE_BYTES != 0 {
+                    return found;
+                }
+                found += BLOCK;
             }
-            if bits % PAGE_BYTES != 0 {
-                return found;
-            }
-            found += BLOCK;
         }
         found
     }
