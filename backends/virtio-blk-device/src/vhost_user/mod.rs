@@ -28,6 +28,8 @@ mod packed;
 mod ring;
 mod server;
 mod split;
+#[cfg(test)]
+mod tests;
 mod worker;
 
 pub use disk::{Disk, Progress, Report, Waits};
