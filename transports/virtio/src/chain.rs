@@ -1,6 +1,7 @@
 //! The descriptors of one request, copied out of the driver's memory.
 
 use alloc::boxed::Box;
+use core::slice;
 
 use pvblk::backend::{PeerMemory, Violation};
 use pvblk::memory::{Access, SharedRegion};
@@ -33,19 +34,12 @@ impl Chain {
         (self.count, self.readable) = (0, 0);
     }
 
-    /// Adds a descriptor.
+    /// Goes on with the list, from where it ended.
     #[inline(always)]
-    pub(crate) fn push(&mut self, descriptor: Descriptor) -> Result<(), Violation> {
-        let place = self.descriptors.get_mut(self.count).ok_or(Violation::BadChain)?;
-        *place = descriptor;
-        if !descriptor.is_writable() {
-            if self.readable != self.count {
-                return Err(Violation::BadChain);
-            }
-            self.readable += 1;
-        }
-        self.count += 1;
-        Ok(())
+    pub(crate) fn list(&mut self) -> List<'_> {
+        let Self { descriptors, count, readable } = self;
+        let slots = descriptors.get_mut(*count..).unwrap_or_default().iter_mut();
+        List { slots, count: *count, readable: *readable, ends: (count, readable) }
     }
 
     /// What the device reads, and what it writes to.
@@ -89,12 +83,43 @@ impl Chain {
         memory: &'m mut impl PeerMemory<Handle = Address>,
         table: &Descriptor,
     ) -> Result<(SharedRegion<'m>, usize), Violation> {
-        let bytes = table.bytes as usize;
+        let bytes = table.bytes() as usize;
         if bytes == 0 || !bytes.is_multiple_of(BYTES) {
             return Err(Violation::BadChain);
         }
-        let segment = Address::segment(table.address, table.bytes);
+        let segment = Address::segment(table.address, table.bytes());
         let region = memory.at_hand_region(&segment, Access::Read).ok_or(Violation::BadChain)?;
         Ok((region, bytes / BYTES))
+    }
+}
+
+/// A chain that is being copied. What was copied counts once [`end`](Self::end) says so.
+pub(crate) struct List<'a> {
+    slots: slice::IterMut<'a, Descriptor>,
+    count: usize,
+    readable: usize,
+    ends: (&'a mut usize, &'a mut usize),
+}
+
+impl List<'_> {
+    /// Adds a descriptor.
+    #[inline(always)]
+    pub(crate) fn push(&mut self, descriptor: Descriptor) -> Result<(), Violation> {
+        *self.slots.next().ok_or(Violation::BadChain)? = descriptor;
+        if !descriptor.is_writable() {
+            // What the device reads comes before what it writes to.
+            if self.readable != self.count {
+                return Err(Violation::BadChain);
+            }
+            self.readable += 1;
+        }
+        self.count += 1;
+        Ok(())
+    }
+
+    #[inline(always)]
+    pub(crate) fn end(self) {
+        let Self { count, readable, ends, .. } = self;
+        (*ends.0, *ends.1) = (count, readable);
     }
 }

@@ -18,34 +18,62 @@ pub(crate) mod flag {
 }
 
 /// One buffer of a request.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+// Two words, so that it is moved as such.
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Descriptor {
     /// Where it begins.
     pub address: u64,
-    /// How long it is.
-    pub bytes: u32,
-    /// [`flag`]s; in a table only `WRITE` and, in a split queue's, `NEXT`.
-    pub(crate) flags: u16,
+    /// Its length, above it [`flag`]s, and above those anything.
+    rest: u64,
 }
 
 impl Descriptor {
-    pub(crate) const EMPTY: Self = Self { address: 0, bytes: 0, flags: 0 };
+    pub(crate) const EMPTY: Self = Self { address: 0, rest: 0 };
+
+    /// A buffer with these [`flag`]s; in a table only `WRITE` and, in a split queue's, `NEXT`.
+    #[inline(always)]
+    pub(crate) const fn new(address: u64, bytes: u32, flags: u16) -> Self {
+        Self { address, rest: bytes as u64 | (flags as u64) << 32 }
+    }
+
+    /// The two words of a split queue's descriptor. What is above the flags is of no matter.
+    #[inline(always)]
+    pub(crate) const fn from_words([address, rest]: [u64; 2]) -> Self {
+        Self { address, rest }
+    }
 
     /// A buffer that the device reads.
     #[inline(always)]
-    pub(crate) fn readable(address: u64, bytes: u32) -> Self {
-        Self { address, bytes, flags: 0 }
+    pub(crate) const fn readable(address: u64, bytes: u32) -> Self {
+        Self::new(address, bytes, 0)
     }
 
     /// A buffer that the device writes to.
     #[inline(always)]
-    pub(crate) fn writable(address: u64, bytes: u32) -> Self {
-        Self { address, bytes, flags: flag::WRITE }
+    pub(crate) const fn writable(address: u64, bytes: u32) -> Self {
+        Self::new(address, bytes, flag::WRITE)
+    }
+
+    /// How long it is.
+    #[inline(always)]
+    pub const fn bytes(&self) -> u32 {
+        self.rest as u32
+    }
+
+    /// Its [`flag`]s.
+    #[inline(always)]
+    pub(crate) const fn flags(&self) -> u16 {
+        (self.rest >> 32) as u16
     }
 
     /// Whether the device writes to it.
     #[inline(always)]
-    pub fn is_writable(&self) -> bool {
-        self.flags & flag::WRITE != 0
+    pub const fn is_writable(&self) -> bool {
+        self.rest & (flag::WRITE as u64) << 32 != 0
+    }
+
+    /// The same with another length.
+    pub(crate) const fn with_bytes(self, bytes: u32) -> Self {
+        Self::new(self.address, bytes, self.flags())
     }
 }

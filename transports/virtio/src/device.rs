@@ -56,7 +56,7 @@ impl<Q: DeviceQueue> DeviceWire<Q> {
     #[inline(always)]
     fn decode(&mut self, memory: &mut impl PeerMemory<Handle = Address>) -> Option<[u64; 2]> {
         match self.chain.ends() {
-            Some((header, status)) if header.bytes == HEADER_BYTES && status.bytes == 1 => {
+            Some((header, status)) if header.bytes() == HEADER_BYTES && status.bytes() == 1 => {
                 self.incoming.key.status = Some(status.address);
                 self.data = (1, self.chain.count() - 1);
                 read_words(memory, header.address)
@@ -75,9 +75,10 @@ impl<Q: DeviceQueue> DeviceWire<Q> {
         let (reads, writes) = self.chain.split_mut();
         let last = writes.last_mut()?;
         // The last byte of what there is.
-        last.bytes = last.bytes.checked_sub(1)?;
-        self.incoming.key.status = Some(last.address.wrapping_add(u64::from(last.bytes)));
-        if last.bytes == 0 {
+        let bytes = last.bytes().checked_sub(1)?;
+        *last = last.with_bytes(bytes);
+        self.incoming.key.status = Some(last.address.wrapping_add(u64::from(bytes)));
+        if bytes == 0 {
             end -= 1;
         }
         let (first, words) = gather_header(memory, reads)?;
@@ -119,10 +120,9 @@ impl<Q: DeviceQueue> DeviceWire<Q> {
             _ => return Taken::Refused(Status::NotSupported),
         };
         // The configuration allows one range in a request.
-        let [Descriptor { address, bytes: RANGE_BYTES, .. }] = *data else {
-            return Taken::Refused(Status::Failed);
-        };
-        let Some(words) = read_words(memory, address) else {
+        let [range] = *data else { return Taken::Refused(Status::Failed) };
+        let words = (range.bytes() == RANGE_BYTES).then(|| read_words(memory, range.address));
+        let Some(words) = words.flatten() else {
             return Taken::Refused(Status::Failed);
         };
         let [sector, rest] = words.map(u64::from_le);
@@ -200,16 +200,16 @@ fn gather_header(
     let mut header = [[0; 8]; 2];
     let mut left = header.as_flattened_mut();
     for (place, descriptor) in reads.iter_mut().enumerate() {
-        let count = left.len().min(descriptor.bytes as usize);
+        let count = left.len().min(descriptor.bytes() as usize);
         let (now, later) = core::mem::take(&mut left).split_at_mut(count);
         if !read_bytes(memory, descriptor.address, now) {
             return None;
         }
         left = later;
+        *descriptor = descriptor.with_bytes(descriptor.bytes() - count as u32);
         descriptor.address = descriptor.address.wrapping_add(count as u64);
-        descriptor.bytes -= count as u32;
         if left.is_empty() {
-            let is_used_up = descriptor.bytes == 0;
+            let is_used_up = descriptor.bytes() == 0;
             return Some((place + usize::from(is_used_up), header.map(u64::from_ne_bytes)));
         }
     }
@@ -226,7 +226,7 @@ fn tell(
 ) -> Option<u64> {
     let mut filled = 0;
     for descriptor in data.iter().take_while(|descriptor| descriptor.is_writable()) {
-        let (now, later) = bytes.split_at(bytes.len().min(descriptor.bytes as usize));
+        let (now, later) = bytes.split_at(bytes.len().min(descriptor.bytes() as usize));
         let access = Access::ReadWrite;
         let (region, offset) = window(memory, descriptor.address, now.len(), access)?;
         region.write_bytes(offset, now);
@@ -290,12 +290,12 @@ impl<Q: DeviceQueue> Wire for DeviceWire<Q> {
     #[inline(always)]
     fn whole_page(entry: Descriptor) -> Option<u64> {
         let is_page = entry.address.is_multiple_of(PAGE_BYTES as u64);
-        (is_page && entry.bytes == PAGE_BYTES as u32).then_some(entry.address)
+        (is_page && entry.bytes() == PAGE_BYTES as u32).then_some(entry.address)
     }
 
     #[inline(always)]
     fn segment(entry: Descriptor) -> Result<Segment<Address>, Malformed> {
-        match entry.bytes {
+        match entry.bytes() {
             0 => Err(Malformed),
             bytes => Ok(Address::segment(entry.address, bytes)),
         }

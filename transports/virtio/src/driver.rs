@@ -179,7 +179,7 @@ fn header_of(block: u64) -> Descriptor {
 #[inline(always)]
 fn table_of(address: u64, entries: usize) -> Descriptor {
     // At most some pages' worth of entries.
-    Descriptor { address, bytes: (entries * BYTES) as u32, flags: flag::INDIRECT }
+    Descriptor::new(address, (entries * BYTES) as u32, flag::INDIRECT)
 }
 
 /// The descriptor of a request's data.

@@ -243,17 +243,25 @@ unsafe impl PeerMemory for GuestMemory {
         pieces: &mut [Piece],
     ) -> usize {
         const BYTES: u64 = PAGE_BYTES as u64;
-        let Self { ram, last, .. } = self;
-        let mut found = 0;
+        let (mut last, mut found) = (self.last, 0);
+        // A page that begins before this lies in the region.
+        let mut end = last.bytes.saturating_sub(BYTES - 1);
         for (entry, piece) in entries.iter().zip(pieces) {
             let address = page(*entry).filter(|address| address.is_multiple_of(BYTES));
             let Some(address) = address else { break };
-            let base = Self::in_region(last, address, BYTES)
-                .or_else(|| Self::look_up(ram, last, address, BYTES));
-            let Some(base) = base else { break };
-            piece.move_to(base);
+            let mut offset = address.wrapping_sub(last.start);
+            if offset >= end {
+                if Self::look_up(&self.ram, &mut last, address, BYTES).is_none() {
+                    break;
+                }
+                end = last.bytes.saturating_sub(BYTES - 1);
+                offset = address.wrapping_sub(last.start);
+            }
+            // SAFETY: the page lies in the region, which is one that is mapped.
+            piece.move_to(unsafe { last.base.add(offset as usize) });
             found += 1;
         }
+        self.last = last;
         found
     }
 

@@ -130,26 +130,24 @@ impl<R: Rings> DeviceQueue<R> {
 
 /// A descriptor, out of its two words, and its buffer id.
 #[inline(always)]
-fn decode(address: u64, rest: u64) -> (Descriptor, u16) {
-    let (address, rest) = (u64::from_le(address), u64::from_le(rest));
-    let descriptor = Descriptor { address, bytes: rest as u32, flags: (rest >> 48) as u16 };
-    (descriptor, (rest >> 32) as u16)
+fn decode(words: [u64; 2]) -> (Descriptor, u16) {
+    let [address, rest] = words.map(u64::from_le);
+    (Descriptor::new(address, rest as u32, (rest >> 48) as u16), (rest >> 32) as u16)
 }
 
 /// Copies a table: all of it, in order.
 #[inline(always)]
 fn walk(chain: &mut Chain, table: &SharedRegion<'_>, count: usize) -> Result<(), Violation> {
     let words = table.pairs(0, count);
+    let mut list = chain.list();
     for place in 0..count {
-        let [address, rest] = words(place).ok_or(Violation::BadChain)?;
-        let (mut descriptor, _) = decode(address, rest);
-        if descriptor.flags & flag::INDIRECT != 0 {
+        let (descriptor, _) = decode(words(place).ok_or(Violation::BadChain)?);
+        if descriptor.flags() & flag::INDIRECT != 0 {
             return Err(Violation::BadChain);
         }
-        // Nothing else counts in a table.
-        descriptor.flags &= flag::WRITE;
-        chain.push(descriptor)?;
+        list.push(descriptor)?;
     }
+    list.end();
     Ok(())
 }
 
@@ -176,7 +174,7 @@ impl<R: Rings> queue::DeviceQueue for DeviceQueue<R> {
         chain.clear();
         let room = self.size - self.in_use;
         let (mut at, mut count) = (self.next, 0);
-        let mut table = None;
+        let (mut list, mut table) = (chain.list(), None);
         let id = loop {
             if count == room {
                 // More than the ring has: a circle, or what was not answered yet.
@@ -184,22 +182,22 @@ impl<R: Rings> queue::DeviceQueue for DeviceQueue<R> {
             }
             let ring = self.rings.descriptors();
             let offset = ring.offset + usize::from(at.at) * BYTES;
-            let [address, rest] = ring.region.read::<u64, 2>(offset);
-            let (descriptor, id) = decode(address, rest);
+            let (descriptor, id) = decode(ring.region.read(offset));
             (at, count) = (at.after(1, self.size), count + 1);
-            let is_last = descriptor.flags & flag::NEXT == 0;
-            if descriptor.flags & flag::INDIRECT != 0 {
+            let is_last = descriptor.flags() & flag::NEXT == 0;
+            if descriptor.flags() & flag::INDIRECT != 0 {
                 if !is_last || !self.has_tables {
                     return Err(Violation::BadChain);
                 }
                 table = Some(descriptor);
                 break id;
             }
-            chain.push(descriptor)?;
+            list.push(descriptor)?;
             if is_last {
                 break id;
             }
         };
+        list.end();
         if let Some(table) = table {
             let (table, count) = chain.table(memory, &table)?;
             walk(chain, &table, count)?;

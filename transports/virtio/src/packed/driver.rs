@@ -1,6 +1,7 @@
 //! The driver's side of a packed virtqueue.
 
 use alloc::boxed::Box;
+use core::cell::Cell;
 use core::sync::atomic::Ordering;
 
 use pvblk::frontend::Violation;
@@ -44,10 +45,9 @@ pub struct DriverQueue<S: Share<Handle = Address>> {
     free: u16,
     room: u16,
     size: u16,
-    /// Requests that are staged or with the device.
-    in_flight: u16,
-    /// Those that the device was not shown yet.
-    hidden: u16,
+    /// How many requests were staged so far, and how many of them the device was shown.
+    staged: u16,
+    shown: u16,
     has_events: bool,
     /// Whether the device was told that no notification is wanted.
     quiet: bool,
@@ -64,13 +64,16 @@ struct Answered<'a> {
     ring: Area<'a>,
     next: Position,
     index: u16,
+    /// What was there, copied once.
+    tail: Cell<u32>,
 }
 
 impl SharedIndex<u16> for Answered<'_> {
     #[inline(always)]
     fn load(&self) -> u16 {
         let offset = self.ring.offset + usize::from(self.next.at) * BYTES + TAIL;
-        let (_, flags) = split_tail(self.ring.region.load_u32(offset, Ordering::Acquire));
+        self.tail.set(self.ring.region.load_u32(offset, Ordering::Acquire));
+        let (_, flags) = split_tail(self.tail.get());
         self.index.wrapping_add(u16::from(flags & TURN == used(self.next.wrap)))
     }
 
@@ -83,7 +86,7 @@ impl<S: Share<Handle = Address>> DriverQueue<S> {
     /// Requests that the device saw and did not answer.
     #[inline(always)]
     fn outstanding(&self) -> u16 {
-        self.in_flight - self.hidden
+        self.shown.wrapping_sub(self.answers.next())
     }
 
     /// Writes a descriptor. The first one after what the device was shown is held back.
@@ -94,10 +97,9 @@ impl<S: Share<Handle = Address>> DriverQueue<S> {
         let offset = usize::from(at) * BYTES;
         let region = self.areas.descriptors().region;
         if self.first.is_none() {
-            let flags = descriptor.flags | flags;
-            self.first = Some((at, tail(number, flags)));
+            self.first = Some((at, tail(number, descriptor.flags() | flags)));
             region.write(offset, &[descriptor.address.to_le()]);
-            region.write(offset + LENGTH, &[descriptor.bytes.to_le()]);
+            region.write(offset + LENGTH, &[descriptor.bytes().to_le()]);
         } else {
             region.write(offset, &encode(descriptor, number, flags));
         }
@@ -130,8 +132,8 @@ impl<S: Share<Handle = Address> + Clone> queue::DriverQueue for DriverQueue<S> {
             free: 0,
             room: size,
             size,
-            in_flight: 0,
-            hidden: 0,
+            staged: 0,
+            shown: 0,
             has_events: features.contains(Features::EVENT_INDEX),
             quiet: false,
         })
@@ -175,8 +177,7 @@ impl<S: Share<Handle = Address> + Clone> queue::DriverQueue for DriverQueue<S> {
         self.free = buffer.next;
         (buffer.id, buffer.count) = (id, count);
         self.room -= count;
-        self.in_flight += 1;
-        self.hidden += 1;
+        self.staged = self.staged.wrapping_add(1);
     }
 
     #[inline(always)]
@@ -192,7 +193,7 @@ impl<S: Share<Handle = Address> + Clone> queue::DriverQueue for DriverQueue<S> {
             old: requests.published(),
             size: *size,
         };
-        self.hidden = 0;
+        self.shown = self.staged;
         requests.publish(&First { region, at, tail }, &wanted)
     }
 
@@ -205,20 +206,19 @@ impl<S: Share<Handle = Address> + Clone> queue::DriverQueue for DriverQueue<S> {
         }
         let outstanding = self.outstanding();
         let ring = self.areas.descriptors();
-        let answered = Answered { ring, next: self.next_used, index: self.answers.next() };
+        let (next, index, tail) = (self.next_used, self.answers.next(), Cell::new(0));
+        let answered = Answered { ring, next, index, tail };
         if !self.answers.look(&answered, outstanding)? {
             return Ok(None);
         }
         self.answers.take();
-        let offset = usize::from(self.next_used.at) * BYTES + TAIL;
-        let (number, _) = split_tail(ring.region.load_u32(offset, Ordering::Relaxed));
+        let (number, _) = split_tail(answered.tail.get());
         let buffer = self.buffers.get_mut(usize::from(number)).filter(|buffer| buffer.count > 0);
         let buffer = buffer.ok_or(Violation::UnknownRequest)?;
         let (id, count) = (buffer.id, buffer.count);
         (buffer.count, buffer.next) = (0, self.free);
         self.free = number;
         self.room += count;
-        self.in_flight -= 1;
         self.next_used = self.next_used.after(count, self.size);
         Ok(Some((number, id)))
     }
@@ -231,7 +231,8 @@ impl<S: Share<Handle = Address> + Clone> queue::DriverQueue for DriverQueue<S> {
         // many answers, if all have as many descriptors as they have on the average.
         let batch = batch.clamp(1, usize::from(outstanding).max(1));
         let in_use = usize::from(self.size - self.room);
-        let further = (batch - 1) * in_use / usize::from(self.in_flight.max(1));
+        let in_flight = self.staged.wrapping_sub(self.answers.next());
+        let further = (batch - 1) * in_use / usize::from(in_flight.max(1));
         let Self { areas, answers, next_used, size, has_events, .. } = self;
         let wish = Wish {
             area: areas.driver(),
@@ -240,7 +241,8 @@ impl<S: Share<Handle = Address> + Clone> queue::DriverQueue for DriverQueue<S> {
             place: next_used.after(further as u16, *size),
         };
         let ring = areas.descriptors();
-        let answered = Answered { ring, next: *next_used, index: answers.next() };
+        let (index, tail) = (answers.next(), Cell::new(0));
+        let answered = Answered { ring, next: *next_used, index, tail };
         Ok(answers.sleep(&answered, &wish, 1, outstanding)?)
     }
 }

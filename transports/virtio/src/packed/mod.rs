@@ -73,8 +73,8 @@ fn split_tail(tail: u32) -> (u16, u16) {
 /// The two words of a descriptor.
 #[inline(always)]
 fn encode(descriptor: Descriptor, id: u16, flags: u16) -> [u64; 2] {
-    let flags = u64::from(descriptor.flags | flags);
-    let rest = u64::from(descriptor.bytes) | u64::from(id) << 32 | flags << 48;
+    let flags = u64::from(descriptor.flags() | flags);
+    let rest = u64::from(descriptor.bytes()) | u64::from(id) << 32 | flags << 48;
     [descriptor.address.to_le(), rest.to_le()]
 }
 

@@ -109,14 +109,6 @@ impl<R: Rings> DeviceQueue<R> {
     }
 }
 
-/// A descriptor, out of its two words, and the next one.
-#[inline(always)]
-fn decode(address: u64, rest: u64) -> (Descriptor, u16) {
-    let (address, rest) = (u64::from_le(address), u64::from_le(rest));
-    let descriptor = Descriptor { address, bytes: rest as u32, flags: (rest >> 32) as u16 };
-    (descriptor, (rest >> 48) as u16)
-}
-
 /// Copies what is linked in a table of `size` descriptors, from `at` on. What ends in a table is
 /// returned.
 #[inline(always)]
@@ -126,18 +118,22 @@ fn walk(
     mut at: u16,
     words: impl Fn(usize) -> Option<[u64; 2]>,
 ) -> Result<Option<Descriptor>, Violation> {
+    let mut list = chain.list();
     for _ in 0..size {
-        let [address, rest] = words(at.into()).ok_or(Violation::BadChain)?;
-        let (descriptor, next) = decode(address, rest);
-        if descriptor.flags & (flag::INDIRECT | flag::NEXT) != flag::NEXT {
-            if descriptor.flags & flag::INDIRECT == 0 {
-                return chain.push(descriptor).map(|()| None);
+        let words = words(at.into()).ok_or(Violation::BadChain)?.map(u64::from_le);
+        let descriptor = Descriptor::from_words(words);
+        if descriptor.flags() & (flag::INDIRECT | flag::NEXT) != flag::NEXT {
+            if descriptor.flags() & flag::INDIRECT == 0 {
+                list.push(descriptor)?;
+                list.end();
+                return Ok(None);
             }
-            let is_last = descriptor.flags & flag::NEXT == 0;
+            list.end();
+            let is_last = descriptor.flags() & flag::NEXT == 0;
             return if is_last { Ok(Some(descriptor)) } else { Err(Violation::BadChain) };
         }
-        chain.push(descriptor)?;
-        at = next;
+        list.push(descriptor)?;
+        at = (words[1] >> 48) as u16;
     }
     // As many as there are, and none of them the last: a circle.
     Err(Violation::BadChain)

@@ -96,8 +96,8 @@ impl<S: Share<Handle = Address>> DriverQueue<S> {
 
 #[inline(always)]
 fn encode(descriptor: Descriptor, flags: u16, next: u16) -> [u64; 2] {
-    let flags = u64::from(descriptor.flags | flags);
-    let rest = u64::from(descriptor.bytes) | flags << 32 | u64::from(next) << 48;
+    let flags = u64::from(descriptor.flags() | flags);
+    let rest = u64::from(descriptor.bytes()) | flags << 32 | u64::from(next) << 48;
     [descriptor.address.to_le(), rest.to_le()]
 }
 
