@@ -42,6 +42,11 @@ fn choose<Q: DriverQueue>(offered: Features, config: &Config) -> Result<Features
     if config.indirect_segments == 0 {
         wanted -= Features::INDIRECT;
     }
+    if Q::FEATURE.contains(Features::PACKED) {
+        // There it lets a device answer several requests by one descriptor, which the queue does not
+        // expect.
+        wanted -= Features::IN_ORDER;
+    }
     let needed = Features::VERSION_1 | Q::FEATURE;
     let lacking = needed - offered;
     if lacking.is_empty() { Ok(offered & wanted) } else { Err(Error::Lacks(lacking)) }
