@@ -269,6 +269,17 @@ impl QueueStore {
     }
 }
 
+impl StoreKind {
+    #[inline(never)]
+    fn submit(&mut self, tag: Tag, operation: Operation<'_>) -> Submitted {
+        match self {
+            Self::File(store) => store.submit(tag, operation),
+            Self::Memory(disk) => disk.submit(tag, operation),
+            Self::Nbd(store) => store.submit(tag, operation),
+        }
+    }
+}
+
 impl Store for QueueStore {
     fn geometry(&self) -> Geometry {
         let geometry = match &self.kind {
@@ -295,12 +306,12 @@ impl Store for QueueStore {
         }
     }
 
-    #[inline]
+    /// What memory does is little enough to be done where it is asked for.
+    #[inline(always)]
     fn submit(&mut self, tag: Tag, operation: Operation<'_>) -> Submitted {
         let submitted = match &mut self.kind {
-            StoreKind::File(store) => store.submit(tag, operation),
             StoreKind::Memory(disk) => disk.submit(tag, operation),
-            StoreKind::Nbd(store) => store.submit(tag, operation),
+            other => other.submit(tag, operation),
         };
         if let Submitted::Done(result) = submitted {
             self.note(result);
