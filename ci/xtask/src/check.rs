@@ -11,7 +11,7 @@ use crate::report::{Tally, heading, say};
 use crate::shell;
 
 /// Crates that must build for a 64-bit x86 machine without an operating system.
-const BARE_X86_64: [&str; 14] = [
+const BARE_X86_64: [&str; 15] = [
     "pvblk",
     "pvblk-xen",
     "pvblk-virtio",
@@ -19,6 +19,7 @@ const BARE_X86_64: [&str; 14] = [
     "virtio-blk-driver",
     "pvblk-adapters",
     "xen-blkback",
+    "virtio-blk-device",
     "pvblk-stores",
     "xen-hypercalls",
     "pvh-guest",
@@ -29,13 +30,14 @@ const BARE_X86_64: [&str; 14] = [
 ];
 
 /// The same for Arm.
-const BARE_AARCH64: [&str; 8] = [
+const BARE_AARCH64: [&str; 9] = [
     "pvblk",
     "pvblk-xen",
     "pvblk-virtio",
     "xen-blkfront",
     "virtio-blk-driver",
     "xen-blkback",
+    "virtio-blk-device",
     "pvblk-stores",
     "xen-hypercalls",
 ];
