@@ -259,7 +259,10 @@ impl<S: Share> Payload<S::Handle> for PoolBuffer<S> {
     fn registered(&self, bytes: u64) -> Option<Fragment<S::Handle>> {
         let first = (self.number * self.pool.pages_each) as usize;
         let handle = self.pool.pages.handle(first);
-        let run = self.pool.run_bytes.load(Ordering::Relaxed);
+        let run = match S::Handle::MAY_FOLLOW {
+            true => self.pool.run_bytes.load(Ordering::Relaxed),
+            false => PAGE_BYTES as u32,
+        };
         (bytes <= u64::from(run)).then_some(Fragment { handle, offset: 0, bytes: run })
     }
 

@@ -19,7 +19,7 @@ use crate::buffer::{Cursor, Fragment, Payload};
 pub use crate::command::{Code, Command, DiscardUnits, Features, Status};
 use crate::extent::{Extent, ExtentError, Geometry, SECTOR_BYTES};
 use crate::indirect::{Chain, TableEntry, TablePool, TableRef};
-use crate::memory::{Access, PAGE_BYTES, Share};
+use crate::memory::{Access, Handle, PAGE_BYTES, Share};
 use crate::plan::{DIRECT_SEGMENTS_MAX, Limits, RangeLimits, Segment, Segments, TABLES_MAX};
 use crate::table::{Slots, Tag};
 
@@ -837,7 +837,8 @@ impl<W: Wire, S: Share<Handle = W::Handle>> Link<W, S> {
     #[inline(always)]
     fn segment<P: Payload<W::Handle>>(&self, buffer: &P, bytes: u64) -> Option<Segment<W::Handle>> {
         let Fragment { handle, offset, .. } = buffer.registered(bytes)?;
-        let fits = bytes <= u64::from(self.limits.segment_bytes);
+        // A page always fits.
+        let fits = !W::Handle::MAY_FOLLOW || bytes <= u64::from(self.limits.segment_bytes);
         let room = fits && self.wire.has_room(Shape::Direct(1));
         room.then_some(Segment { handle, offset, bytes: bytes as u32 })
     }

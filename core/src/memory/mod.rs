@@ -79,6 +79,9 @@ pub unsafe trait PageAllocator {
 /// The conversion to and from bits lets handles live in atomics, so that a page can be shared anew,
 /// under another name, after a migration.
 pub trait Handle: Copy + core::fmt::Debug + PartialEq {
+    /// Whether any page can [follow](Self::follows) another one.
+    const MAY_FOLLOW: bool = false;
+
     /// The handle as a number.
     fn to_bits(self) -> u64;
     /// The handle that [`to_bits`](Self::to_bits) gave.

@@ -45,6 +45,7 @@ impl Handle for Address {
     fn from_bits(bits: u64) -> Self {
         Self(bits)
     }
+    const MAY_FOLLOW: bool = true;
     fn follows(self, previous: Self) -> bool {
         self.0 == previous.0 + PAGE_BYTES as u64
     }

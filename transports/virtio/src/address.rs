@@ -19,6 +19,8 @@ impl Handle for Address {
         Self(bits)
     }
 
+    const MAY_FOLLOW: bool = true;
+
     #[inline(always)]
     fn follows(self, previous: Self) -> bool {
         self.0 == previous.0.wrapping_add(PAGE_BYTES as u64)

@@ -447,11 +447,11 @@ mod tests {
             (0..*bytes).step_by(8).map(|at| AtomicU64::new(u64::from_ne_bytes(word(at)))).collect()
         };
         let memory: Vec<Box<[AtomicU64]>> = regions.iter().map(words).collect();
-        let region = |((start, bytes), words): (&(u64, u64), &Box<[AtomicU64]>)| {
-            let base = NonNull::from(&**words).cast();
+        let region = |((start, bytes), words): (&(u64, u64), &[AtomicU64])| {
+            let base = NonNull::from(words).cast();
             Region { start: *start, bytes: *bytes, base }
         };
-        let list = regions.iter().zip(&memory).map(region).collect();
+        let list = regions.iter().zip(memory.iter().map(|words| &**words)).map(region).collect();
         // SAFETY: the boxes stay where they are in the list that is the keeper.
         unsafe { GuestRam::new(list, Box::new(memory)) }.unwrap()
     }
