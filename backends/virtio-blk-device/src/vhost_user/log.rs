@@ -28,7 +28,7 @@ const SIZE: usize = 10;
 
 /// Memory that is mapped.
 struct Mapped {
-    map: MmapRegion<()>,
+    _map: MmapRegion<()>,
     base: NonNull<u8>,
 }
 
@@ -37,15 +37,6 @@ struct Mapped {
 unsafe impl Send for Mapped {}
 // SAFETY: as above.
 unsafe impl Sync for Mapped {}
-
-impl Mapped {
-    #[inline(always)]
-    fn region(&self) -> SharedRegion<'_> {
-        // SAFETY: mapped as long as `self`, from the beginning of a page on; only regions are made of
-        // it. That the file keeps its length is the monitor's promise.
-        unsafe { SharedRegion::new(self.base, self.map.size()) }
-    }
-}
 
 /// Memory for the logs of all queues of a device.
 #[derive(Clone)]
@@ -74,14 +65,17 @@ impl Logs {
         let map = MmapRegion::from_file(FileOffset::new(file, offset), bytes);
         let map = map.map_err(io::Error::other)?;
         let base = NonNull::new(map.as_ptr()).ok_or(io::ErrorKind::InvalidInput)?;
-        Ok(Self { mapped: Arc::new(Mapped { map, base }), queues, queue_size })
+        Ok(Self { mapped: Arc::new(Mapped { _map: map, base }), queues, queue_size })
     }
 
     /// The log of one queue, if there is one for a queue of that size.
     pub fn log(&self, queue: usize, size: u16) -> Option<Log> {
-        let is_there = queue < usize::from(self.queues) && size <= self.queue_size;
-        let at = queue * bytes_for(self.queue_size);
-        is_there.then(|| Log { mapped: self.mapped.clone(), at, size })
+        if queue >= usize::from(self.queues) || size > self.queue_size {
+            return None;
+        }
+        // SAFETY: the mapping has as many bytes for each of the queues, and this is one of them.
+        let base = unsafe { self.mapped.base.add(queue * bytes_for(self.queue_size)) };
+        Some(Log { base, bytes: bytes_for(size), size, _mapped: self.mapped.clone() })
     }
 }
 
@@ -91,16 +85,24 @@ fn bytes_for(queue_size: u16) -> usize {
 
 /// The log of one queue.
 pub(super) struct Log {
-    mapped: Arc<Mapped>,
-    at: usize,
+    /// A part of the mapping.
+    base: NonNull<u8>,
+    bytes: usize,
     size: u16,
+    _mapped: Arc<Mapped>,
 }
+
+// SAFETY: as for `Mapped`.
+unsafe impl Send for Log {}
 
 impl Log {
     /// Its memory.
     #[inline(always)]
     pub fn region(&self) -> SharedRegion<'_> {
-        self.mapped.region().part(self.at, bytes_for(self.size))
+        // SAFETY: mapped as long as `self`; the mapping begins at a page, and the part at a multiple of
+        // 32 bytes from there. Only regions are made of it. That the file keeps its length is the
+        // monitor's promise.
+        unsafe { SharedRegion::new(self.base, self.bytes) }
     }
 
     /// Whether a queue of this size was written down in it.

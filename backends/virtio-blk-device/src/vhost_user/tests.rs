@@ -225,6 +225,8 @@ fn play<Q: GuestQueue, D: DriverQueue<Share = Ram>>(
 const FEATURES: Features = Features::EVENT_INDEX;
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
     #[test]
     fn a_split_queue_loses_nothing(steps in steps()) {
         play::<SplitQueue, split::DriverQueue<Ram>>(FEATURES, 0, &steps);

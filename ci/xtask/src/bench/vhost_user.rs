@@ -4,8 +4,9 @@
 //! The guest is emulated, so that its own processor is the limit of most loads, and the machine may be
 //! busy with other things. So the daemons take turns, a second each, in many rounds, and there are two
 //! kinds of figures: what fio in the guest reaches, as the medians of the rounds, with the median of
-//! what the two reached in the same round for a ratio; and the processor time that a daemon takes for a
-//! request, by the system's own account, which hardly depends on how fast the guest is.
+//! what the two reached in the same round for a ratio; and what depends less on how fast the guest is:
+//! the processor time of a request by the system's own account, that of the daemon and that of daemon
+//! and machine together, and the interrupts that the guest counts.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -94,7 +95,7 @@ pub fn run(options: &Options) -> Result<()> {
         timeout: Duration::from_secs(1200),
     };
     let mut log = Log::default();
-    machine.run(&rig, |line| line.map_or(Ok(()), |line| log.hear(line, &daemons)))?;
+    machine.run(&rig, |qemu, line| line.map_or(Ok(()), |line| log.hear(line, qemu, &daemons)))?;
     ensure!(log.is_complete, "the guest did not come to its end: see {}", folder.display());
     for daemon in daemons {
         daemon.end()?;
@@ -106,7 +107,8 @@ pub fn run(options: &Options) -> Result<()> {
     println!();
     say(format!(
         "medians of {ROUNDS} rounds of {SECONDS} s in turn, ratios within a round; the guest's emulated \
-         processor limits both. /cpu: processor time that the daemon takes for a request"
+         processor limits both. /cpu: processor time that the daemon takes for a request; /cpu-all: \
+         daemon and QEMU, guest included"
     ));
     results::publish(if options.load.is_none() { NAME } else { "vhost-user-part" }, &rows)
 }
@@ -183,42 +185,48 @@ fn peer(rig: &Rig, memory: &Path, folder: &Path, image: &Path) -> Result<Daemon>
     Daemon::start(plan("io_uring")).or_else(|_| Daemon::start(plan("threads")))
 }
 
-/// What was measured in one run: the rate, and processor time for a request in nanoseconds.
+/// What was measured in one run: the rate; for a request, nanoseconds of processors (of the daemon, of
+/// everybody), and interrupts.
 #[derive(Clone, Copy)]
 struct Sample {
     rate: [f64; 2],
-    cpu: f64,
+    cpu: [f64; 2],
+    interrupts: f64,
 }
 
 /// What the guest has said.
 #[derive(Default)]
 struct Log {
     samples: BTreeMap<(String, usize), Vec<Sample>>,
-    began: Option<u64>,
+    began: Option<[u64; 2]>,
     is_complete: bool,
 }
 
 impl Log {
-    fn hear(&mut self, line: &str, daemons: &[Daemon; 3]) -> Result<()> {
-        let words: Vec<&str> = line.splitn(4, ' ').collect();
+    fn hear(&mut self, line: &str, qemu: u32, daemons: &[Daemon; 3]) -> Result<()> {
+        let words: Vec<&str> = line.splitn(5, ' ').collect();
         let number = |disk: &str| DISKS.iter().position(|other| *other == disk);
         match words[..] {
             ["BEGIN", disk, _] => {
                 let number = number(disk).context("a disk that there is not")?;
-                self.began = Some(processor_time(daemons[number].id())?);
+                self.began = Some(processor_times(qemu, &daemons[number])?);
             }
-            ["END", disk, case, report] => {
+            ["END", disk, case, interrupts, report] => {
                 let number = number(disk).context("a disk that there is not")?;
                 let began = self.began.take().context("END without BEGIN")?;
-                let took = processor_time(daemons[number].id())?.saturating_sub(began);
-                let sample = sample(report, case, took)?;
+                let ended = processor_times(qemu, &daemons[number])?;
+                let took = [0, 1].map(|place| ended[place].saturating_sub(began[place]));
+                let interrupts = interrupts.parse().context("END without interrupts")?;
+                let sample = sample(report, case, took, interrupts)?;
                 self.samples.entry((case.to_owned(), number)).or_default().push(sample);
                 say(format!(
-                    "{case} {}: {:.0}/s, {:.1} MiB/s, {:.2} us of the daemon",
+                    "{case} {}: {:.0}/s, {:.1} MiB/s, {:.2} of {:.1} us, {:.3} interrupts",
                     ["file", "memory", "qemu-storage-daemon"][number],
                     sample.rate[0],
                     sample.rate[1],
-                    sample.cpu / 1e3
+                    sample.cpu[0] / 1e3,
+                    sample.cpu[1] / 1e3,
+                    sample.interrupts
                 ));
             }
             ["VERDICT", "PASS"] => self.is_complete = true,
@@ -227,6 +235,12 @@ impl Log {
         }
         Ok(())
     }
+}
+
+/// Nanoseconds of the daemon, and of the whole: QEMU, in which the guest runs, and the daemon.
+fn processor_times(qemu: u32, daemon: &Daemon) -> Result<[u64; 2]> {
+    let daemon = processor_time(daemon.id())?;
+    Ok([daemon, daemon + processor_time(qemu)?])
 }
 
 /// Nanoseconds for which all threads of a process ran.
@@ -240,7 +254,7 @@ fn processor_time(process: u32) -> Result<u64> {
     Ok(sum)
 }
 
-fn sample(report: &str, case: &str, took: u64) -> Result<Sample> {
+fn sample(report: &str, case: &str, took: [u64; 2], interrupts: u64) -> Result<Sample> {
     let fields: Vec<&str> = report.split(';').collect();
     let field = |number: usize| {
         let field = fields.get(number - 1).and_then(|field| field.parse::<f64>().ok());
@@ -252,9 +266,11 @@ fn sample(report: &str, case: &str, took: u64) -> Result<Sample> {
     let kib = field(first)?;
     let block = if case.contains("-1m-") { 1024.0 } else { 4.0 };
     ensure!(kib > 0.0, "fio did nothing: {report}");
+    let requests = kib / block;
     Ok(Sample {
         rate: [field(first + 2)?, field(first + 1)? / 1024.0],
-        cpu: took as f64 / (kib / block),
+        cpu: took.map(|time| time as f64 / requests),
+        interrupts: interrupts as f64 / requests,
     })
 }
 
@@ -273,7 +289,9 @@ fn rows_of(case: &str, name: &str, unit: Unit, log: &Log, rows: &mut Vec<Row>) -
         Unit::Mebibytes => ("MiB/s", 1),
     };
     let rate = move |sample: &Sample| sample.rate[place];
-    let cpu = |sample: &Sample| sample.cpu / 1e3;
+    let cpu = |sample: &Sample| sample.cpu[0] / 1e3;
+    let all = |sample: &Sample| sample.cpu[1] / 1e3;
+    let interrupts = |sample: &Sample| sample.interrupts;
     let peer = of(PEER)?;
     for (daemon, store) in [(FILE, "file"), (MEMORY, "memory")] {
         let ours = of(daemon)?;
@@ -288,6 +306,9 @@ fn rows_of(case: &str, name: &str, unit: Unit, log: &Log, rows: &mut Vec<Row>) -
         let whole = row(format!("{store}/{name}"), words, Better::Higher, &rate);
         rows.push(whole.aim(Aim::Times(1.0)));
         rows.push(row(format!("{store}/{name}/cpu"), "us/request", Better::Lower, &cpu));
+        rows.push(row(format!("{store}/{name}/cpu-all"), "us/request", Better::Lower, &all));
+        let case = format!("{store}/{name}/interrupts");
+        rows.push(row(case, "a request", Better::Lower, &interrupts));
     }
     Ok(())
 }
@@ -301,13 +322,13 @@ mod tests {
         let mut fields = vec!["0"; 60];
         (fields[5], fields[6], fields[7]) = ("4096", "2048", "512");
         (fields[46], fields[47], fields[48]) = ("8192", "1024", "1");
-        let read = sample(&fields.join(";"), "randread-4k-32", 1_024_000).unwrap();
-        assert_eq!((read.rate, read.cpu), ([512.0, 2.0], 1000.0));
-        let write = sample(&fields.join(";"), "write-1m-4", 8000).unwrap();
-        assert_eq!((write.rate, write.cpu), ([1.0, 1.0], 1000.0));
+        let read = sample(&fields.join(";"), "randread-4k-32", [1_024_000; 2], 512).unwrap();
+        assert_eq!((read.rate, read.cpu, read.interrupts), ([512.0, 2.0], [1000.0; 2], 0.5));
+        let write = sample(&fields.join(";"), "write-1m-4", [8000; 2], 4).unwrap();
+        assert_eq!((write.rate, write.cpu, write.interrupts), ([1.0, 1.0], [1000.0; 2], 0.5));
         fields[4] = "5";
-        assert!(sample(&fields.join(";"), "randread-4k-32", 1).is_err());
-        assert!(sample("nonsense", "randread-4k-32", 1).is_err());
+        assert!(sample(&fields.join(";"), "randread-4k-32", [1; 2], 1).is_err());
+        assert!(sample("nonsense", "randread-4k-32", [1; 2], 1).is_err());
     }
 
     #[test]

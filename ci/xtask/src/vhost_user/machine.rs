@@ -46,11 +46,11 @@ pub struct Machine<'a> {
 
 impl Machine<'_> {
     /// Boots, and hands each line of the guest's console to `hear` as it comes, and nothing every now
-    /// and then. Returns when the guest has switched itself off; how long that took.
+    /// and then, with QEMU's process. Returns when the guest has switched itself off; how long that took.
     pub fn run(
         &self,
         rig: &Rig,
-        mut hear: impl FnMut(Option<&str>) -> Result<()>,
+        mut hear: impl FnMut(u32, Option<&str>) -> Result<()>,
     ) -> Result<Duration> {
         let mut console = File::create(self.folder.join("console.log"))?;
         let start = Instant::now();
@@ -70,13 +70,13 @@ impl Machine<'_> {
                     let text = String::from_utf8_lossy(&bytes);
                     let text = text.trim_end_matches(['\r', '\n']);
                     writeln!(console, "{:8.3} {text}", start.elapsed().as_secs_f64())?;
-                    hear(Some(text))?;
+                    hear(child.0.id(), Some(text))?;
                 }
                 Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) if start.elapsed() > self.timeout => {
                     bail!("no end after {} s", self.timeout.as_secs())
                 }
-                Err(RecvTimeoutError::Timeout) => hear(None)?,
+                Err(RecvTimeoutError::Timeout) => hear(child.0.id(), None)?,
             }
         }
         let status = child.0.wait()?;

@@ -142,7 +142,7 @@ impl<'a> Parts<'a> {
         };
         let mut keeper = Keeper { daemon, killed: case.killed, strikes: 0, next: None };
         let mut seen = Transcript::default();
-        let result = machine.run(self.rig, |line| {
+        let result = machine.run(self.rig, |_, line| {
             keeper.look()?;
             let Some(line) = line else { return Ok(()) };
             if live {
