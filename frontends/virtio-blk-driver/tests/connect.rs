@@ -1,0 +1,242 @@
+//! Connecting: what is negotiated, and what a device must not say.
+#![allow(missing_docs)]
+
+mod common;
+
+use common::*;
+use pvblk_simulated::Ram;
+use pvblk_virtio::block::Lifetime;
+use pvblk_virtio::feature::Features;
+use pvblk_virtio::queue::DriverQueue;
+use pvblk_virtio::transport::Status;
+use virtio_blk_driver::{Config, Disk, Error, ErrorKind, Source};
+
+fn everything<Q: DriverQueue<Share = Ram>>(packed: bool) {
+    let board = Board::usual();
+    let mut config = Config::default();
+    config.queues = 5;
+    let (mut disk, mut queues) = board.connect::<Q>(&config).unwrap();
+    let it = *disk.negotiated().unwrap();
+    // The device has two queues of 64 descriptors.
+    assert_eq!((it.queues, queues.len(), it.queue_size), (2, 2, 64));
+    assert_eq!(it.features.contains(Features::PACKED), packed);
+    assert_eq!(board.accepted(), it.features);
+    assert!(it.features.contains(
+        Features::VERSION_1
+            | Features::INDIRECT
+            | Features::EVENT_INDEX
+            | Features::MULTI_QUEUE
+            | Features::LIFETIME
+            | Features::SECURE_ERASE
+    ));
+    assert_eq!(it.indirect_segments, 254);
+    let properties = it.properties;
+    assert_eq!(properties.geometry, GEOMETRY);
+    assert_eq!(properties.features, disk_features());
+    assert_eq!((properties.segments, properties.queues), (254, 2));
+    assert_eq!((properties.write_cache, properties.minimum_bytes), (Some(true), 4096));
+    assert_eq!(it.name.unwrap().as_str(), Some("in-a-vessel"));
+    assert_eq!(it.lifetime, Some(Lifetime { reserve: 1, wear_a: 2, wear_b: 3 }));
+
+    for (number, queue) in queues.iter_mut().enumerate() {
+        let (at, data) = (1000 * number as u64, pattern(number as u64, 300 * 512));
+        let mut back = vec![0; data.len()];
+        queue.write(at, &data).unwrap();
+        queue.flush().unwrap();
+        queue.read(at, &mut back).unwrap();
+        assert!(data == back);
+        queue.discard(at, 16).unwrap();
+        queue.write_zeroes(at, 3, false).unwrap();
+        queue.read(at, &mut back).unwrap();
+        assert!(
+            back[..3 * 512].iter().all(|byte| *byte == 0) && back[16 * 512..] == data[16 * 512..]
+        );
+    }
+    disk.close(&mut queues).unwrap();
+    assert_eq!(board.status(), Status::empty());
+    assert!(queues[0].read(0, &mut [0; 512]).is_err());
+    drop((disk, queues));
+    assert_eq!(board.ram.shared(), 0);
+}
+
+#[test]
+fn everything_that_is_offered_is_used_with_split_queues() {
+    everything::<SplitQueue>(false);
+}
+
+#[test]
+fn everything_that_is_offered_is_used_with_packed_queues() {
+    everything::<PackedQueue>(true);
+}
+
+#[test]
+fn what_is_not_wanted_is_not_accepted() {
+    let board = Board::usual();
+    let mut config = Config::default();
+    config.indirect_segments = 0;
+    config.without = Features::EVENT_INDEX | Features::DISCARD;
+    config.identify = false;
+    config.write_cache = Some(false);
+    let (disk, mut queues) = board.connect::<SplitQueue>(&config).unwrap();
+    let it = *disk.negotiated().unwrap();
+    assert!(!it.features.intersects(
+        Features::INDIRECT
+            | Features::EVENT_INDEX
+            | Features::DISCARD
+            | Features::MULTI_QUEUE
+            | Features::PACKED
+    ));
+    assert_eq!((it.queues, it.indirect_segments, it.name, it.lifetime), (1, 0, None, None));
+    assert_eq!((it.properties.write_cache, board.write_back()), (Some(false), false));
+    assert!(queues[0].discard(0, 8).is_err());
+    // Without tables, and with a bounce buffer of many pages, which are one run of memory.
+    let data = pattern(1, 128 << 10);
+    queues[0].write(8, &data).unwrap();
+    let mut back = vec![0; data.len()];
+    queues[0].read(8, &mut back).unwrap();
+    assert!(data == back);
+}
+
+#[test]
+fn a_device_that_offers_little_is_a_disk_still() {
+    let mut setup = Setup::usual();
+    setup.less = Features::all() - Features::VERSION_1;
+    setup.more = Features::empty();
+    setup.settings.queue_size = 5;
+    let board = Board::new(setup);
+    let (disk, mut queues) = board.connect::<SplitQueue>(&Config::default()).unwrap();
+    let it = *disk.negotiated().unwrap();
+    assert_eq!(it.features, Features::VERSION_1);
+    assert_eq!((it.queue_size, it.properties.segments, it.indirect_segments), (4, 1, 0));
+    assert_eq!(it.properties.geometry.physical_bytes, 512);
+    assert_eq!(it.properties.write_cache, None);
+    let data = pattern(2, 77 * 512);
+    let mut back = vec![0; data.len()];
+    queues[0].write(3, &data).unwrap();
+    queues[0].read(3, &mut back).unwrap();
+    assert!(data == back);
+    queues[0].flush().unwrap();
+}
+
+#[test]
+fn the_limits_of_a_device_are_kept() {
+    let mut setup = Setup::usual();
+    setup.settings.segments = 3;
+    setup.settings.segment_bytes = Some(9000);
+    setup.geometry.logical_bytes = 4096;
+    let board = Board::new(setup);
+    for segment_bytes in [u32::MAX, 1] {
+        let mut config = Config::default();
+        config.segment_bytes = segment_bytes;
+        let (mut disk, mut queues) = board.connect::<PackedQueue>(&config).unwrap();
+        let it = *disk.negotiated().unwrap();
+        assert_eq!((it.properties.segments, it.properties.segment_bytes), (3, 8192));
+        let limits = queues[0].frontend.limits().unwrap();
+        assert_eq!(limits.segment_bytes, segment_bytes.clamp(4096, 8192));
+        let data = pattern(3, 100 << 12);
+        let mut back = vec![0; data.len()];
+        queues[0].write(8, &data).unwrap();
+        queues[0].read(8, &mut back).unwrap();
+        assert!(data == back);
+        // Requests of 100 pages, of three segments each.
+        let parts = queues[0].frontend.statistics().parts;
+        assert!(parts >= 2 * 100 / (3 * u64::from(limits.segment_bytes / 4096)), "{parts}");
+        disk.close(&mut queues).unwrap();
+    }
+}
+
+fn refused(board: &Board) -> Error {
+    let error = board.connect::<SplitQueue>(&Config::default()).err().expect("it is refused");
+    assert_eq!(board.ram.shared(), 0);
+    error
+}
+
+#[test]
+fn what_there_is_no_doing_without_must_be_offered() {
+    let mut setup = Setup::usual();
+    setup.less = Features::VERSION_1;
+    let board = Board::new(setup);
+    assert_eq!(refused(&board), Error::Lacks(Features::VERSION_1));
+    assert_eq!(board.status(), Status::empty());
+    setup.less = Features::PACKED;
+    let board = Board::new(setup);
+    let error = board.connect::<PackedQueue>(&Config::default()).err().unwrap();
+    assert_eq!((error.kind(), &error), (ErrorKind::Device, &Error::Lacks(Features::PACKED)));
+}
+
+#[test]
+fn a_device_that_does_not_agree_is_let_go() {
+    let board = Board::usual();
+    board.faults.set(Faults { refuses: true, ..Faults::default() });
+    assert!(matches!(refused(&board), Error::Refused(_)));
+    assert_eq!(board.status(), Status::empty());
+}
+
+#[test]
+fn a_configuration_that_no_disk_has_is_refused() {
+    let cases: [(fn(&mut Setup), &str); 3] = [
+        (|setup| setup.geometry.logical_bytes = 1000, "blk_size"),
+        (|setup| setup.settings.segment_bytes = Some(4000), "size_max"),
+        (|setup| setup.settings.queue_size = 3, "queue_size"),
+    ];
+    for (change, expected) in cases {
+        let mut setup = Setup::usual();
+        // The disk behind it is a good one.
+        let disk = Board::usual().disk.clone();
+        change(&mut setup);
+        let board = Board::with_disk(setup, disk);
+        match refused(&board) {
+            Error::BadDevice { field, .. } => assert_eq!(field, expected),
+            other => panic!("{expected}: {other}"),
+        }
+    }
+}
+
+#[test]
+fn a_configuration_that_cannot_be_read_is_refused() {
+    for faults in [
+        Faults { restless: true, ..Faults::default() },
+        Faults { short: Some(6), ..Faults::default() },
+        Faults { short: Some(22), ..Faults::default() },
+        Faults { short: Some(34), ..Faults::default() },
+        Faults { short: Some(52), ..Faults::default() },
+    ] {
+        let board = Board::usual();
+        board.faults.set(faults);
+        assert_eq!(refused(&board), Error::BadConfiguration, "{faults:?}");
+    }
+}
+
+#[test]
+fn a_device_that_does_not_even_reset_is_given_up() {
+    let board = Board::usual();
+    let (mut disk, mut queues) = board.connect::<SplitQueue>(&Config::default()).unwrap();
+    board.faults.set(Faults { stuck: true, ..Faults::default() });
+    assert_eq!(disk.close(&mut queues), Err(Error::Stuck));
+    drop((disk, queues));
+    assert_eq!(refused(&board), Error::Stuck);
+}
+
+#[test]
+fn a_device_that_is_not_there_is_not_waited_for() {
+    let board = Board::usual();
+    board.faults.set(Faults { gone: true, ..Faults::default() });
+    assert_eq!(refused(&board), Error::Removed);
+}
+
+#[test]
+fn there_must_be_an_interrupt_for_each_source() {
+    let board = Board::usual();
+    for missing in [Source::Configuration, Source::Queue(0)] {
+        let interrupts = |source| (source != missing).then(|| board.listen());
+        let error = Disk::<_, _, SplitQueue>::connect(
+            &board,
+            board.ram.clone(),
+            interrupts,
+            &Config::default(),
+        );
+        assert_eq!(error.err(), Some(Error::NoInterrupt));
+        assert_eq!(board.status(), Status::empty());
+    }
+    assert_eq!(board.ram.shared(), 0);
+}
