@@ -174,7 +174,8 @@ fn a_device_that_does_not_agree_is_let_go() {
 
 #[test]
 fn a_configuration_that_no_disk_has_is_refused() {
-    let cases: [(fn(&mut Setup), &str); 3] = [
+    type Change = fn(&mut Setup);
+    let cases: [(Change, &str); 3] = [
         (|setup| setup.geometry.logical_bytes = 1000, "blk_size"),
         (|setup| setup.settings.segment_bytes = Some(4000), "size_max"),
         (|setup| setup.settings.queue_size = 3, "queue_size"),

@@ -6,9 +6,9 @@
 //! panics.
 #![allow(dead_code, reason = "every test file uses a part of it")]
 
-use std::cell::{Cell, RefCell};
 use std::ops::Deref;
-use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::Waker;
 
 use pvblk::backend::Backend;
@@ -140,18 +140,32 @@ struct State {
     notifications: u64,
 }
 
+/// What a test may change at any time.
+#[derive(Default)]
+pub struct Setting<T>(Mutex<T>);
+
+impl<T: Copy> Setting<T> {
+    pub fn get(&self) -> T {
+        *self.0.lock().unwrap()
+    }
+
+    pub fn set(&self, value: T) {
+        *self.0.lock().unwrap() = value;
+    }
+}
+
 /// A device in its slot. Clones are the same.
 #[derive(Clone)]
-pub struct Board(Rc<Inner>);
+pub struct Board(Arc<Inner>);
 
 pub struct Inner {
     pub ram: Ram,
     pub disk: MemoryDisk<HostPages>,
-    pub faults: Cell<Faults>,
+    pub faults: Setting<Faults>,
     pub offered: Features,
-    setup: Cell<Setup>,
-    state: RefCell<State>,
-    listeners: RefCell<Vec<Rc<Listener>>>,
+    setup: Setting<Setup>,
+    state: Mutex<State>,
+    listeners: Mutex<Vec<Arc<Listener>>>,
 }
 
 impl Deref for Board {
@@ -173,13 +187,13 @@ impl Board {
         let offered =
             (setup.settings.offer(&setup.geometry, &setup.features) | setup.more) - setup.less;
         let queues = (0..setup.settings.queues).map(|_| Queue::default()).collect();
-        Self(Rc::new(Inner {
+        Self(Arc::new(Inner {
             ram,
             disk,
-            faults: Cell::default(),
+            faults: Setting::default(),
             offered,
-            setup: Cell::new(setup),
-            state: RefCell::new(State {
+            setup: Setting(Mutex::new(setup)),
+            state: Mutex::new(State {
                 status: Status::empty(),
                 accepted: Features::empty(),
                 generation: 1,
@@ -191,7 +205,7 @@ impl Board {
                 resets: 0,
                 notifications: 0,
             }),
-            listeners: RefCell::default(),
+            listeners: Mutex::default(),
         }))
     }
 
@@ -208,31 +222,35 @@ impl Board {
     }
 
     pub fn listen(&self) -> Irq {
-        let listener = Rc::new(Listener::default());
-        self.listeners.borrow_mut().push(listener.clone());
+        let listener = Arc::new(Listener::default());
+        self.listeners.lock().unwrap().push(listener.clone());
         Irq { board: self.clone(), listener }
     }
 }
 
 impl Inner {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
     pub fn status(&self) -> Status {
-        self.state.borrow().status
+        self.state().status
     }
 
     pub fn resets(&self) -> u32 {
-        self.state.borrow().resets
+        self.state().resets
     }
 
     pub fn accepted(&self) -> Features {
-        self.state.borrow().accepted
+        self.state().accepted
     }
 
     pub fn write_back(&self) -> bool {
-        self.state.borrow().write_back
+        self.state().write_back
     }
 
     pub fn notifications(&self) -> u64 {
-        self.state.borrow().notifications
+        self.state().notifications
     }
 
     /// Gives the disk another size, in sectors, and tells the driver.
@@ -240,7 +258,7 @@ impl Inner {
         let mut setup = self.setup.get();
         setup.geometry.sectors = sectors;
         self.setup.set(setup);
-        let mut state = self.state.borrow_mut();
+        let mut state = self.state();
         state.generation += 1;
         state.changed = true;
         drop(state);
@@ -249,7 +267,7 @@ impl Inner {
 
     /// The device cannot go on.
     pub fn break_down(&self) {
-        let mut state = self.state.borrow_mut();
+        let mut state = self.state();
         state.status |= Status::NEEDS_RESET;
         state.changed = true;
         drop(state);
@@ -257,10 +275,16 @@ impl Inner {
     }
 
     fn signal(&self) {
-        self.state.borrow_mut().signalled = true;
-        for listener in self.listeners.borrow().iter().filter(|listener| listener.is_open.get()) {
-            listener.held.set(true);
-            if let Some(waker) = listener.waker.take() {
+        self.state().signalled = true;
+        for listener in self
+            .listeners
+            .lock()
+            .unwrap()
+            .iter()
+            .filter(|listener| listener.is_open.load(Ordering::SeqCst))
+        {
+            listener.held.store(true, Ordering::SeqCst);
+            if let Some(waker) = listener.take_waker() {
                 waker.wake();
             }
         }
@@ -270,7 +294,7 @@ impl Inner {
     pub fn work(&self) -> bool {
         let mut any = false;
         let mut interrupt = false;
-        let mut state = self.state.borrow_mut();
+        let mut state = self.state();
         if !state.status.contains(Status::DRIVER_OK) || state.status.contains(Status::NEEDS_RESET) {
             return false;
         }
@@ -332,7 +356,7 @@ impl Inner {
 
     fn config(&self, offset: usize, bytes: usize) -> Option<u64> {
         let setup = self.setup.get();
-        let state = self.state.borrow();
+        let state = self.state();
         let config = setup.settings.config(&setup.geometry, &setup.features, state.write_back);
         let all = config.as_bytes();
         let end = self.faults.get().short.unwrap_or(all.len());
@@ -355,16 +379,16 @@ impl Transport for Board {
     }
 
     fn accept(&self, features: Features) {
-        self.state.borrow_mut().accepted = features;
+        self.state().accepted = features;
     }
 
     fn status(&self) -> Status {
-        if self.faults.get().gone { Status::all() } else { self.state.borrow().status }
+        if self.faults.get().gone { Status::all() } else { self.state().status }
     }
 
     fn set_status(&self, status: Status) {
         let faults = self.faults.get();
-        let mut state = self.state.borrow_mut();
+        let mut state = self.state();
         if faults.gone || (faults.stuck && status.is_empty()) {
             return;
         }
@@ -385,7 +409,7 @@ impl Transport for Board {
     }
 
     fn generation(&self) -> u32 {
-        let mut state = self.state.borrow_mut();
+        let mut state = self.state();
         state.generation += u32::from(self.faults.get().restless);
         state.generation
     }
@@ -404,7 +428,7 @@ impl Transport for Board {
 
     fn set_config8(&self, offset: usize, value: u8) -> bool {
         assert_eq!(offset, 32, "the one field that can be written");
-        self.state.borrow_mut().write_back = value != 0;
+        self.state().write_back = value != 0;
         true
     }
 
@@ -414,20 +438,20 @@ impl Transport for Board {
     }
 
     fn enable_queue(&self, queue: u16, size: u16, at: Addresses) {
-        let mut state = self.state.borrow_mut();
+        let mut state = self.state();
         assert!(state.status.contains(Status::FEATURES_OK), "features come first");
         assert!(!state.status.contains(Status::DRIVER_OK), "queues come before requests");
         state.queues[usize::from(queue)].at = Some((size, at));
     }
 
     fn notify(&self, queue: u16) {
-        let mut state = self.state.borrow_mut();
+        let mut state = self.state();
         state.notifications += 1;
         state.queues[usize::from(queue)].notified = true;
     }
 
     fn acknowledge(&self) -> bool {
-        let mut state = self.state.borrow_mut();
+        let mut state = self.state();
         state.signalled = false;
         std::mem::take(&mut state.changed)
     }
@@ -435,26 +459,33 @@ impl Transport for Board {
 
 #[derive(Default)]
 struct Listener {
-    held: Cell<bool>,
-    is_open: Cell<bool>,
-    waker: Cell<Option<Waker>>,
+    held: AtomicBool,
+    is_open: AtomicBool,
+    waker: Mutex<Option<Waker>>,
+}
+
+impl Listener {
+    fn take_waker(&self) -> Option<Waker> {
+        self.waker.lock().unwrap().take()
+    }
 }
 
 /// A listener to a board's one interrupt.
 pub struct Irq {
     board: Board,
-    listener: Rc<Listener>,
+    listener: Arc<Listener>,
 }
 
 impl Interrupt for Irq {
     fn is_held(&self) -> bool {
-        self.listener.held.get()
+        self.listener.held.load(Ordering::SeqCst)
     }
 
     fn rearm(&self) {
-        self.listener.held.set(false);
-        self.listener.is_open.set(true);
-        if self.board.state.borrow().signalled {
+        self.listener.held.store(false, Ordering::SeqCst);
+        self.listener.is_open.store(true, Ordering::SeqCst);
+        let is_signalled = self.board.state().signalled;
+        if is_signalled {
             self.board.signal();
         }
     }
@@ -469,9 +500,9 @@ impl Interrupt for Irq {
     }
 
     fn set_waker(&self, waker: &Waker) {
-        self.listener.waker.set(Some(waker.clone()));
+        *self.listener.waker.lock().unwrap() = Some(waker.clone());
         if self.is_held()
-            && let Some(waker) = self.listener.waker.take()
+            && let Some(waker) = self.listener.take_waker()
         {
             waker.wake();
         }
