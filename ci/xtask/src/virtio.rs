@@ -67,8 +67,10 @@ impl Case {
     fn command_line(&self, words: &str) -> String {
         let packed = u8::from(self.packed);
         let segment = if self.tables { " segment=4" } else { "" };
+        // The platform's own memory on one machine, `virtio-drivers`' on the other.
+        let memory = if self.machine == Machine::Microvm { " memory=hal" } else { "" };
         let sectors = RESIZED_BYTES / 512;
-        format!("packed={packed} queues={QUEUES}{segment} resize={sectors} {words}")
+        format!("packed={packed} queues={QUEUES}{segment}{memory} resize={sectors} {words}")
     }
 }
 

@@ -6,7 +6,7 @@ use embassy_sync::blocking_mutex::Mutex;
 use embassy_sync::blocking_mutex::raw::RawMutex;
 use pvblk_virtio::feature::Features;
 use pvblk_virtio::queue::Addresses;
-use pvblk_virtio::transport::{Status, Transport};
+use pvblk_virtio::transport::{Doorbells, Status, Transport};
 use virtio_drivers::transport::{DeviceStatus, InterruptStatus};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -18,14 +18,23 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 /// What is not used of a transport: its way through the initialization (`begin_init` neither waits
 /// for the reset nor looks whether the device agrees), and its reading until nothing changes, which
 /// may be for ever.
-pub struct Registers<M: RawMutex, T> {
+pub struct Registers<M: RawMutex, T, D = ()> {
     transport: Mutex<M, RefCell<T>>,
+    doorbells: D,
 }
 
 impl<M: RawMutex, T: virtio_drivers::transport::Transport> Registers<M, T> {
     /// The registers of a device.
     pub fn new(transport: T) -> Self {
-        Self { transport: Mutex::new(RefCell::new(transport)) }
+        Self::with_doorbells(transport, ())
+    }
+}
+
+impl<M: RawMutex, T: virtio_drivers::transport::Transport, D> Registers<M, T, D> {
+    /// The registers of a device that is notified by `doorbells`, where there is one. The PCI transport's
+    /// own way takes the lock and three accesses, since it looks up where to with every notification.
+    pub fn with_doorbells(transport: T, doorbells: D) -> Self {
+        Self { transport: Mutex::new(RefCell::new(transport)), doorbells }
     }
 
     fn with<R>(&self, use_it: impl FnOnce(&mut T) -> R) -> R {
@@ -45,7 +54,12 @@ impl<M: RawMutex, T: virtio_drivers::transport::Transport> Registers<M, T> {
     }
 }
 
-impl<M: RawMutex, T: virtio_drivers::transport::Transport> Transport for Registers<M, T> {
+impl<M, T, D> Transport for Registers<M, T, D>
+where
+    M: RawMutex,
+    T: virtio_drivers::transport::Transport,
+    D: Doorbells,
+{
     fn features(&self) -> Features {
         Features::from_bits_retain(self.with(|transport| transport.read_device_features()))
     }
@@ -96,8 +110,11 @@ impl<M: RawMutex, T: virtio_drivers::transport::Transport> Transport for Registe
         });
     }
 
+    #[inline]
     fn notify(&self, queue: u16) {
-        self.with(|transport| transport.notify(queue));
+        if !self.doorbells.notify(queue) {
+            self.with(|transport| transport.notify(queue));
+        }
     }
 
     fn acknowledge(&self) -> bool {

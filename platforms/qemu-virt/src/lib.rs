@@ -41,6 +41,7 @@ compile_error!("qemu-virt knows x86_64 only, so far");
 mod apic;
 mod clock;
 pub mod console;
+mod doorbells;
 mod guest;
 mod hal;
 mod lines;
@@ -52,6 +53,7 @@ mod runtime;
 mod serial;
 mod virtio;
 
+pub use doorbells::PciDoorbells;
 pub use guest::Guest;
 pub use hal::IdentityHal;
 pub use lines::{Line, LineStatistics};

@@ -8,6 +8,7 @@ use virtio_drivers::transport::pci::bus::{Command, DeviceFunction, PciRoot};
 use virtio_drivers::transport::pci::{PciTransport, virtio_device_type};
 use virtio_drivers::transport::{DeviceType, SomeTransport, Transport};
 
+use crate::doorbells::PciDoorbells;
 use crate::hal::IdentityHal;
 use crate::pci::{self, Ports};
 
@@ -16,6 +17,8 @@ use crate::pci::{self, Ports};
 pub struct Device {
     /// Its registers.
     pub transport: SomeTransport<'static>,
+    /// Where to notify it, if that is not best done by way of the registers.
+    pub doorbells: Option<PciDoorbells>,
     /// Where its interrupt arrives, for [`Guest::listen`](crate::Guest::listen).
     pub pin: u8,
     /// Where it is.
@@ -62,7 +65,8 @@ fn on_pci() -> impl Iterator<Item = Device> {
         let wanted = Command::MEMORY_SPACE | Command::BUS_MASTER;
         root.set_command(function, (command - Command::INTERRUPT_DISABLE) | wanted);
         let transport = PciTransport::new::<IdentityHal, _>(&mut root, function).ok()?;
-        Some(Device { transport: transport.into(), pin, place: Place::Pci(function) })
+        let doorbells = PciDoorbells::find(&mut root, function);
+        Some(Device { transport: transport.into(), doorbells, pin, place: Place::Pci(function) })
     })
 }
 
@@ -74,7 +78,8 @@ fn on_command_line(command_line: &'static str) -> impl Iterator<Item = Device> {
         let registers = NonNull::new(core::ptr::with_exposed_provenance_mut(address))?;
         // SAFETY: the hypervisor says that there are registers. They are below 4 GiB, and mapped.
         let transport = unsafe { MmioTransport::new(registers, bytes) }.ok()?;
-        Some(Device { transport: transport.into(), pin, place: Place::Mmio(address) })
+        let place = Place::Mmio(address);
+        Some(Device { transport: transport.into(), doorbells: None, pin, place })
     })
 }
 

@@ -76,6 +76,26 @@ pub trait Transport {
     fn acknowledge(&self) -> bool;
 }
 
+/// Notifications of a device, apart from its other registers: one access each.
+pub trait Doorbells {
+    /// Notifies the device that there is something in a queue. `false` if that has to go another way.
+    fn notify(&self, queue: u16) -> bool;
+}
+
+/// Everything has to go another way.
+impl Doorbells for () {
+    fn notify(&self, _queue: u16) -> bool {
+        false
+    }
+}
+
+impl<D: Doorbells> Doorbells for Option<D> {
+    #[inline]
+    fn notify(&self, queue: u16) -> bool {
+        self.as_ref().is_some_and(|doorbells| doorbells.notify(queue))
+    }
+}
+
 /// Somebody who listens to an interrupt of a device.
 ///
 /// Several listeners may have one interrupt in common: each hears all of it.

@@ -7,6 +7,7 @@
 //!
 //! The command line: `queues=N size=N segments=N segment=KIB packed=0|1` shape what the driver asks for
 //! (packed queues are used where they are offered, unless `packed=0`); `seed=N` makes another pattern;
+//! `memory=hal` has the disks' memory come from a `Hal` of `virtio-drivers`;
 //! `resize=SECTORS` waits for the raw disk to get that size after all else.
 #![cfg_attr(target_os = "none", no_std, no_main)]
 
@@ -33,15 +34,16 @@ mod image {
     use pvblk_virtio::queue::DriverQueue;
     use pvblk_virtio::transport::Transport;
     use pvblk_virtio::{packed, split};
-    use qemu_virt::{Guest, Line, println};
+    use qemu_virt::{Guest, IdentityHal, Line, PciDoorbells, Place, println};
     use unikernel::{files, hammer};
-    use virtio_blk_driver::{Change, Config, Disk, DiskQueue, Registers};
+    use virtio_blk_driver::{Change, Config, Disk, DiskQueue, HalMemory, Lender, Registers};
     use virtio_drivers::transport::{DeviceType, SomeTransport};
 
     use crate::machine::QemuMachine;
     use crate::report;
 
-    type Device = Registers<NoopRawMutex, SomeTransport<'static>>;
+    type Device = Registers<NoopRawMutex, SomeTransport<'static>, Option<PciDoorbells>>;
+    type Hal = HalMemory<NoopRawMutex, IdentityHal>;
     pub type Queue<Q> = DiskQueue<'static, Device, Line, Q>;
 
     qemu_virt::entry!(start);
@@ -55,18 +57,25 @@ mod image {
     }
 
     fn run(guest: &'static Guest) -> Result<(), String> {
+        let hal: Option<&'static Hal> = match guest.argument("memory") {
+            Some("hal") => Some(Box::leak(Box::default())),
+            _ => None,
+        };
         let mut done = (false, false);
         for found in guest.devices().filter(|device| device.kind() == DeviceType::Block) {
             let (pin, place) = (found.pin, found.place);
             // They live as long as the image: what they borrow is never freed.
-            let device: &'static Device = Box::leak(Box::new(Registers::new(found.transport)));
+            let device: &'static Device =
+                Box::leak(Box::new(Registers::with_doorbells(found.transport, found.doorbells)));
             let packed = guest.argument("packed") != Some("0")
                 && device.features().contains(Features::PACKED);
             let free = guest.free_pages();
-            let used = if packed {
-                one::<packed::DriverQueue<&'static Guest>>(guest, device, pin, place)
-            } else {
-                one::<split::DriverQueue<&'static Guest>>(guest, device, pin, place)
+            let slot = Slot { device, pin, place };
+            let used = match (packed, hal) {
+                (false, None) => one::<split::DriverQueue<_>>(guest, &slot, guest),
+                (true, None) => one::<packed::DriverQueue<_>>(guest, &slot, guest),
+                (false, Some(hal)) => one::<split::DriverQueue<_>>(guest, &slot, hal),
+                (true, Some(hal)) => one::<packed::DriverQueue<_>>(guest, &slot, hal),
             };
             match used.map_err(|error| alloc::format!("{place}: {error}"))? {
                 Use::Files => done.0 = true,
@@ -87,6 +96,13 @@ mod image {
         }
     }
 
+    /// A device that was found.
+    struct Slot {
+        device: &'static Device,
+        pin: u8,
+        place: Place,
+    }
+
     /// What a disk was used for.
     enum Use {
         Files,
@@ -94,23 +110,20 @@ mod image {
     }
 
     /// Uses one disk for what its name says.
-    fn one<Q>(
-        guest: &'static Guest,
-        device: &'static Device,
-        pin: u8,
-        place: qemu_virt::Place,
-    ) -> Result<Use, String>
+    fn one<Q>(guest: &'static Guest, slot: &Slot, lender: Lender<Q>) -> Result<Use, String>
     where
-        Q: DriverQueue<Share = &'static Guest> + 'static,
+        Q: DriverQueue + 'static,
+        Lender<Q>: Clone,
     {
         let machine = QemuMachine(guest);
-        let interrupts = |_| guest.listen(pin);
+        let interrupts = |_| guest.listen(slot.pin);
         let (mut disk, mut queues) =
-            Disk::<_, _, Q>::connect(device, guest, interrupts, &wanted(guest)).map_err(text)?;
+            Disk::<_, _, Q>::connect(slot.device, lender, interrupts, &wanted(guest))
+                .map_err(text)?;
         let negotiated = *disk.negotiated().ok_or("not connected")?;
         let name = negotiated.name.ok_or("the disk has no name")?;
         let name = name.as_str().ok_or("the disk's name is no text")?;
-        report::negotiated(name, place, &negotiated);
+        report::negotiated(name, slot.place, &negotiated);
         match name {
             "files" => {
                 let fs = files::read_all(&machine, queues.remove(0))?;
@@ -140,7 +153,8 @@ mod image {
         sectors: u64,
     ) -> Result<(), String>
     where
-        Q: DriverQueue<Share = &'static Guest>,
+        Q: DriverQueue,
+        Lender<Q>: Clone,
     {
         println!("RESIZE wanted: {sectors} sectors");
         loop {

@@ -41,7 +41,7 @@ pub fn negotiated(name: &str, place: Place, it: &Negotiated) {
 /// Prints what the queues and the guest have done so far.
 pub fn totals<Q>(guest: &Guest, queues: &[Queue<Q>])
 where
-    Q: pvblk_virtio::queue::DriverQueue<Share = &'static Guest>,
+    Q: pvblk_virtio::queue::DriverQueue,
 {
     for (number, queue) in queues.iter().enumerate() {
         let it = queue.frontend.statistics();
