@@ -36,7 +36,7 @@ mod frames;
 #[cfg(all(target_os = "none", feature = "heap"))]
 pub mod heap;
 pub mod interrupts;
-#[cfg(feature = "log")]
+#[cfg(all(target_os = "none", feature = "log"))]
 pub mod logger;
 #[cfg(any(all(target_os = "none", feature = "mem"), test))]
 mod mem;
