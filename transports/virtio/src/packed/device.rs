@@ -7,7 +7,7 @@ use pvblk::memory::SharedRegion;
 use pvblk::ring::{Consumer, Producer, SharedIndex};
 
 use super::position::{Position, Wanted, Wish};
-use super::{EVENT_BYTES, LENGTH, Layout, TAIL, TURN, available, split_tail, tail, used};
+use super::{EVENT_BYTES, LENGTH, Layout, TAIL, TURN, split_tail, tail};
 use crate::address::Address;
 use crate::chain::Chain;
 use crate::descriptor::{BYTES, Descriptor, flag};
@@ -48,7 +48,7 @@ impl SharedIndex<u16> for Available<'_> {
     fn load(&self) -> u16 {
         let offset = self.ring.offset + usize::from(self.next.at) * BYTES + TAIL;
         let (_, flags) = split_tail(self.ring.region.load_u32(offset, Ordering::Acquire));
-        self.index.wrapping_add(u16::from(flags & TURN == available(self.next.wrap)))
+        self.index.wrapping_add(u16::from(flags & TURN == self.next.available()))
     }
 
     fn store(&self, _value: u16) {
@@ -99,7 +99,7 @@ impl<R: Rings> DeviceQueue<R> {
         if next.at >= size || next_used.at >= size {
             return Err(QueueError::Size(size.into()));
         }
-        let behind = if next.wrap == next_used.wrap { 0 } else { size };
+        let behind = if next.is_in_lap_of(next_used) { 0 } else { size };
         Ok(Self {
             rings,
             requests: Consumer::new(0),
@@ -214,7 +214,7 @@ impl<R: Rings> queue::DeviceQueue for DeviceQueue<R> {
         let ring = self.rings.descriptors();
         let offset = ring.offset + usize::from(at) * BYTES;
         ring.region.write(offset + LENGTH, &[written.to_le()]);
-        let tail = tail(id, used(self.next_used.wrap));
+        let tail = tail(id, self.next_used.used());
         // As long as the first answer is not there, the driver does not look at what comes after it.
         if self.first.is_none() {
             self.first = Some((at, tail));

@@ -9,7 +9,7 @@ use pvblk::memory::{Share, SharedRegion};
 use pvblk::ring::{Consumer, Producer, SharedIndex};
 
 use super::position::{Position, Wanted, Wish};
-use super::{LENGTH, Layout, TAIL, TURN, available, encode, split_tail, tail, used};
+use super::{LENGTH, Layout, TAIL, TURN, encode, split_tail, tail};
 use crate::address::Address;
 use crate::area::Areas;
 use crate::descriptor::{BYTES, Descriptor, flag};
@@ -74,7 +74,7 @@ impl SharedIndex<u16> for Answered<'_> {
         let offset = self.ring.offset + usize::from(self.next.at) * BYTES + TAIL;
         self.tail.set(self.ring.region.load_u32(offset, Ordering::Acquire));
         let (_, flags) = split_tail(self.tail.get());
-        self.index.wrapping_add(u16::from(flags & TURN == used(self.next.wrap)))
+        self.index.wrapping_add(u16::from(flags & TURN == self.next.used()))
     }
 
     fn store(&self, _value: u16) {
@@ -93,7 +93,7 @@ impl<S: Share<Handle = Address>> DriverQueue<S> {
     #[inline(always)]
     fn write(&mut self, descriptor: Descriptor, number: u16, flags: u16) {
         let at = self.next.at;
-        let flags = flags | available(self.next.wrap);
+        let flags = flags | self.next.available();
         let offset = usize::from(at) * BYTES;
         let region = self.areas.descriptors().region;
         if self.first.is_none() {

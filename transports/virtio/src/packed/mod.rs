@@ -78,17 +78,5 @@ fn encode(descriptor: Descriptor, id: u16, flags: u16) -> [u64; 2] {
     [descriptor.address.to_le(), rest.to_le()]
 }
 
-/// The flags of a descriptor that the driver makes available in a lap with that wrap counter.
-#[inline(always)]
-const fn available(wrap: bool) -> u16 {
-    if wrap { flag::AVAIL } else { flag::USED }
-}
-
-/// The flags of a descriptor that the device has used in a lap with that wrap counter.
-#[inline(always)]
-const fn used(wrap: bool) -> u16 {
-    if wrap { flag::AVAIL | flag::USED } else { 0 }
-}
-
-/// The flags that tell the two.
+/// The flags that tell whether a descriptor is available or used, in the lap of a wrap counter.
 const TURN: u16 = flag::AVAIL | flag::USED;

@@ -4,38 +4,66 @@ use core::sync::atomic::Ordering;
 
 use pvblk::ring::SharedIndex;
 
-use super::wish;
+use super::{TURN, wish};
+use crate::descriptor::flag;
 use crate::event::Area;
 
 /// A place in the ring, and the wrap counter there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Position {
     pub at: u16,
-    pub wrap: bool,
+    /// The flags of a descriptor there that the device has used: both if the wrap counter is 1, none
+    /// if it is 0.
+    used: u16,
 }
 
 impl Position {
     /// Where a new queue begins.
-    pub const START: Self = Self { at: 0, wrap: true };
+    pub const START: Self = Self { at: 0, used: TURN };
 
     /// The place `count` descriptors further on, at most the whole ring of `size`.
     #[inline(always)]
     pub fn after(self, count: u16, size: u16) -> Self {
         let at = self.at + count;
-        if at >= size { Self { at: at - size, wrap: !self.wrap } } else { Self { at, ..self } }
+        if at >= size {
+            Self { at: at - size, used: self.used ^ TURN }
+        } else {
+            Self { at, ..self }
+        }
+    }
+
+    /// The flags of a descriptor there that the device has used.
+    #[inline(always)]
+    pub fn used(self) -> u16 {
+        self.used
+    }
+
+    /// The flags of a descriptor there that the driver makes available.
+    #[inline(always)]
+    pub fn available(self) -> u16 {
+        self.used ^ flag::USED
+    }
+
+    /// Whether both are in the same lap.
+    #[inline(always)]
+    pub fn is_in_lap_of(self, other: Self) -> bool {
+        self.used == other.used
     }
 
     /// The place as it is in an event structure, and as vhost calls it.
     #[inline(always)]
     pub fn to_bits(self) -> u16 {
-        self.at | u16::from(self.wrap) << 15
+        self.at | self.used & WRAP
     }
 
     #[inline(always)]
     pub fn from_bits(bits: u16) -> Self {
-        Self { at: bits & 0x7fff, wrap: bits >> 15 != 0 }
+        Self { at: bits & !WRAP, used: if bits & WRAP != 0 { TURN } else { 0 } }
     }
 }
+
+/// The wrap counter, beside a place.
+const WRAP: u16 = 1 << 15;
 
 /// What the other side wants to be told, as the core's event: an index among those that count
 /// descriptors from the beginning.
@@ -62,7 +90,7 @@ impl SharedIndex<u16> for Wanted<'_> {
                 let place = Position::from_bits(bits as u16);
                 // How far that place lies behind. One in another lap is one behind: a ring is the
                 // most that anybody can be ahead.
-                let lap = if place.wrap == self.position.wrap { 0 } else { self.size };
+                let lap = if place.is_in_lap_of(self.position) { 0 } else { self.size };
                 let behind = self.position.at.wrapping_add(lap).wrapping_sub(place.at);
                 // The structure names the descriptor; the core's event is reached one later.
                 self.new.wrapping_sub(behind).wrapping_add(1)
