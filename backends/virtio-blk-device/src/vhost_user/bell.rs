@@ -15,8 +15,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 /// here and not two.
 pub(super) struct Bell {
     epoll: OwnedFd,
+    kick: Arc<OwnedFd>,
     /// Kept open.
-    _kick: Arc<OwnedFd>,
     _orders: Arc<OwnedFd>,
 }
 
@@ -26,7 +26,7 @@ impl Bell {
         for fd in [&kick, &orders] {
             epoll::add(&epoll, fd, EventData::new_u64(0), EventFlags::IN | EventFlags::ET)?;
         }
-        Ok(Self { epoll, _kick: kick, _orders: orders })
+        Ok(Self { epoll, kick, _orders: orders })
     }
 
     /// Sleeps until it rings, or the store wants to be called.
@@ -49,6 +49,17 @@ impl Bell {
         // Either of the two, or both: which one does not matter.
         let none = Event { flags: EventFlags::empty(), data: EventData::new_u64(0) };
         let _ = epoll::wait(&self.epoll, &mut [none; 2], timeout);
+    }
+}
+
+impl Drop for Bell {
+    fn drop(&mut self) {
+        // The monitor takes a notification that is still there for one that nobody has heard.
+        let mut kick = [PollFd::new(&self.kick, PollFlags::IN)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        if poll(&mut kick, Some(&now)).is_ok_and(|ready| ready > 0) {
+            let _ = rustix::io::read(&self.kick, &mut [0; 8]);
+        }
     }
 }
 
