@@ -231,8 +231,8 @@ where
     ///
     /// # Errors
     ///
-    /// [`Error`] if the device had to be reset, and could not be connected again. Requests wait:
-    /// [`close`](Self::close) ends them.
+    /// [`Error`] if the device had to be reset, and could not be connected again. Requests wait: this
+    /// may be called once more, and [`close`](Self::close) ends them.
     pub fn advance(&mut self, queues: &mut impl Queues<'t, T, I, Q>) -> Result<Change, Error> {
         let Some(negotiated) = &self.negotiated else { return Ok(Change::Nothing) };
         if self.interrupt.is_held() {

@@ -55,6 +55,8 @@ pub struct Faults {
     pub stuck: bool,
     /// Its generation is another one with every look.
     pub restless: bool,
+    /// What it says of itself, whatever it is.
+    pub config: Option<[u8; 72]>,
     /// Its configuration is that short, in bytes.
     pub short: Option<usize>,
     /// It stops after so many requests, and says that it needs a reset.
@@ -358,7 +360,8 @@ impl Inner {
         let setup = self.setup.get();
         let state = self.state();
         let config = setup.settings.config(&setup.geometry, &setup.features, state.write_back);
-        let all = config.as_bytes();
+        let own = self.faults.get().config;
+        let all = own.as_ref().map_or(config.as_bytes(), |own| own);
         let end = self.faults.get().short.unwrap_or(all.len());
         let field = all[..end].get(offset..offset + bytes)?;
         let mut word = [0; 8];
