@@ -53,11 +53,11 @@ pub fn run(options: &Options) -> Result<()> {
         bail!("only x86_64 so far, not {}", options.arch);
     }
     if options.wire == Wire::Virtio {
-        if options.example != "unikernel" || options.image.is_some() || options.defmt {
-            bail!("with `--wire virtio` there is the unikernel, with its messages as text");
+        if options.example != "unikernel" || options.image.is_some() {
+            bail!("with `--wire virtio` there is our unikernel, and nothing else");
         }
         let packed = options.packed.then_some(true);
-        virtio::run(options.machine, packed, &options.cmdline).context("FAIL")?;
+        virtio::run(options.machine, packed, options.defmt, &options.cmdline).context("FAIL")?;
         println!("PASS: every file and the disk are as they must be, on every machine and queue");
         return Ok(());
     }

@@ -92,7 +92,7 @@ fn host(tally: &mut Tally) -> Result<()> {
 fn virtio(tally: &mut Tally) -> Result<()> {
     heading("VirtIO in QEMU, without Xen");
     let rig = Rig::prepare()?;
-    let virtio = Virtio::new(&rig)?;
+    let virtio = Virtio::new(&rig, false)?;
     for case in Case::all(None, None) {
         let name = format!("unikernel on {}: a file system read, a disk written", case.name());
         tally.step(&name, || virtio.run(&case, "", false).map(drop));

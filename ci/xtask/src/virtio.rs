@@ -10,6 +10,7 @@ use sha2::{Digest, Sha256};
 
 use crate::bare;
 use crate::guests::image::Image;
+use crate::guests::messages::Messages;
 use crate::guests::transcript::{Transcript, value};
 use crate::report::say;
 use crate::rig::{Machine, Plain, Rig};
@@ -79,18 +80,22 @@ pub struct Virtio<'a> {
     rig: &'a Rig,
     program: PathBuf,
     image: Image,
+    /// There when the guest sends `defmt` frames.
+    messages: Option<Messages>,
 }
 
 impl<'a> Virtio<'a> {
-    /// Builds the image.
-    pub fn new(rig: &'a Rig) -> Result<Self> {
+    /// Builds the image, with `defmt` for messages or not.
+    pub fn new(rig: &'a Rig, defmt: bool) -> Result<Self> {
+        let features = if defmt { "virtio,defmt" } else { "virtio" };
         let program = bare::build_bin(
             bare::X86_64,
             "unikernel",
             "unikernel-virtio",
-            &["--no-default-features", "--features", "virtio"],
+            &["--no-default-features", "--features", features],
         )?;
-        Ok(Self { rig, program, image: Image::prepare(rig)? })
+        let messages = if defmt { Some(Messages::of(&program)?) } else { None };
+        Ok(Self { rig, program, image: Image::prepare(rig)?, messages })
     }
 
     /// Boots once and checks everything; `live` shows the console, without the list of files. Returns
@@ -111,17 +116,31 @@ impl<'a> Virtio<'a> {
             ),
             timeout: Duration::from_secs(120),
         };
-        let mut transcript = Transcript::default();
-        let ended = plain.run(self.rig, |line, monitor| {
+        let show = |line: &str| {
             if live && !line.starts_with("FILE ") {
                 println!("{line}");
             }
-            transcript.lines.push(line.to_owned());
-            if line.starts_with("RESIZE wanted") {
+        };
+        let mut console = Vec::new();
+        let mut transcript = Transcript::default();
+        let ended = plain.run(self.rig, |bytes, monitor| {
+            console.extend_from_slice(bytes);
+            let line = String::from_utf8_lossy(bytes);
+            let line = line.trim_end();
+            if self.messages.is_none() {
+                show(line);
+                transcript.lines.push(line.to_owned());
+            }
+            // A frame may stand before it.
+            if line.contains("RESIZE wanted") {
                 monitor.resize(RESIZED_BYTES)?;
             }
             Ok(())
         })?;
+        if let Some(messages) = &self.messages {
+            transcript.lines = messages.decode(&console);
+            transcript.lines.iter().for_each(|line| show(line));
+        }
         transcript.ended = match ended.status {
             Some(POWERED_OFF) => "poweroff".to_owned(),
             Some(CRASHED) => "crash".to_owned(),
@@ -178,9 +197,9 @@ impl Case {
 }
 
 /// `cargo xtask run --wire virtio`.
-pub fn run(machine: Option<Machine>, packed: Option<bool>, words: &str) -> Result<()> {
+pub fn run(machine: Option<Machine>, packed: Option<bool>, defmt: bool, words: &str) -> Result<()> {
     let rig = Rig::prepare()?;
-    let virtio = Virtio::new(&rig)?;
+    let virtio = Virtio::new(&rig, defmt)?;
     for case in Case::all(machine, packed) {
         say(format!("booting {}, without Xen", case.name()));
         let seconds = virtio.run(&case, words, true).with_context(|| case.name())?;

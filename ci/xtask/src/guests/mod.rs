@@ -2,7 +2,7 @@
 
 pub mod case;
 pub mod image;
-mod messages;
+pub mod messages;
 pub mod transcript;
 
 use std::path::PathBuf;

@@ -126,11 +126,12 @@ impl Monitor {
 }
 
 impl Plain<'_> {
-    /// Boots, and hands each line of the console to `on_line` as it comes, with the monitor.
+    /// Boots, and hands each line of the console to `on_line` as it comes, with its end and with the
+    /// monitor.
     pub fn run(
         &self,
         rig: &Rig,
-        mut on_line: impl FnMut(&str, &mut Monitor) -> Result<()>,
+        mut on_line: impl FnMut(&[u8], &mut Monitor) -> Result<()>,
     ) -> Result<Ended> {
         let (folder, _lock) = run_folder(rig, self.name)?;
         let raw = folder.join("raw.img");
@@ -165,7 +166,7 @@ impl Plain<'_> {
             let text = String::from_utf8_lossy(&bytes);
             let text = text.trim_end_matches(['\r', '\n']);
             writeln!(log, "{:8.3} {text}", start.elapsed().as_secs_f64())?;
-            on_line(text, &mut monitor)?;
+            on_line(&bytes, &mut monitor)?;
         };
         Ok(Ended { status, raw, seconds: start.elapsed().as_secs_f64() })
     }
