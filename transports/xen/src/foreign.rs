@@ -42,7 +42,7 @@ pub struct Reach {
     /// The most pages that are kept mapped; 0 unless both ends have agreed on persistent grants.
     pub kept_pages: usize,
     /// Grant references from here on are never kept. A frontend's are below the size of its grant
-    /// table: 32,768 as Xen is shipped. Each takes 16 bytes here.
+    /// table: 32,768 as Xen is shipped. Each takes 12 bytes here.
     pub kept_references: usize,
     /// How long a kept page may be unused, in nanoseconds.
     pub kept_unused: u64,
