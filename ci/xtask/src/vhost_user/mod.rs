@@ -26,23 +26,35 @@ const LARGER_MIB: u64 = 96;
 /// Files that the guest writes: fewer means that something was not written at all.
 const FILES: usize = 34;
 
+/// What the daemon serves the disk from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Store {
+    File,
+    Memory,
+    /// The same file, on QEMU's NBD server.
+    Nbd,
+}
+
+/// The package of that server.
+const PACKAGE: &str = "qemu-utils";
+
 /// One way to use the daemon.
 pub struct Case {
     name: &'static str,
     queues: u32,
     packed: bool,
-    /// Whether the disk is in memory, and not in a file.
-    memory: bool,
+    store: Store,
     /// Whether the daemon is killed and started again while the guest works.
     killed: bool,
 }
 
 /// Every way that is tried.
-pub const CASES: [Case; 4] = [
-    Case { name: "split", queues: 2, packed: false, memory: false, killed: false },
-    Case { name: "packed", queues: 2, packed: true, memory: true, killed: false },
-    Case { name: "split-killed", queues: 2, packed: false, memory: false, killed: true },
-    Case { name: "packed-killed", queues: 1, packed: true, memory: false, killed: true },
+pub const CASES: [Case; 5] = [
+    Case { name: "split", queues: 2, packed: false, store: Store::File, killed: false },
+    Case { name: "packed", queues: 2, packed: true, store: Store::Memory, killed: false },
+    Case { name: "nbd", queues: 1, packed: false, store: Store::Nbd, killed: false },
+    Case { name: "split-killed", queues: 2, packed: false, store: Store::File, killed: true },
+    Case { name: "packed-killed", queues: 1, packed: true, store: Store::File, killed: true },
 ];
 
 impl Case {
@@ -53,7 +65,11 @@ impl Case {
             self.queues,
             if self.packed { "packed" } else { "split" },
             if self.queues == 1 { "" } else { "s" },
-            if self.memory { "memory" } else { "a file" },
+            match self.store {
+                Store::File => "a file",
+                Store::Memory => "memory",
+                Store::Nbd => "a file of an NBD server",
+            },
             if self.killed { ", the daemon killed under load" } else { "" }
         )
     }
@@ -79,10 +95,15 @@ impl<'a> Parts<'a> {
         let folder = self.rig.path("runs").join(format!("vhost-user-{}", case.name));
         stamp::fresh(&folder)?;
         let (socket, log) = (folder.join("socket"), folder.join("daemon.log"));
-        let image = folder.join(if case.memory { "socket.memory" } else { "disk.img" });
-        if !case.memory {
+        let is_memory = case.store == Store::Memory;
+        let image = folder.join(if is_memory { "socket.memory" } else { "disk.img" });
+        if !is_memory {
             File::create(&image)?.set_len(MIB << 20)?;
         }
+        let server = match case.store {
+            Store::Nbd => Some(self.nbd_server(&folder, &image)?),
+            _ => None,
+        };
         let daemon = Daemon::start(Plan {
             command: self.command(case, &socket, &image),
             socket: socket.clone(),
@@ -90,6 +111,7 @@ impl<'a> Parts<'a> {
         })?;
         let (mut seen, daemon) = self.boot(case, &folder, &socket, &image, daemon, live)?;
         daemon.end()?;
+        server.map_or(Ok(()), Daemon::end)?;
         seen.take_report("ENDED poweroff");
         self.check(case, &seen, &image, &folder).with_context(|| seen.last_words())
     }
@@ -101,10 +123,13 @@ impl<'a> Parts<'a> {
         image: &Path,
     ) -> Box<dyn Fn() -> std::process::Command> {
         let mut words = vec!["--socket".into(), socket.as_os_str().to_owned()];
-        if case.memory {
-            words.extend(["--memory".into(), format!("{MIB}M").into()]);
-        } else {
-            words.extend(["--file".into(), image.as_os_str().to_owned()]);
+        match case.store {
+            Store::File => words.extend(["--file".into(), image.as_os_str().to_owned()]),
+            Store::Memory => words.extend(["--memory".into(), format!("{MIB}M").into()]),
+            Store::Nbd => {
+                let server = image.with_file_name("nbd");
+                words.extend(["--nbd".into(), nbd_url(&server).into()]);
+            }
         }
         words.extend(["--queues".into(), case.queues.to_string().into()]);
         if case.packed {
@@ -118,6 +143,28 @@ impl<'a> Parts<'a> {
         })
     }
 
+    /// QEMU's NBD server, with the image.
+    fn nbd_server(&self, folder: &Path, image: &Path) -> Result<Daemon> {
+        self.rig.add(&[PACKAGE])?;
+        let base = self.rig.packages().command("usr/bin/qemu-nbd");
+        let program = PathBuf::from(base.get_program());
+        let mut words: Vec<_> = base.get_args().map(ToOwned::to_owned).collect();
+        let socket = folder.join("nbd");
+        words.extend(
+            ["--persistent", "--discard=unmap", "--format=raw", "--shared=0"].map(Into::into),
+        );
+        words.extend(["--socket".into(), socket.clone().into(), image.into()]);
+        Daemon::start(Plan {
+            command: Box::new(move || {
+                let mut command = daemon::kept(&program);
+                command.args(&words);
+                command
+            }),
+            socket,
+            log: folder.join("nbd.log"),
+        })
+    }
+
     fn boot(
         &self,
         case: &Case,
@@ -128,8 +175,8 @@ impl<'a> Parts<'a> {
         live: bool,
     ) -> Result<(Transcript, Daemon)> {
         let mut arguments = "disk=vda keep=1".to_owned();
-        // Memory keeps the size that it was made with.
-        if !case.memory {
+        // Memory keeps the size that it was made with, and a server is not told of another.
+        if case.store == Store::File {
             arguments.push_str(&format!(" resize={LARGER_MIB}"));
         }
         let machine = Machine {
@@ -179,7 +226,8 @@ impl<'a> Parts<'a> {
             let before = ranges.insert(range, digest);
             ensure!(before.is_none_or(|before| before == digest), "RANGE {range}: it has changed");
         }
-        ensure!(ranges.len() >= if case.memory { 3 } else { 4 }, "{} ranges only", ranges.len());
+        let least = if case.store == Store::File { 4 } else { 3 };
+        ensure!(ranges.len() >= least, "{} ranges only", ranges.len());
         let mut bytes = tree.iter().map(|file| file.size).sum::<u64>();
         for (range, digest) in ranges {
             let (offset, count) = range.split_once(' ').context("RANGE")?;
@@ -197,6 +245,10 @@ impl<'a> Parts<'a> {
         say(format!("{} KiB compared, {fio} KiB more verified by fio", bytes >> 10));
         Ok(())
     }
+}
+
+fn nbd_url(socket: &Path) -> String {
+    format!("nbd+unix:///?socket={}", socket.display())
 }
 
 /// How long the daemon lives under load, and how long there is none then.
