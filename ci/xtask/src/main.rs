@@ -15,6 +15,7 @@ mod project;
 mod report;
 mod rig;
 mod run;
+mod sharing;
 mod shell;
 mod test;
 mod vhost_user;
@@ -40,6 +41,8 @@ enum Command {
     Bench(bench::Options),
     /// Fuzz a target of ci/fuzz
     Fuzz(fuzz::Options),
+    /// Count how much of the source both wires share
+    Sharing,
 }
 
 fn main() -> ExitCode {
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
         Command::Check(options) => check::check(&options),
         Command::Bench(options) => bench::bench(&options),
         Command::Fuzz(options) => fuzz::fuzz(&options),
+        Command::Sharing => sharing::sharing(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
