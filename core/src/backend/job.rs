@@ -94,6 +94,9 @@ fn extent(command: &Command, sectors: u64, geometry: &Geometry) -> Option<Extent
     extent.ok()
 }
 
+/// Segments that are reached one by one before pages are looked up together again.
+const FEW: usize = 16;
+
 /// What is done to the memory of a request.
 #[inline(always)]
 pub(super) fn access(code: Code) -> Access {
@@ -228,22 +231,54 @@ impl<K: Copy + Default> Job<K> {
             let found = memory.pages_at_hand(access(code), entries, W::whole_page, pieces);
             sum.count += found;
             sum.bytes += (found * PAGE_BYTES) as u64;
-            let Some((entry, rest)) = entries.get(found..).and_then(|left| left.split_first())
-            else {
+            entries = entries.get(found..).unwrap_or_default();
+            if entries.is_empty() {
                 return sum;
-            };
-            let piece = self.reach::<W>(memory, code, *entry, &mut sum);
-            let place = sum.count;
-            if let Some(slot) = self.pieces.get_mut(place) {
+            }
+            entries = self.reach_few::<W, _>(memory, code, entries, &mut sum);
+        }
+    }
+
+    /// The same where the first of the `entries` is known to be no whole page at hand.
+    #[inline(never)]
+    pub fn gather_after_miss<W: Wire<Key = K>>(
+        &mut self,
+        memory: &mut impl PeerMemory<Handle = W::Handle>,
+        code: Code,
+        entries: &[W::Entry],
+        mut sum: Sum,
+    ) -> Sum {
+        if sum.count + entries.len() > self.pieces.len() {
+            sum.is_bad = true;
+            return sum;
+        }
+        let rest = self.reach_few::<W, _>(memory, code, entries, &mut sum);
+        if rest.is_empty() { sum } else { self.gather::<W>(memory, code, rest, sum) }
+    }
+
+    /// Reaches for the first of the `entries` one by one, and returns the others: where one is not
+    /// at hand, those after it seldom are. There is a piece for each.
+    #[inline(always)]
+    fn reach_few<'e, W: Wire<Key = K>, M: PeerMemory<Handle = W::Handle>>(
+        &mut self,
+        memory: &mut M,
+        code: Code,
+        entries: &'e [W::Entry],
+        sum: &mut Sum,
+    ) -> &'e [W::Entry] {
+        let (few, rest) = entries.split_at(entries.len().min(FEW));
+        for entry in few {
+            let piece = self.reach::<W>(memory, code, *entry, sum);
+            if let Some(slot) = self.pieces.get_mut(sum.count) {
                 *slot = piece.unwrap_or_else(|| {
                     sum.is_bad = true;
                     Piece::EMPTY
                 });
             }
             sum.count += 1;
-            self.crumbs = sum.count;
-            entries = rest;
         }
+        self.crumbs = sum.count;
+        rest
     }
 
     /// Reaches for the next segment, which is not a whole page at hand.

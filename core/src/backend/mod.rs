@@ -242,7 +242,7 @@ where
         let pages = job.gather_pages::<W>(&mut self.memory, code, direct);
         let mut sum = Sum::of_pages(pages);
         if pages < direct.len() {
-            sum = job.gather::<W>(&mut self.memory, code, &direct[pages..], sum);
+            sum = job.gather_after_miss::<W>(&mut self.memory, code, &direct[pages..], sum);
         }
         let extent = sum.extent::<W>(&incoming.command, &self.geometry);
         let Some(extent) = extent.filter(|_| !sum.is_fetched) else {
