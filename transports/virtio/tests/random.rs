@@ -145,7 +145,7 @@ fn anything_in_a_split_queue() {
         assert!(statistics.reads + statistics.writes + statistics.errors <= count);
     }
     // All of it was reached.
-    assert!(answered > 100 && closed > 100 && failed > 100, "{answered} {closed} {failed}");
+    assert!(answered > 30 && closed > 100 && failed > 100, "{answered} {closed} {failed}");
 }
 
 #[test]
