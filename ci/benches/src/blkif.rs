@@ -6,9 +6,7 @@ use std::ptr::NonNull;
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
-use pvblk::buffer::{Buffer, Pool};
-use pvblk::extent::{Geometry, SECTOR_BYTES};
-use pvblk::frontend::{Features, Frontend, Link, Request};
+use pvblk::frontend::Link;
 use pvblk::indirect::TablePool;
 use pvblk::memory::{
     Access, PAGE_BYTES, PageAllocator, Share, ShareError, SharedRegion, StillShared,
@@ -19,7 +17,8 @@ use pvblk_xen::abi::{
 use pvblk_xen::platform::GrantRef;
 use pvblk_xen::wire::{FrontRing, limits};
 
-use crate::{DISK_SECTORS, Random, Tally, alignment};
+use crate::Tally;
+use crate::client::Client;
 
 /// One way to use a disk.
 #[derive(Clone, Copy, Debug)]
@@ -100,43 +99,8 @@ impl Backend {
 
 /// A disk in use.
 pub struct Bench {
-    client: Client,
+    client: Client<FrontRing<Host>, Host>,
     backend: Backend,
-    requests: u64,
-}
-
-struct Client {
-    frontend: Frontend<FrontRing<Host>, Host, Buffer<Host>>,
-    random: Random,
-    sectors: u32,
-    mask: u64,
-    failed: u64,
-    notifications: u64,
-}
-
-/// What is counted: one round of the client.
-#[inline(never)]
-fn frontend_round(client: &mut Client) {
-    loop {
-        match client.frontend.next() {
-            Ok(Some(completion)) => {
-                if completion.result.is_err() {
-                    client.failed += 1;
-                }
-                let Some(buffer) = completion.buffer else { return };
-                let (sector, sectors) = (client.random.sector(client.mask), client.sectors);
-                if client.frontend.submit(Request::Read { sector, sectors, buffer }).is_err() {
-                    client.failed += 1;
-                }
-            }
-            Ok(None) => break,
-            Err(_) => {
-                client.failed += 1;
-                break;
-            }
-        }
-    }
-    client.notifications += u64::from(client.frontend.commit());
 }
 
 impl Bench {
@@ -159,56 +123,13 @@ impl Bench {
             tables: TablePool::new(host.clone(), tables as u16, 1, Access::Read)
                 .expect("the heap has pages"),
         };
-        let geometry = Geometry {
-            sectors: DISK_SECTORS,
-            logical_bytes: SECTOR_BYTES,
-            physical_bytes: SECTOR_BYTES,
-            read_only: false,
-        };
-        let features = Features { flush: true, ..Features::default() };
-        let mut frontend = Frontend::new(case.depth, geometry, features);
-        frontend.attach(link, geometry, features);
-        let pool = Pool::new(host, u32::from(case.depth), case.bytes).expect("the heap has pages");
-        let sectors = (case.bytes / SECTOR_BYTES as usize) as u32;
-        let mut random = Random::default();
-        while let Some(buffer) = pool.take() {
-            let request = Request::Read {
-                sector: random.sector(alignment(sectors)),
-                sectors,
-                buffer: buffer.into(),
-            };
-            assert!(frontend.submit(request).is_ok(), "there is room up to the depth");
-        }
-        frontend.commit();
-        Self {
-            client: Client {
-                frontend,
-                random,
-                sectors,
-                mask: alignment(sectors),
-                failed: 0,
-                notifications: 0,
-            },
-            backend: Backend { ring, slots, next: 0, awake: case.awake },
-            requests: case.requests(),
-        }
+        let backend = Backend { ring, slots, next: 0, awake: case.awake };
+        Self { client: Client::new(link, host, case), backend }
     }
 
     /// Runs the case's requests. `allocations` says how many allocations there were so far.
     pub fn run(&mut self, allocations: impl Fn() -> u64) -> Tally {
-        let mut tally = Tally::default();
-        // Every completion makes room for one more request.
-        let submitted = self.client.frontend.statistics().jobs;
-        while tally.requests < self.requests {
-            self.backend.serve();
-            let before = allocations();
-            frontend_round(&mut self.client);
-            tally.allocations += allocations() - before;
-            tally.requests = self.client.frontend.statistics().jobs - submitted;
-        }
-        assert_eq!(self.client.failed, 0, "every request is taken and succeeds");
-        tally.notifications = self.client.notifications;
-        tally
+        self.client.run(|| self.backend.serve(), allocations)
     }
 }
 

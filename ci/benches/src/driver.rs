@@ -1,8 +1,6 @@
 //! Our frontend engine on a virtqueue of either kind, and a device that does nothing.
 
-use pvblk::buffer::{Buffer, Pool};
-use pvblk::extent::{Geometry, SECTOR_BYTES};
-use pvblk::frontend::{Features, Frontend, Link, Request};
+use pvblk::frontend::Link;
 use pvblk::indirect::TablePool;
 use pvblk::memory::{Access, PAGE_BYTES};
 use pvblk::plan::RangeLimits;
@@ -10,9 +8,10 @@ use pvblk_simulated::Ram;
 use pvblk_virtio::queue::DriverQueue;
 use pvblk_virtio::{DriverWire, feature, limits, packed, split};
 
+use crate::Tally;
 use crate::blkif::Case;
+use crate::client::Client;
 use crate::virtqueue::{PackedDevice, SplitDevice};
-use crate::{DISK_SECTORS, Random, Tally, alignment};
 
 /// Descriptors in a queue.
 const QUEUE: u16 = 128;
@@ -77,43 +76,8 @@ impl Kind for Packed {
 
 /// A disk in use.
 pub struct Bench<K: Kind> {
-    client: Client<K>,
+    client: Client<DriverWire<K::Queue>, Ram>,
     device: K::Device,
-    requests: u64,
-}
-
-struct Client<K: Kind> {
-    frontend: Frontend<DriverWire<K::Queue>, Ram, Buffer<Ram>>,
-    random: Random,
-    sectors: u32,
-    mask: u64,
-    failed: u64,
-    notifications: u64,
-}
-
-/// What is counted: one round of the client.
-#[inline(never)]
-fn driver_round<K: Kind>(client: &mut Client<K>) {
-    loop {
-        match client.frontend.next() {
-            Ok(Some(completion)) => {
-                if completion.result.is_err() {
-                    client.failed += 1;
-                }
-                let Some(buffer) = completion.buffer else { return };
-                let (sector, sectors) = (client.random.sector(client.mask), client.sectors);
-                if client.frontend.submit(Request::Read { sector, sectors, buffer }).is_err() {
-                    client.failed += 1;
-                }
-            }
-            Ok(None) => break,
-            Err(_) => {
-                client.failed += 1;
-                break;
-            }
-        }
-    }
-    client.notifications += u64::from(client.frontend.commit());
 }
 
 impl<K: Kind> Bench<K> {
@@ -139,47 +103,12 @@ impl<K: Kind> Bench<K> {
             limits: limits(QUEUE, 4096, segment_bytes, entries, RangeLimits::NONE),
             tables: tables.expect("there is memory"),
         };
-        let geometry = Geometry {
-            sectors: DISK_SECTORS,
-            logical_bytes: SECTOR_BYTES,
-            physical_bytes: SECTOR_BYTES,
-            read_only: false,
-        };
-        let features = Features { flush: true, ..Features::default() };
-        let mut frontend = Frontend::new(case.depth, geometry, features);
-        frontend.attach(link, geometry, features);
-        let pool = Pool::new(ram, u32::from(case.depth), case.bytes).expect("there is memory");
-        let sectors = (case.bytes / SECTOR_BYTES as usize) as u32;
-        let mut random = Random::default();
-        while let Some(buffer) = pool.take() {
-            let request = Request::Read {
-                sector: random.sector(alignment(sectors)),
-                sectors,
-                buffer: buffer.into(),
-            };
-            assert!(frontend.submit(request).is_ok(), "there is room up to the depth");
-        }
-        frontend.commit();
-        let mask = alignment(sectors);
-        let client = Client { frontend, random, sectors, mask, failed: 0, notifications: 0 };
-        Self { client, device, requests: case.requests() }
+        Self { client: Client::new(link, ram, case), device }
     }
 
     /// Runs the case's requests. `allocations` says how many allocations there were so far.
     pub fn run(&mut self, allocations: impl Fn() -> u64) -> Tally {
-        let mut tally = Tally::default();
-        // Every completion makes room for one more request.
-        let submitted = self.client.frontend.statistics().jobs;
-        while tally.requests < self.requests {
-            // SAFETY: the driver and its memory are in `self.client`, and nobody uses them now.
-            unsafe { K::serve(&mut self.device) };
-            let before = allocations();
-            driver_round(&mut self.client);
-            tally.allocations += allocations() - before;
-            tally.requests = self.client.frontend.statistics().jobs - submitted;
-        }
-        assert_eq!(self.client.failed, 0, "every request is taken and succeeds");
-        tally.notifications = self.client.notifications;
-        tally
+        // SAFETY: the driver and its memory are in `self.client`, and nobody uses them meanwhile.
+        self.client.run(|| unsafe { K::serve(&mut self.device) }, allocations)
     }
 }

@@ -11,6 +11,7 @@ pub mod allocations;
 pub mod blkback;
 pub mod blkif;
 pub mod callgrind;
+pub mod client;
 pub mod device;
 pub mod driver;
 pub mod nothing;

@@ -58,6 +58,8 @@ fn drive(features: Features, segment_bytes: u32, largest: u64, requests: u32) {
     let mut model = vec![0u8; SECTORS as usize * 512];
     let mut random = Random(11);
     let (mut expected, mut done) = (Vec::new(), 0);
+    // A new queue asks to be notified of the first request.
+    let (mut asleep, mut slept) = (true, 0);
     while done < requests {
         // Reads and writes of one batch do not meet: each has a part of the disk to itself.
         for part in 0..1 + random.below(16) {
@@ -80,11 +82,13 @@ fn drive(features: Features, segment_bytes: u32, largest: u64, requests: u32) {
             expected.push((front.submit(request).unwrap(), range));
         }
         while !expected.is_empty() {
+            let before = device.shown();
             let notify = front.commit();
-            // A device that sleeps until it is notified would have had to be.
-            let (shown, notified) = (device.shown(), notify);
+            // A device that sleeps is woken by whatever is new to it.
+            assert!(notify || !asleep || device.shown() == before);
             device.serve(&mut disk);
-            assert!(notified || !device.sleep() || shown > 0);
+            asleep = !device.sleep();
+            slept += u32::from(asleep);
             while let Some(completion) = front.next().unwrap() {
                 completion.result.unwrap();
                 let place = expected.iter().position(|(tag, _)| *tag == completion.tag).unwrap();
@@ -98,7 +102,7 @@ fn drive(features: Features, segment_bytes: u32, largest: u64, requests: u32) {
             }
         }
     }
-    assert!(disk.0 == model);
+    assert!(disk.0 == model && slept > 100);
 }
 
 #[test]

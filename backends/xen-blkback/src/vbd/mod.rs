@@ -213,8 +213,9 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
     }
 
     /// The queues are open: publishes the properties of the disk, and goes to Connected, all at
-    /// once; then takes back why an earlier frontend was [refused](Self::refuse). `false` if the connection was overtaken by events: then [`advance`](Self::advance)
-    /// says what to do with the queues.
+    /// once; then takes back why an earlier frontend was [refused](Self::refuse). `false` if the
+    /// connection was overtaken by events: then [`advance`](Self::advance) says what to do with the
+    /// queues.
     ///
     /// # Errors
     ///
