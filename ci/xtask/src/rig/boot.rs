@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::io::{self, BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -138,7 +138,7 @@ impl Boot<'_> {
         let start = Instant::now();
         let mut child = self
             .command(rig, &initramfs, &console)
-            .stdin(Stdio::null())
+            .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(fs::File::create(folder.join("qemu.log"))?)
             .spawn()
@@ -150,6 +150,9 @@ impl Boot<'_> {
                 Ok(bytes) => bytes,
                 Err(RecvTimeoutError::Disconnected) => break false,
                 Err(RecvTimeoutError::Timeout) => {
+                    for line in where_it_stands(&mut child, &lines) {
+                        writeln!(report, "{line}")?;
+                    }
                     child.kill()?;
                     break true;
                 }
@@ -163,11 +166,11 @@ impl Boot<'_> {
         let _ = fs::remove_file(&initramfs);
         let seconds = start.elapsed().as_secs_f64();
         let reason = match (status.code(), timed_out) {
-            (Some(PASSED), _) => None,
-            (_, true) => Some(format!("no end after {} s", self.timeout.as_secs())),
-            (_, false) => Some(format!("the machine ended with {status}")),
+            (Some(PASSED), _) => return Ok(Outcome { reason: None, folder, seconds }),
+            (_, true) => format!("no end after {} s", self.timeout.as_secs()),
+            (_, false) => format!("the machine ended with {status}"),
         };
-        Ok(Outcome { reason, folder, seconds })
+        Ok(Outcome { reason: Some(reason), folder: keep(&folder)?, seconds })
     }
 
     fn command(&self, rig: &Rig, initramfs: &Path, console: &Path) -> Command {
@@ -182,7 +185,8 @@ impl Boot<'_> {
         // The first port is Xen's and dom0's console. The second carries only what the scripts
         // report, so that no kernel message can fall into the middle of a line.
         qemu.arg("-serial").arg(format!("file:{}", console.display()));
-        qemu.args(["-serial", "stdio"]);
+        // QEMU's monitor is behind it, for a machine that stands still.
+        qemu.args(["-serial", "mon:stdio"]);
         qemu.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x1"]);
         if self.deterministic {
             qemu.args(["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off"]);
@@ -241,6 +245,38 @@ pub(super) fn run_folder(rig: &Rig, name: &str) -> Result<(PathBuf, fs::File)> {
         }
     }
     unreachable!("the numbers do not end")
+}
+
+/// Moves the logs of a run that failed to where the next run of its name does not overwrite them.
+fn keep(folder: &Path) -> Result<PathBuf> {
+    let kept = folder.with_extension("failed");
+    super::stamp::fresh(&kept)?;
+    fs::rename(folder, &kept)?;
+    Ok(kept)
+}
+
+/// What QEMU's monitor says of a machine that has not ended: the processor's registers, a few times,
+/// so that one can tell a machine that waits from one that spins, and Xen from its domains.
+fn where_it_stands(child: &mut Child, lines: &Receiver<Vec<u8>>) -> Vec<String> {
+    const LOOKS: usize = 3;
+    const ANSWER: Duration = Duration::from_millis(500);
+    let mut said = Vec::new();
+    let Some(mut keys) = child.stdin.take() else { return said };
+    // Control-A and C change between the port and the monitor.
+    if keys.write_all(b"\x01c").is_err() {
+        return said;
+    }
+    for _ in 0..LOOKS {
+        let _ = keys.write_all(b"info registers\n");
+        while let Ok(bytes) = lines.recv_timeout(ANSWER) {
+            said.push(String::from_utf8_lossy(&bytes).trim_end().to_owned());
+        }
+    }
+    // The last one's end is what a report of the failure shows: what counts comes first there.
+    let counts = |line: &&String| line.contains("RIP=") || line.starts_with("CS =");
+    let summary: Vec<String> = said.iter().filter(counts).cloned().collect();
+    said.extend(summary);
+    said
 }
 
 pub(super) fn read_lines(from: impl io::Read + Send + 'static) -> Receiver<Vec<u8>> {
