@@ -204,6 +204,13 @@ impl<'a, R: Fn(usize) -> SharedRegion<'a>> Slots for RingPages<'a, R> {
     }
 }
 
+impl<S: Slots> Slots for &S {
+    #[inline(always)]
+    fn read<T: Word, const N: usize>(&self, at: usize) -> [T; N] {
+        S::read(self, at)
+    }
+}
+
 /// One slot of a ring, of which every word that is copied out is written down as well.
 pub(crate) struct Noted<'n, S> {
     /// The ring.

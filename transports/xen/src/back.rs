@@ -115,6 +115,20 @@ impl Decoded {
         }
     }
 
+    /// The same, and writes down what it copies.
+    #[inline(always)]
+    fn read_noted<'a, A: Abi>(
+        &mut self,
+        ring: &RingPages<'a, impl Fn(usize) -> SharedRegion<'a>>,
+        at: usize,
+        note: SharedRegion<'_>,
+    ) -> Taken {
+        match ring.page(at, A::STRIDE) {
+            Some((page, at)) => self.read::<A>(&Noted { ring: RingPages(|_| page), at, note }, at),
+            None => self.read_apart::<A>(&Noted { ring, at, note }, at),
+        }
+    }
+
     /// The same for a slot that lies in two pages.
     #[inline(never)]
     fn read_apart<A: Abi>(&mut self, ring: &impl Slots, at: usize) -> Taken {
@@ -309,12 +323,10 @@ impl<P: ForeignGrants> BackRing<P> {
                 let ring = RingPages(|page| pages.region(page));
                 let taken = match layout {
                     Layout::Bits64 => {
-                        let at = Self::at::<Abi64>(*mask, next);
-                        decoded.read::<Abi64>(&Noted { ring, at, note }, at)
+                        decoded.read_noted::<Abi64>(&ring, Self::at::<Abi64>(*mask, next), note)
                     }
                     Layout::Bits32 => {
-                        let at = Self::at::<Abi32>(*mask, next);
-                        decoded.read::<Abi32>(&Noted { ring, at, note }, at)
+                        decoded.read_noted::<Abi32>(&ring, Self::at::<Abi32>(*mask, next), note)
                     }
                 };
                 memory.taken(entry, next);

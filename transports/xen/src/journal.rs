@@ -14,6 +14,7 @@
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
+use core::ptr::NonNull;
 use core::sync::atomic::Ordering;
 
 use pvblk::memory::{PAGE_BYTES, SharedRegion};
@@ -78,7 +79,7 @@ impl Default for EntryId {
 
 /// The journal of one ring.
 pub(crate) struct Journal {
-    memory: Box<dyn Lasting>,
+    memory: Held,
     free: Vec<u32>,
     /// Entries whose answers were not shown yet.
     answered: Vec<u32>,
@@ -106,7 +107,7 @@ impl Journal {
         }
         let free = (0..entries as u32).rev().collect();
         let answered = Vec::with_capacity(entries);
-        Some(Self { memory, free, answered, again: Vec::new() })
+        Some(Self { memory: Held::new(memory), free, answered, again: Vec::new() })
     }
 
     /// Takes a predecessor's journal up. `shown` is the response index that the frontend sees.
@@ -163,7 +164,7 @@ impl Journal {
             again.sort_unstable_by_key(age);
         }
         let answered = Vec::with_capacity(entries);
-        Ok((Self { memory, free, answered, again }, next))
+        Ok((Self { memory: Held::new(memory), free, answered, again }, next))
     }
 
     /// An entry to write a request down in, if one is free.
@@ -186,10 +187,10 @@ impl Journal {
         !self.again.is_empty()
     }
 
-    /// The memory. Whoever has several things to do with it asks once.
+    /// The memory.
     #[inline(always)]
     pub fn memory(&self) -> Memory<'_> {
-        Memory(self.memory.region())
+        Memory(self.memory.region)
     }
 
     /// The request is answered by the response of that index, which is not shown yet.
@@ -203,11 +204,38 @@ impl Journal {
 
     /// All answers were shown.
     pub fn shown(&mut self) {
-        let memory = Memory(self.memory.region());
+        let memory = Memory(self.memory.region);
         for entry in &self.answered {
             memory.entry(EntryId(*entry)).store_u32(at::STATE, state::FREE, Ordering::Release);
         }
         self.free.append(&mut self.answered);
+    }
+}
+
+/// Memory and whoever it belongs to, who is asked for it once: each request is written down there.
+struct Held {
+    owner: NonNull<dyn Lasting>,
+    /// Borrowed of the owner, until the drop.
+    region: SharedRegion<'static>,
+}
+
+// SAFETY: the owner can be sent, and so can the region.
+unsafe impl Send for Held {}
+
+impl Held {
+    fn new(owner: Box<dyn Lasting>) -> Self {
+        let owner = NonNull::from(Box::leak(owner));
+        // SAFETY: the owner was leaked: it stays where it is and is only borrowed shared until the
+        // drop, and nobody gets the region for longer than that.
+        let region = unsafe { owner.as_ref() }.region();
+        Self { owner, region }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // SAFETY: it came from a box, and the only borrow of it ends here.
+        drop(unsafe { Box::from_raw(self.owner.as_ptr()) });
     }
 }
 

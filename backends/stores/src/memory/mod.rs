@@ -69,11 +69,10 @@ impl<A: PageAllocator> fmt::Debug for MemoryDisk<A> {
 struct Pages<A: PageAllocator> {
     allocator: A,
     runs: Vec<(NonNull<u8>, usize)>,
-    /// All of the same size but the last one, each inside of one run.
-    chunks: Box<[NonNull<u8>]>,
+    /// All of the same size but the last one, each inside of one run. They are ours until the drop.
+    chunks: Box<[SharedRegion<'static>]>,
     /// The size of a chunk in bytes, as a power of two.
     chunk_order: u32,
-    bytes: usize,
 }
 
 // SAFETY: the pages are memory that is only copied to and from, by `SharedRegion`, which any thread
@@ -86,8 +85,7 @@ impl<A: PageAllocator> Pages<A> {
     /// Takes pages for `bytes` bytes, in runs as long as there are.
     fn new(allocator: A, bytes: usize) -> Result<Self, MemoryError> {
         let (mut runs, mut left, mut longest) = (Vec::new(), bytes, RUN_BYTES);
-        let mut pages =
-            Self { allocator, runs: Vec::new(), chunks: Box::new([]), chunk_order: 0, bytes };
+        let mut pages = Self { allocator, runs: Vec::new(), chunks: Box::new([]), chunk_order: 0 };
         while left > 0 {
             let count = longest.min(left).div_ceil(PAGE_BYTES);
             match pages.allocator.allocate_pages(count) {
@@ -105,46 +103,64 @@ impl<A: PageAllocator> Pages<A> {
             }
         }
         // Runs got shorter and shorter, each by a power of two, so that chunks never cross an end.
-        let chunk_pages = longest / PAGE_BYTES;
         let of_run = |&(base, count): &(NonNull<u8>, usize)| {
-            (0..count).step_by(chunk_pages).map(move |page| {
-                // SAFETY: the page is one of the run's.
-                unsafe { base.add(page * PAGE_BYTES) }
+            (0..count * PAGE_BYTES).step_by(longest).map(move |at| {
+                // SAFETY: it begins in the run.
+                unsafe { base.add(at) }
             })
         };
-        pages.chunks = runs.iter().flat_map(of_run).collect();
+        // SAFETY: the runs are pages of ours, until the drop.
+        pages.chunks = unsafe { regions(runs.iter().flat_map(of_run), longest, bytes) };
         pages.chunk_order = longest.ilog2();
         pages.runs = runs;
         Ok(pages)
     }
 
-    /// `bytes` bytes at `base`, which belong to `allocator` already and go with it.
-    fn over(allocator: A, base: NonNull<u8>, bytes: usize) -> Self {
-        // SAFETY: every chunk begins inside of the memory.
-        let chunk = |at| unsafe { base.add(at) };
-        let chunks = (0..bytes).step_by(RUN_BYTES).map(chunk).collect();
-        Self { allocator, runs: Vec::new(), chunks, chunk_order: RUN_BYTES.ilog2(), bytes }
+    /// `bytes` bytes at `base`, which belong to `allocator` already and go with it: one chunk.
+    ///
+    /// # Safety
+    ///
+    /// As for [`MemoryDisk::over`].
+    unsafe fn over(allocator: A, base: NonNull<u8>, bytes: usize) -> Self {
+        // SAFETY: the caller's promise.
+        let chunk = unsafe { SharedRegion::new(base, bytes) };
+        Self {
+            allocator,
+            runs: Vec::new(),
+            chunks: Box::new([chunk]),
+            chunk_order: usize::BITS - 1,
+        }
     }
 
     /// The chunk with the byte `at` of the disk in it, and where it is there; `None` past the end.
     #[inline(always)]
     fn chunk(&self, at: u64) -> Option<(SharedRegion<'_>, usize)> {
         let at = usize::try_from(at).ok()?;
-        let base = *self.chunks.get(at >> self.chunk_order)?;
-        let size = 1 << self.chunk_order;
-        let offset = at & (size - 1);
-        // In a disk of whole chunks this is the chunk's size.
-        let bytes = size.min(self.bytes.checked_sub(at - offset)?);
-        // SAFETY: the chunk is ours until the drop, which the borrow precludes; only regions are
-        // made of it. Pages are aligned.
-        let region = unsafe { SharedRegion::new(base, bytes) };
-        (offset < bytes).then_some((region, offset))
+        let chunk = *self.chunks.get(at >> self.chunk_order)?;
+        let offset = at & ((1 << self.chunk_order) - 1);
+        (offset < chunk.len()).then_some((chunk, offset))
     }
 
     /// Does `work` to each stretch of the bytes from `at` on, which is a region, an offset in it, a
-    /// count, and how many bytes were done before.
+    /// count, and how many bytes were done before. Nearly always there is one.
     #[inline(always)]
     fn for_each(
+        &self,
+        at: u64,
+        bytes: usize,
+        mut work: impl FnMut(&SharedRegion<'_>, usize, usize, usize),
+    ) -> Result<(), OutOfRange> {
+        match self.chunk(at) {
+            Some((chunk, offset)) if bytes <= chunk.len() - offset => {
+                work(&chunk, offset, bytes, 0);
+                Ok(())
+            }
+            _ => self.for_several(at, bytes, work),
+        }
+    }
+
+    #[inline(never)]
+    fn for_several(
         &self,
         mut at: u64,
         bytes: usize,
@@ -190,6 +206,7 @@ impl<A: PageAllocator> Pages<A> {
     }
 
     /// Writes zeroes.
+    #[inline(never)]
     fn clear(&self, extent: Extent) -> Result<(), OutOfRange> {
         static ZEROES: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
         let bytes = usize::try_from(extent.bytes()).map_err(|_| OutOfRange)?;
@@ -199,6 +216,22 @@ impl<A: PageAllocator> Pages<A> {
             }
         })
     }
+}
+
+/// The chunks that begin at `bases`, `size` bytes each but the last: `bytes` bytes in all.
+///
+/// # Safety
+///
+/// They are memory in whole pages that is the caller's until it drops the regions, and nothing else
+/// is made of it.
+unsafe fn regions(
+    bases: impl Iterator<Item = NonNull<u8>>,
+    size: usize,
+    bytes: usize,
+) -> Box<[SharedRegion<'static>]> {
+    let sizes = (0..bytes).step_by(size).map(|at| size.min(bytes - at));
+    // SAFETY: the caller's promise. Pages are aligned.
+    bases.zip(sizes).map(|(base, bytes)| unsafe { SharedRegion::new(base, bytes) }).collect()
 }
 
 /// How much memory a disk is, in bytes.
@@ -250,7 +283,8 @@ impl<A: PageAllocator> MemoryDisk<A> {
         base: NonNull<u8>,
         geometry: Geometry,
     ) -> Result<Self, MemoryError> {
-        let pages = Pages::over(owner, base, memory_bytes(geometry)?);
+        // SAFETY: the caller's promise; the owner goes with the pages.
+        let pages = unsafe { Pages::over(owner, base, memory_bytes(geometry)?) };
         Ok(Self { disk: Arc::new(pages), geometry })
     }
 
