@@ -300,18 +300,16 @@ impl<P: ForeignGrants> BackRing<P> {
     #[inline(always)]
     fn take_journalled(&mut self) -> Result<Taken, Violation> {
         let Some(journal) = &mut self.journal else { return Ok(Taken::Nothing) };
-        let (entry, new) = match journal.again() {
-            Some(entry) => (entry, None),
-            None => {
-                let Some(entry) = journal.vacancy() else { return Ok(Taken::Nothing) };
-                let Some(next) = self.next()? else {
-                    self.journal.as_mut().into_iter().for_each(|journal| journal.keep(entry));
-                    return Ok(Taken::Nothing);
-                };
-                (entry, Some(next))
-            }
+        let again = journal.again();
+        let new = match again {
+            None if !journal.has_room() => return Ok(Taken::Nothing),
+            None => self.next()?,
+            Some(_) => None,
         };
         let Self { journal: Some(journal), decoded, layout, pages, mask, .. } = self else {
+            return Ok(Taken::Nothing);
+        };
+        let Some(entry) = again.or_else(|| new.and_then(|_| journal.vacancy())) else {
             return Ok(Taken::Nothing);
         };
         let memory = journal.memory();
@@ -433,11 +431,7 @@ impl<P: ForeignGrants> Wire for BackRing<P> {
     fn commit(&mut self) -> bool {
         let header = self.pages.region(0);
         let (producer, event) = (index::RSP_PROD, index::RSP_EVENT);
-        let notify = self.responses.publish(&IndexAt(header, producer), &IndexAt(header, event));
-        if let Some(journal) = &mut self.journal {
-            journal.shown();
-        }
-        notify
+        self.responses.publish(&IndexAt(header, producer), &IndexAt(header, event))
     }
 
     #[inline]

@@ -58,7 +58,7 @@ pub const fn bytes_for(slots: usize) -> usize {
     (at::FIRST_ENTRY + entries_for(slots) * at::ENTRY_BYTES).next_multiple_of(PAGE_BYTES)
 }
 
-/// As many again as slots: an answered request keeps its entry until its answer was shown.
+/// As many again as slots: see [`Free`].
 const fn entries_for(slots: usize) -> usize {
     2 * slots
 }
@@ -80,9 +80,7 @@ impl Default for EntryId {
 /// The journal of one ring.
 pub(crate) struct Journal {
     memory: Held,
-    free: Vec<u32>,
-    /// Entries whose answers were not shown yet.
-    answered: Vec<u32>,
+    free: Free,
     /// Entries of a predecessor that are to be done again; the next one is the last.
     again: Vec<u32>,
 }
@@ -105,9 +103,8 @@ impl Journal {
             region.store_u32(at::NEXT, next, Ordering::Release);
             region.write(at::MAGIC, &[MAGIC]);
         }
-        let free = (0..entries as u32).rev().collect();
-        let answered = Vec::with_capacity(entries);
-        Some(Self { memory: Held::new(memory), free, answered, again: Vec::new() })
+        let free = Free::new(entries, (0..entries as u32).collect());
+        Some(Self { memory: Held::new(memory), free, again: Vec::new() })
     }
 
     /// Takes a predecessor's journal up. `shown` is the response index that the frontend sees.
@@ -136,7 +133,7 @@ impl Journal {
                 return Err(memory);
             }
             next = number(at::NEXT);
-            for entry in (0..entries as u32).rev() {
+            for entry in 0..entries as u32 {
                 let place = place(entry);
                 let is_before = |index: u32, end: u32| end.wrapping_sub(index) as i32 > 0;
                 let is_taken = is_before(number(place + at::REQUEST), next);
@@ -163,18 +160,20 @@ impl Journal {
             let age = |entry: &u32| next.wrapping_sub(number(self::place(*entry) + at::REQUEST));
             again.sort_unstable_by_key(age);
         }
-        let answered = Vec::with_capacity(entries);
-        Ok((Self { memory: Held::new(memory), free, answered, again }, next))
+        let free = Free::new(entries, free);
+        Ok((Self { memory: Held::new(memory), free, again }, next))
     }
 
-    /// An entry to write a request down in, if one is free.
+    /// Whether an entry is free to write a request down in.
+    #[inline(always)]
+    pub fn has_room(&self) -> bool {
+        !self.free.is_empty()
+    }
+
+    /// The free entry that was used the longest time ago.
+    #[inline(always)]
     pub fn vacancy(&mut self) -> Option<EntryId> {
-        self.free.pop().map(EntryId)
-    }
-
-    /// An entry was not needed after all.
-    pub fn keep(&mut self, entry: EntryId) {
-        self.free.push(entry.0);
+        self.free.take().map(EntryId)
     }
 
     /// The next request of a predecessor that is to be done again.
@@ -199,16 +198,54 @@ impl Journal {
         let memory = self.memory().entry(entry);
         memory.store_u32(at::RESPONSE, response, Ordering::Release);
         memory.store_u32(at::STATE, state::ANSWERED, Ordering::Release);
-        self.answered.push(entry.0);
+        self.free.give(entry.0);
+    }
+}
+
+/// The free entries, in the order in which they became free.
+///
+/// There are twice as many entries as slots, and at most as many requests as slots in progress. So
+/// an entry is used again only after as many requests were taken as there are slots: when its
+/// answer was shown long ago, without which the frontend had no slots for them. And each is used
+/// again soon: none holds an index that has come round since.
+struct Free {
+    /// As many places as entries, a power of two.
+    entries: Box<[u32]>,
+    /// Counts entries that were taken.
+    head: u32,
+    /// Counts entries that were given.
+    tail: u32,
+}
+
+impl Free {
+    fn new(count: usize, mut free: Vec<u32>) -> Self {
+        let tail = free.len() as u32;
+        free.resize(count, 0);
+        Self { entries: free.into(), head: 0, tail }
     }
 
-    /// All answers were shown.
-    pub fn shown(&mut self) {
-        let memory = Memory(self.memory.region);
-        for entry in &self.answered {
-            memory.entry(EntryId(*entry)).store_u32(at::STATE, state::FREE, Ordering::Release);
+    #[inline(always)]
+    fn is_empty(&self) -> bool {
+        self.head == self.tail
+    }
+
+    #[inline(always)]
+    fn take(&mut self) -> Option<u32> {
+        if self.is_empty() {
+            return None;
         }
-        self.free.append(&mut self.answered);
+        let place = self.head as usize & self.entries.len().wrapping_sub(1);
+        self.head = self.head.wrapping_add(1);
+        self.entries.get(place).copied()
+    }
+
+    #[inline(always)]
+    fn give(&mut self, entry: u32) {
+        let place = self.tail as usize & self.entries.len().wrapping_sub(1);
+        if let Some(free) = self.entries.get_mut(place) {
+            *free = entry;
+            self.tail = self.tail.wrapping_add(1);
+        }
     }
 }
 
