@@ -17,6 +17,10 @@ backend_disk() { # image|raw VDEV r|w
 	esac
 }
 
+backend_resize() { # GUEST MIB
+	pvblkd resize "$1" xvdb "$2M" >&9 2>&1
+}
+
 backend_content() {
 	echo $raw
 }

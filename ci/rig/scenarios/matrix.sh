@@ -9,14 +9,16 @@
 #   backend_release           after a guest is gone
 #   backend_kill, backend_restart   kills the backend with its disks in use; starts it again
 #   store_kill, store_restart       the same with what it has its data from
+#   backend_resize GUEST MIB  gives the guest's disk that size
 #
-# (the last two lines where that can be done) and, where xl's own way is not the way, backend_plug
+# (the last three lines where that can be done) and, where xl's own way is not the way, backend_plug
 # and backend_unplug.
 #
 # /guests/cells has a line for each guest: NAME KIND SECONDS SECTOR live|later. KIND is
 #
 #   unikernel   does its work and ends
 #   linux       the same, but has its disk taken away and given back between
+#   resize      does less, and keeps its disk, which grows while it writes
 #   crash       is destroyed while it writes
 #   kill-backend, kill-store   as linux, but that is killed and started again while the guest
 #               writes its tree, and while fio writes and verifies
@@ -138,6 +140,11 @@ disturb() {
 		crash "$1"
 		return
 		;;
+	resize)
+		marker "$3" RESIZE "$seconds" || return
+		backend_resize "$1" "$(sed -n 's/^RESIZE \([0-9]*\).*/\1/p' "$3")"
+		return
+		;;
 	kill-*)
 		marker "$3" 'STEP .* tree' "$seconds" || return
 		strike "${2#kill-}"
@@ -182,6 +189,7 @@ attempt() { # NAME KIND SECONDS SECTOR live|later
 	bytes=$(sed -n 's/^DISK-SHA256 [0-9a-f]* \([0-9]*\).*/\1/p' "$log" | tail -n 1)
 	[ -z "$bytes" ] || say "DISK $(head -c "$bytes" "$content" | sha256sum | cut -d ' ' -f 1) $bytes"
 	ranges "$log" "$content"
+	[ "$2" != resize ] || tree "$content"
 	backend_release
 	say "SECONDS $before $(uptime)"
 }

@@ -73,7 +73,7 @@ impl<'a> Column<'a> {
         let mut finish = |current: Option<(Cell, Transcript)>| {
             if let Some((cell, seen)) = current {
                 let result = cell.check(&seen, files);
-                done(Row::of(cell.front, self.back, cell.options(), result, seen.seconds));
+                done(Row::of(cell.front, self.back, cell.work.name(), result, seen.seconds));
             }
         };
         let outcome = self.boot.run(rig, |event| match event {
@@ -108,7 +108,7 @@ impl<'a> Column<'a> {
         let mut why = outcome.check();
         for cell in left {
             let result = why.and(Err(anyhow!("the guest was not created")));
-            done(Row::of(cell.front, self.back, cell.options(), result, 0.0));
+            done(Row::of(cell.front, self.back, cell.work.name(), result, 0.0));
             why = Ok(());
         }
         Ok(outcome)

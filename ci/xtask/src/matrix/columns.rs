@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::ValueEnum;
 
+use super::cells::Work;
 use crate::bare;
 use crate::host;
 use crate::project;
@@ -103,15 +104,15 @@ impl Back {
         }
     }
 
-    /// Whether it can be killed and started again under a guest's disk.
-    pub fn survives(self) -> bool {
-        // What is in a program's memory dies with it.
-        matches!(self, Self::PvblkdFile | Self::PvblkdNbd)
-    }
-
-    /// Whether it has its data from a server that can be killed and started again.
-    pub fn has_a_server(self) -> bool {
-        self == Self::PvblkdNbd
+    /// Whether `work` can be done with it.
+    pub fn can(self, work: Work) -> bool {
+        match work {
+            Work::Everything | Work::FrontendCrash => true,
+            Work::Resize => self == Self::PvblkdFile,
+            // What is in a program's memory dies with it.
+            Work::BackendKill => matches!(self, Self::PvblkdFile | Self::PvblkdNbd),
+            Work::StoreKill => self == Self::PvblkdNbd,
+        }
     }
 
     /// Builds and fetches what it needs.

@@ -1,6 +1,7 @@
 //! `cargo xtask matrix`: every frontend on every backend on real Xen, and every way of negotiating.
 
 mod cells;
+mod checks;
 mod column;
 mod columns;
 mod negotiation;
@@ -36,6 +37,9 @@ pub struct Options {
     /// Only these backends
     #[arg(long, value_enum)]
     back: Vec<Back>,
+    /// Only cells in which this is done
+    #[arg(long, value_enum)]
+    work: Vec<Work>,
     /// Only one part
     #[arg(long, value_enum)]
     only: Option<Part>,
@@ -57,6 +61,10 @@ impl Options {
 
     fn wants_back(&self, back: Back) -> bool {
         self.back.is_empty() || self.back.contains(&back)
+    }
+
+    fn wants_work(&self, work: Work) -> bool {
+        self.work.is_empty() || self.work.contains(&work)
     }
 
     fn fronts(&self) -> Vec<Front> {
@@ -168,23 +176,24 @@ fn negotiations<'a>(rig: &'a Rig, options: &Options) -> Result<Vec<Machine<'a>>>
 /// The columns that take part.
 fn columns<'a>(rig: &Rig, options: &Options, image: &Image) -> Result<Vec<Column<'a>>> {
     let guests = guests(rig, image)?;
-    let column = |back| Column::prepare(rig, back, cells(options, back), &guests, false);
-    options.backs().into_iter().map(column).collect()
+    let mut columns = Vec::new();
+    for back in options.backs() {
+        let cells = cells(options, back);
+        if !cells.is_empty() {
+            columns.push(Column::prepare(rig, back, cells, &guests, false)?);
+        }
+    }
+    Ok(columns)
 }
 
 /// The cells of one column.
 fn cells(options: &Options, back: Back) -> Vec<Cell> {
-    let everything = |front| Cell { back, work: Work::Everything, front };
-    let mut cells: Vec<Cell> = options.fronts().into_iter().map(everything).collect();
-    let front = Front::LinuxPvh;
-    if options.wants_front(front) {
-        cells.push(Cell { back, work: Work::FrontendCrash, front });
-        if back.survives() {
-            cells.push(Cell { back, work: Work::BackendKill, front });
-        }
-        if back.has_a_server() {
-            cells.push(Cell { back, work: Work::StoreKill, front });
-        }
+    let mut cells = Vec::new();
+    for front in options.fronts() {
+        let works = Work::value_variants()
+            .iter()
+            .filter(|&&work| options.wants_work(work) && front.can(work) && back.can(work));
+        cells.extend(works.map(|&work| Cell { back, work, front }));
     }
     cells
 }

@@ -2,6 +2,8 @@
 
 use clap::ValueEnum;
 
+use super::cells::Work;
+
 /// A driver to test.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum Front {
@@ -35,6 +37,12 @@ impl Front {
     /// Whether it is Linux that drives the disk.
     pub fn is_linux(self) -> bool {
         self != Self::XenBlkfront
+    }
+
+    /// Whether `work` is done with it.
+    pub fn can(self, work: Work) -> bool {
+        // What is done beside everything needs to be done with one kind of Linux guest only.
+        work == Work::Everything || self == Self::LinuxPvh
     }
 
     /// The configuration for `xl create`, but for the disks.

@@ -5,6 +5,7 @@ use std::fs;
 use anyhow::Result;
 use serde::Serialize;
 
+use super::cells::Work;
 use super::columns::Back;
 use super::rows::Front;
 use crate::project;
@@ -79,11 +80,7 @@ pub fn markdown(rows: &[Row], fronts: &[Front], backs: &[Back]) -> String {
     text.push('\n');
     let mut lines: Vec<(&str, Option<Front>, &str)> =
         fronts.iter().map(|front| (front.title(), Some(*front), "default")).collect();
-    lines.extend([
-        ("the guest crashes while it writes", None, "frontend-crash"),
-        ("the backend is killed under a guest", None, "backend-kill"),
-        ("the NBD server is killed under a guest", None, "store-kill"),
-    ]);
+    lines.extend(Work::MORE.map(|(work, title)| (title, None, work.name())));
     for (title, front, options) in lines {
         let cell = |back: &Back| {
             rows.iter().find(|row| {

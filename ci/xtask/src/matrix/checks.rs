@@ -1,0 +1,190 @@
+//! What must be true after a cell.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::columns::Back;
+use crate::guests::image::{Entry, compare};
+use crate::guests::transcript::{Transcript, value};
+
+/// Files that a Linux guest writes: fewer means that something was not written at all.
+const FILES: usize = 34;
+
+/// Pages of any guest that dom0 has mapped: XenStore's and the console's.
+const OWN_PAGES: u64 = 2;
+
+/// What a Linux guest has on its disk is what dom0 finds there. Returns how many bytes were compared.
+pub fn linux(seen: &Transcript) -> Result<u64> {
+    seen.check_end()?;
+    let found = |prefix: &'static str| {
+        seen.reports.iter().filter_map(move |line| line.strip_prefix(prefix))
+    };
+    let tree: Vec<Entry> = seen.after("FILE ").filter_map(Entry::parse).collect();
+    ensure!(tree.len() >= FILES, "the guest wrote {} files, not {FILES}", tree.len());
+    let other: Vec<Entry> = found("FOUND FILE ").filter_map(Entry::parse).collect();
+    compare(&tree, &other).context("dom0's view of the file system (as `the guest`)")?;
+
+    let there = ranges(found("FOUND RANGE "))?;
+    let said = ranges(seen.after("RANGE "))?;
+    ensure!(!said.is_empty(), "the guest did not tell what is on its disk");
+    for (range, digest) in &said {
+        match there.get(range) {
+            Some(same) if same == digest => {}
+            Some(_) => bail!("RANGE {range}: dom0 finds something else there"),
+            None => bail!("RANGE {range}: dom0 did not look"),
+        }
+    }
+    let fio: u64 = last(seen, "FIO ")?.trim().parse().context("FIO")?;
+    ensure!(fio > 0, "fio wrote nothing");
+    let mib: u64 =
+        said.keys().filter_map(|range| range.split_once(' ')?.1.parse::<u64>().ok()).sum();
+    Ok(tree.iter().map(|file| file.size).sum::<u64>() + (fio << 10) + (mib << 20))
+}
+
+/// What only a guest does that does everything.
+pub fn whole_program(seen: &Transcript, back: Back) -> Result<()> {
+    let ranges = ranges(seen.after("RANGE "))?;
+    ensure!(ranges.len() >= 3, "the guest told {} ranges only", ranges.len());
+    let flushes: u64 = last(seen, "FLUSHES ")?.trim().parse().context("FLUSHES")?;
+    if value(last(seen, "NEGOTIATED ")?, "cache") == Some("write-back") {
+        ensure!(flushes > 0, "the disk offers flushes, and none was sent");
+    }
+    match (back.discards(), last(seen, "DISCARD ")?) {
+        (true, "zeroes") | (false, "none") => Ok(()),
+        (promised, came) => bail!("it has discard: {promised}; what came of it: {came}"),
+    }
+}
+
+/// The disk grew while fio wrote, and what is new was used.
+pub fn grown(seen: &Transcript, mib: u64) -> Result<()> {
+    let grown = format!("GROWN {mib}");
+    let place = |prefix: &str| seen.lines.iter().position(|line| line.starts_with(prefix));
+    let fio = place("FIO ").context("fio did not end")?;
+    let at = place(&grown).context("the guest did not see its disk grow")?;
+    ensure!(at < fio, "the disk grew only after fio had ended");
+    let end = format!("{} 1", mib - 1);
+    let used = ranges(seen.after("RANGE "))?.contains_key(end.as_str());
+    ensure!(used, "the guest did not use what is new");
+    Ok(())
+}
+
+/// The destroyed guest had pages mapped, and all of them came back.
+pub fn crash(seen: &Transcript) -> Result<()> {
+    let report = |prefix: &str| {
+        let line = seen.reports.iter().find_map(|line| line.strip_prefix(prefix));
+        line.with_context(|| format!("dom0 did not report {prefix}"))
+    };
+    let mapped: u64 = report("MAPPED ")?.parse().context("MAPPED")?;
+    ensure!(mapped > OWN_PAGES, "the guest's disk was not mapped when the guest was destroyed");
+    match report("LEFT ")? {
+        "0 0" => Ok(()),
+        left => bail!("grants still mapped, domains that cannot go: {left}"),
+    }
+}
+
+fn last<'a>(seen: &'a Transcript, prefix: &'a str) -> Result<&'a str> {
+    seen.after(prefix).last().with_context(|| format!("the guest did not say {prefix}"))
+}
+
+/// Digests by `OFFSET MIB`; one range may be told again, but not otherwise.
+fn ranges<'a>(lines: impl Iterator<Item = &'a str>) -> Result<BTreeMap<&'a str, &'a str>> {
+    let mut all = BTreeMap::new();
+    for line in lines {
+        let (range, digest) = line.trim().rsplit_once(' ').context("a range without a digest")?;
+        if let Some(before) = all.insert(range, digest)
+            && before != digest
+        {
+            bail!("RANGE {range}: first {before}, then {digest}");
+        }
+    }
+    Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn good() -> Transcript {
+        let digest = "ab".repeat(32);
+        let mut seen = Transcript::default();
+        let mut both = Vec::new();
+        both.extend((0..FILES).map(|number| format!("FILE {digest} 7 /file {number}")));
+        both.extend([33, 54, 60].map(|offset| format!("RANGE {offset} 1 {digest}")));
+        for line in both {
+            seen.take_report(&format!("FOUND {line}"));
+            seen.lines.push(line);
+        }
+        for line in ["NEGOTIATED device=xvdb cache=write-back", "FIO 9", "FLUSHES 1"] {
+            seen.lines.push(line.into());
+        }
+        seen.lines.extend(["DISCARD zeroes".into(), "VERDICT PASS".into()]);
+        seen.take_report("ENDED poweroff");
+        seen
+    }
+
+    fn check(seen: &Transcript) -> Result<u64> {
+        let bytes = linux(seen)?;
+        whole_program(seen, Back::Linux)?;
+        Ok(bytes)
+    }
+
+    #[test]
+    fn a_good_run_passes() {
+        let bytes = FILES as u64 * 7 + (9 << 10) + (3 << 20);
+        assert_eq!(check(&good()).unwrap(), bytes);
+    }
+
+    #[test]
+    fn each_missing_or_wrong_line_fails() {
+        type Change = fn(&mut Transcript);
+        let changes: [Change; 10] = [
+            |t| drop(t.lines.remove(0)),
+            |t| drop(t.reports.remove(0)),
+            |t| drop(t.reports.pop()),
+            |t| t.reports.push("FOUND RANGE 33 1 cd".into()),
+            |t| t.lines.insert(0, "RANGE 33 1 cd".into()),
+            |t| t.lines.retain(|line| !line.starts_with("FIO")),
+            |t| t.lines.insert(0, "DISCARD none".into()),
+            |t| drop(t.lines.pop()),
+            |t| t.lines.retain(|line| !line.starts_with("RANGE")),
+            |t| t.lines.retain(|line| !line.starts_with("FLUSHES")),
+        ];
+        for (number, change) in changes.into_iter().enumerate() {
+            let mut seen = good();
+            change(&mut seen);
+            // The last line of its kind counts.
+            seen.lines.rotate_left(if number == 6 { 1 } else { 0 });
+            assert!(check(&seen).is_err(), "change {number}");
+        }
+    }
+
+    #[test]
+    fn a_disk_must_grow_under_load() {
+        let lines = ["GROWN 96", "RANGE 95 1 ab", "FIO 9"];
+        let seen = |lines: &[&str]| Transcript {
+            lines: lines.iter().map(|&line| line.to_owned()).collect(),
+            ..Transcript::default()
+        };
+        grown(&seen(&lines), 96).unwrap();
+        for missing in 0..lines.len() {
+            let mut less = lines.to_vec();
+            less.remove(missing);
+            assert!(grown(&seen(&less), 96).is_err());
+        }
+        assert!(grown(&seen(&["FIO 9", "GROWN 96", "RANGE 95 1 ab"]), 96).is_err());
+        assert!(grown(&seen(&["GROWN 64", "RANGE 95 1 ab", "FIO 9"]), 96).is_err());
+    }
+
+    #[test]
+    fn a_crash_must_leave_nothing() {
+        let mut seen = Transcript::default();
+        seen.take_report("MAPPED 40");
+        seen.take_report("LEFT 0 0");
+        crash(&seen).unwrap();
+        seen.reports[1] = "LEFT 0 1".into();
+        assert!(crash(&seen).is_err());
+        seen.reports = vec!["MAPPED 2".into(), "LEFT 0 0".into()];
+        assert!(crash(&seen).is_err());
+    }
+}
