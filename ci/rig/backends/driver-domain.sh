@@ -45,5 +45,5 @@ backend_content() {
 
 backend_release() {
 	rm -f $raw
-	tail -n 20 /var/log/xen/console/guest-storage.log | sed 's/^/storage: /' >&9
+	tail -n 40 /var/log/xen/console/guest-storage.log | sed 's/^/storage: /' >&9
 }

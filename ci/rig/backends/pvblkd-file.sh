@@ -1,19 +1,28 @@
 # pvblkd, which serves files of dom0.
 . /pvblkd.sh
 
+# The same file under another name, by which the daemon knows it as a disk with other settings.
+mapped=/tmp/mapped.img
+
 store_up() {
-	:
+	cat >>$pvblkd_config <<-END
+		[[disk]]
+		target = "$mapped"
+		data-path = "map"
+	END
 }
 
 backend_reset() { # SECTOR
 	rm -f $raw
 	truncate -s ${raw_mib}M $raw
+	ln -f $raw $mapped
 }
 
-backend_disk() { # image|raw VDEV r|w
+backend_disk() { # image|raw|mapped VDEV r|w
 	case $1 in
 	image) pvblkd_disk $image "$2" "$3" ;;
 	raw) pvblkd_disk $raw "$2" "$3" ;;
+	mapped) pvblkd_disk $mapped "$2" "$3" ;;
 	esac
 }
 

@@ -48,6 +48,11 @@ pvblkd_disk() {
 	echo "format=raw,vdev=$2,access=$access,script=block-pvblkd,target=$1"
 }
 
+# A line of JSON.
+backend_served() {
+	say "SERVED $(pvblkd list --json | tr -d '\n')"
+}
+
 # What it has said since the last time.
 backend_release() {
 	sed 's/^/pvblkd: /' $pvblkd_log >&9

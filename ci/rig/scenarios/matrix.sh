@@ -4,21 +4,24 @@
 #
 #   backend_up                starts the backend, once a boot
 #   backend_reset SECTOR      disk `image` holds $image and can be read; `raw` is empty ($raw_mib MiB)
-#   backend_disk DISK VDEV r|w   prints that disk as xl's configuration has it
+#   backend_disk DISK VDEV r|w   prints that disk as xl's configuration has it; `mapped` is `raw`, but
+#                             the backend maps pages that it does not keep
 #   backend_content           prints a file or device of dom0 that shows what `raw` holds
 #   backend_release           after a guest is gone
 #   backend_kill, backend_restart   kills the backend with its disks in use; starts it again
 #   store_kill, store_restart       the same with what it has its data from
 #   backend_resize GUEST MIB  gives the guest's disk that size
 #
-# (the last three lines where that can be done) and, where xl's own way is not the way, backend_plug
-# and backend_unplug.
+# (the last three lines, and `mapped`, where that can be done) and, where xl's own way is not the way, backend_plug
+# and backend_unplug;
+# where it can say what it has done for its guests, backend_served.
 #
-# /guests/cells has a line for each guest: NAME KIND SECONDS SECTOR live|later. KIND is
+# /guests/cells has a line for each guest: NAME KIND SECONDS SECTOR DISK live|later. KIND is
 #
 #   unikernel   does its work and ends
 #   linux       the same, but has its disk taken away and given back between
-#   resize      does less, and keeps its disk, which grows while it writes
+#   brief       does less, and keeps its disk
+#   resize      the same, but its disk grows while it writes
 #   crash       is destroyed while it writes
 #   kill-backend, kill-store   as linux, but that is killed and started again while the guest
 #               writes its tree, and while fio writes and verifies
@@ -27,9 +30,13 @@ image=/guests/ext4.img
 raw=/tmp/raw.img
 raw_mib=64
 
+backend_served() {
+	:
+}
+
 # backend_plug GUEST: gives the running guest its disk.
 backend_plug() {
-	xl block-attach "$1" "$(backend_disk raw xvdb w)" >&9 2>&1
+	xl block-attach "$1" "$(backend_disk "$disk" xvdb w)" >&9 2>&1
 }
 
 # backend_unplug GUEST
@@ -140,7 +147,10 @@ disturb() {
 		crash "$1"
 		return
 		;;
-	resize)
+	brief | resize)
+		marker "$3" 'STEP .* fio' "$seconds" || return
+		backend_served
+		[ "$2" = resize ] || return
 		marker "$3" RESIZE "$seconds" || return
 		backend_resize "$1" "$(sed -n 's/^RESIZE \([0-9]*\).*/\1/p' "$3")"
 		return
@@ -154,6 +164,7 @@ disturb() {
 	unikernel) return ;;
 	esac
 	marker "$3" DETACH "$seconds" || return
+	backend_served
 	backend_unplug "$1"
 	content=$(backend_content)
 	tree "$content"
@@ -167,7 +178,7 @@ one_guest() {
 		cat "/guests/$1.xl"
 		printf 'disk=['
 		[ "$2" != unikernel ] || printf '"%s",' "$(backend_disk image xvda r)"
-		printf '"%s"]\n' "$(backend_disk raw xvdb w)"
+		printf '"%s"]\n' "$(backend_disk "$disk" xvdb w)"
 	} >"/guests/$1.cfg"
 	rm -f "/var/log/xen/console/guest-$1.log"
 	disturb "$1" "$2" "/var/log/xen/console/guest-$1.log" &
@@ -177,9 +188,10 @@ one_guest() {
 	wait $disturber
 }
 
-attempt() { # NAME KIND SECONDS SECTOR live|later
+attempt() { # NAME KIND SECONDS SECTOR DISK live|later
 	seconds=$3
-	how=$5
+	disk=$5
+	how=$6
 	before=$(uptime)
 	backend_reset "$4"
 	one_guest "$1" "$2"
@@ -189,7 +201,9 @@ attempt() { # NAME KIND SECONDS SECTOR live|later
 	bytes=$(sed -n 's/^DISK-SHA256 [0-9a-f]* \([0-9]*\).*/\1/p' "$log" | tail -n 1)
 	[ -z "$bytes" ] || say "DISK $(head -c "$bytes" "$content" | sha256sum | cut -d ' ' -f 1) $bytes"
 	ranges "$log" "$content"
-	[ "$2" != resize ] || tree "$content"
+	case $2 in
+	brief | resize) tree "$content" ;;
+	esac
 	backend_release
 	say "SECONDS $before $(uptime)"
 }
@@ -201,14 +215,14 @@ scenario() {
 	done
 	. /backend.sh
 	backend_up || return 1
-	while read -r name kind seconds sector how; do
+	while read -r name kind seconds sector disk how; do
 		say "CASE $name"
-		attempt "$name" "$kind" "$seconds" "$sector" "$how" </dev/null
+		attempt "$name" "$kind" "$seconds" "$sector" "$disk" "$how" </dev/null
 		tries=1
 		while emulator_fault "$domain" && [ $tries -lt 3 ]; do
 			say "AGAIN the emulator entered the guest half way (a triple fault in Xen's own code)"
 			tries=$((tries + 1))
-			attempt "$name" "$kind" "$seconds" "$sector" "$how" </dev/null
+			attempt "$name" "$kind" "$seconds" "$sector" "$disk" "$how" </dev/null
 		done
 	done </guests/cells
 }

@@ -6,6 +6,7 @@ use clap::ValueEnum;
 use super::checks;
 use super::columns::Back;
 use super::rows::Front;
+use super::served::Reached;
 use crate::guests::image::Entry;
 use crate::guests::transcript::Transcript;
 
@@ -20,6 +21,10 @@ pub enum Work {
     Everything,
     /// A Linux guest's disk grows while it writes
     Resize,
+    /// A Linux guest keeps no grants, and Xen copies for each request
+    GrantCopy,
+    /// A Linux guest keeps no grants, and its pages are mapped for each request
+    GrantMap,
     /// A Linux guest is destroyed while it writes; then another guest uses the disk
     FrontendCrash,
     /// The backend is killed while a Linux guest writes and verifies, and started again
@@ -30,8 +35,10 @@ pub enum Work {
 
 impl Work {
     /// All there is to do with Linux guests beside everything, with what the table calls it.
-    pub const MORE: [(Self, &str); 4] = [
+    pub const MORE: [(Self, &str); 6] = [
         (Self::Resize, "the disk grows while the guest writes"),
+        (Self::GrantCopy, "no persistent grants: Xen copies"),
+        (Self::GrantMap, "no persistent grants: pages are mapped"),
         (Self::FrontendCrash, "the guest crashes while it writes"),
         (Self::BackendKill, "the backend is killed under a guest"),
         (Self::StoreKill, "the NBD server is killed under a guest"),
@@ -42,6 +49,8 @@ impl Work {
         match self {
             Self::Everything => "default",
             Self::Resize => "resize",
+            Self::GrantCopy => "grant-copy",
+            Self::GrantMap => "grant-map",
             Self::FrontendCrash => "frontend-crash",
             Self::BackendKill => "backend-kill",
             Self::StoreKill => "store-kill",
@@ -53,6 +62,7 @@ impl Work {
         match self {
             Self::Everything => "linux",
             Self::Resize => "resize",
+            Self::GrantCopy | Self::GrantMap => "brief",
             Self::FrontendCrash => "crash",
             Self::BackendKill => "kill-backend",
             Self::StoreKill => "kill-store",
@@ -64,7 +74,17 @@ impl Work {
         match self {
             Self::Everything | Self::BackendKill | Self::StoreKill => String::new(),
             Self::Resize => format!("brief=1 resize={GROWN_MIB}"),
+            Self::GrantCopy | Self::GrantMap => "brief=1 xen_blkfront.feature_persistent=0".into(),
             Self::FrontendCrash => "task=write".into(),
+        }
+    }
+
+    /// By which way the backend must have reached the guest's pages, and no other.
+    fn reached(self) -> Reached {
+        match self {
+            Self::GrantCopy => Reached::Copied,
+            Self::GrantMap => Reached::Mapped,
+            _ => Reached::Kept,
         }
     }
 }
@@ -100,8 +120,9 @@ impl Cell {
     /// A line of the list that `matrix.sh` reads; `live` if its console is to come as it is written.
     pub fn line(self, live: bool) -> String {
         let kind = if self.front.is_linux() { self.work.kind() } else { "unikernel" };
+        let disk = if self.work == Work::GrantMap { "mapped" } else { "raw" };
         let how = if live { "live" } else { "later" };
-        format!("{} {kind} {} 512 {how}\n", self.name(), self.seconds())
+        format!("{} {kind} {} 512 {disk} {how}\n", self.name(), self.seconds())
     }
 
     /// The guests' configurations without their disks: name and content.
@@ -132,7 +153,12 @@ impl Cell {
                 let bytes = checks::linux(seen)?;
                 match self.work {
                     Work::Resize => checks::grown(seen, GROWN_MIB)?,
+                    Work::GrantCopy | Work::GrantMap => checks::kept_no_grants(seen)?,
                     _ => checks::whole_program(seen, self.back)?,
+                }
+                // A daemon that was killed has begun to count anew.
+                if let Some(served) = self.back.served(seen, &self.name())? {
+                    served.check(self.work.reached())?;
                 }
                 Ok(bytes)
             }

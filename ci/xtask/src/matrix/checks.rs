@@ -69,6 +69,13 @@ pub fn grown(seen: &Transcript, mib: u64) -> Result<()> {
     Ok(())
 }
 
+/// It was negotiated that no grants are kept.
+pub fn kept_no_grants(seen: &Transcript) -> Result<()> {
+    let negotiated = last(seen, "NEGOTIATED ")?;
+    ensure!(value(negotiated, "persistent") == Some("0"), "grants are kept: {negotiated}");
+    Ok(())
+}
+
 /// The destroyed guest had pages mapped, and all of them came back.
 pub fn crash(seen: &Transcript) -> Result<()> {
     let report = |prefix: &str| {
@@ -174,6 +181,16 @@ mod tests {
         }
         assert!(grown(&seen(&["FIO 9", "GROWN 96", "RANGE 95 1 ab"]), 96).is_err());
         assert!(grown(&seen(&["GROWN 64", "RANGE 95 1 ab", "FIO 9"]), 96).is_err());
+    }
+
+    #[test]
+    fn kept_grants_are_seen() {
+        let mut seen = Transcript::default();
+        assert!(kept_no_grants(&seen).is_err());
+        seen.lines.push("NEGOTIATED device=xvdb persistent=0".into());
+        kept_no_grants(&seen).unwrap();
+        seen.lines.push("NEGOTIATED device=xvdb persistent=1".into());
+        assert!(kept_no_grants(&seen).is_err());
     }
 
     #[test]

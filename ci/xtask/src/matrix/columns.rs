@@ -6,7 +6,9 @@ use anyhow::Result;
 use clap::ValueEnum;
 
 use super::cells::Work;
+use super::served::Served;
 use crate::bare;
+use crate::guests::transcript::Transcript;
 use crate::host;
 use crate::project;
 use crate::rig::{Overlay, Rig};
@@ -104,11 +106,23 @@ impl Back {
         }
     }
 
+    /// What it says that it has done for `guest`, if it is one of ours.
+    pub fn served(self, seen: &Transcript, guest: &str) -> Result<Option<Served>> {
+        Ok(match self {
+            Self::Linux | Self::Qdisk => None,
+            Self::PvblkdFile | Self::PvblkdMemory | Self::PvblkdNbd => {
+                Some(Served::by_daemon(seen, guest)?)
+            }
+            Self::DriverDomain => Some(Served::by_driver_domain(seen)?),
+        })
+    }
+
     /// Whether `work` can be done with it.
     pub fn can(self, work: Work) -> bool {
         match work {
             Work::Everything | Work::FrontendCrash => true,
-            Work::Resize => self == Self::PvblkdFile,
+            Work::Resize | Work::GrantMap => self == Self::PvblkdFile,
+            Work::GrantCopy => matches!(self, Self::PvblkdFile | Self::DriverDomain),
             // What is in a program's memory dies with it.
             Work::BackendKill => matches!(self, Self::PvblkdFile | Self::PvblkdNbd),
             Work::StoreKill => self == Self::PvblkdNbd,

@@ -6,6 +6,7 @@ mod column;
 mod columns;
 mod negotiation;
 mod rows;
+mod served;
 mod table;
 
 use std::path::PathBuf;
