@@ -24,7 +24,7 @@
 #   resize      the same, but its disk grows while it writes
 #   crash       is destroyed while it writes
 #   kill-backend, kill-store   as linux, but that is killed and started again while the guest
-#               writes its tree, and while fio writes and verifies
+#               writes its tree, and under load
 
 image=/guests/ext4.img
 raw=/tmp/raw.img
@@ -32,6 +32,12 @@ raw_mib=64
 
 backend_served() {
 	:
+}
+
+# look GUEST: what can be told of its disk only while it is connected.
+look() {
+	say "PROTOCOL $(xenstore-read "/local/domain/$(xl domid "$1")/device/vbd/51728/protocol")"
+	backend_served
 }
 
 # backend_plug GUEST: gives the running guest its disk.
@@ -148,8 +154,8 @@ disturb() {
 		return
 		;;
 	brief | resize)
-		marker "$3" 'STEP .* fio' "$seconds" || return
-		backend_served
+		marker "$3" 'STEP .* load' "$seconds" || return
+		look "$1"
 		[ "$2" = resize ] || return
 		marker "$3" RESIZE "$seconds" || return
 		backend_resize "$1" "$(sed -n 's/^RESIZE \([0-9]*\).*/\1/p' "$3")"
@@ -158,13 +164,13 @@ disturb() {
 	kill-*)
 		marker "$3" 'STEP .* tree' "$seconds" || return
 		strike "${2#kill-}"
-		marker "$3" 'STEP .* fio' "$seconds" || return
+		marker "$3" 'STEP .* load' "$seconds" || return
 		strike "${2#kill-}"
 		;;
 	unikernel) return ;;
 	esac
 	marker "$3" DETACH "$seconds" || return
-	backend_served
+	look "$1"
 	backend_unplug "$1"
 	content=$(backend_content)
 	tree "$content"

@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::project;
 use crate::report::say;
-use crate::rig::{Apt, stamp};
+use crate::rig::{Apt, Suite, stamp};
 use crate::shell;
 
 /// 64-bit x86 without an operating system.
@@ -125,7 +125,7 @@ fn libraries(sysroot: &Path, target: &str) -> PathBuf {
 fn prepare(prefix: &Path) -> Result<()> {
     let root = prefix.parent().context("a toolchain without a parent folder")?;
     stamp::fresh(root)?;
-    let apt = Apt::new(project::rig().join("apt"))?;
+    let apt = Apt::new(project::rig().join("apt"), Suite::RIG)?;
     let mut packages = apt.closure(&PACKAGES)?;
     packages.retain(|name| {
         PACKAGES.contains(&name.as_str())

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::project;
 use crate::report::say;
-use crate::rig::{Apt, Rig, stamp};
+use crate::rig::{Apt, Rig, Suite, stamp};
 use crate::shell;
 
 /// The program; fetched and built once.
@@ -30,7 +30,7 @@ pub fn prepare(rig: &Rig) -> Result<PathBuf> {
             }
         };
         stamp::fresh(&folder)?;
-        let apt = Apt::new(project::rig().join("apt"))?;
+        let apt = Apt::new(project::rig().join("apt"), Suite::RIG)?;
         let aio = folder.join("aio");
         apt.unpack(&["libaio-dev".into(), "libaio1".into()], &aio)?;
         let source = fetch(&folder)?;

@@ -113,7 +113,7 @@ impl Cell {
     pub fn seconds(self) -> u32 {
         match self.front {
             Front::XenBlkfront => 120,
-            Front::LinuxPv | Front::LinuxPvh => 240,
+            Front::LinuxPv | Front::LinuxPvh | Front::LinuxPvh32 => 240,
         }
     }
 
@@ -159,6 +159,9 @@ impl Cell {
                 // A daemon that was killed has begun to count anew.
                 if let Some(served) = self.back.served(seen, &self.name())? {
                     served.check(self.work.reached())?;
+                }
+                if self.front.is_32_bit() {
+                    checks::spoke(seen, "x86_32-abi")?;
                 }
                 Ok(bytes)
             }

@@ -35,11 +35,11 @@ pub fn linux(seen: &Transcript) -> Result<u64> {
             None => bail!("RANGE {range}: dom0 did not look"),
         }
     }
-    let fio: u64 = last(seen, "FIO ")?.trim().parse().context("FIO")?;
-    ensure!(fio > 0, "fio wrote nothing");
+    let load: u64 = last(seen, "LOAD ")?.trim().parse().context("LOAD")?;
+    ensure!(load > 0, "nothing was written under load");
     let mib: u64 =
         said.keys().filter_map(|range| range.split_once(' ')?.1.parse::<u64>().ok()).sum();
-    Ok(tree.iter().map(|file| file.size).sum::<u64>() + (fio << 10) + (mib << 20))
+    Ok(tree.iter().map(|file| file.size).sum::<u64>() + (load << 10) + (mib << 20))
 }
 
 /// What only a guest does that does everything.
@@ -56,13 +56,13 @@ pub fn whole_program(seen: &Transcript, back: Back) -> Result<()> {
     }
 }
 
-/// The disk grew while fio wrote, and what is new was used.
+/// The disk grew under load, and what is new was used.
 pub fn grown(seen: &Transcript, mib: u64) -> Result<()> {
     let grown = format!("GROWN {mib}");
     let place = |prefix: &str| seen.lines.iter().position(|line| line.starts_with(prefix));
-    let fio = place("FIO ").context("fio did not end")?;
+    let load = place("LOAD ").context("the load did not end")?;
     let at = place(&grown).context("the guest did not see its disk grow")?;
-    ensure!(at < fio, "the disk grew only after fio had ended");
+    ensure!(at < load, "the disk grew only after the load had ended");
     let end = format!("{} 1", mib - 1);
     let used = ranges(seen.after("RANGE "))?.contains_key(end.as_str());
     ensure!(used, "the guest did not use what is new");
@@ -73,6 +73,14 @@ pub fn grown(seen: &Transcript, mib: u64) -> Result<()> {
 pub fn kept_no_grants(seen: &Transcript) -> Result<()> {
     let negotiated = last(seen, "NEGOTIATED ")?;
     ensure!(value(negotiated, "persistent") == Some("0"), "grants are kept: {negotiated}");
+    Ok(())
+}
+
+/// The guest's requests had that layout, as XenStore has it.
+pub fn spoke(seen: &Transcript, wanted: &str) -> Result<()> {
+    let protocol = seen.reports.iter().find_map(|line| line.strip_prefix("PROTOCOL "));
+    let protocol = protocol.context("dom0 did not look for the protocol")?;
+    ensure!(protocol == wanted, "it spoke {protocol}, not {wanted}");
     Ok(())
 }
 
@@ -122,7 +130,7 @@ mod tests {
             seen.take_report(&format!("FOUND {line}"));
             seen.lines.push(line);
         }
-        for line in ["NEGOTIATED device=xvdb cache=write-back", "FIO 9", "FLUSHES 1"] {
+        for line in ["NEGOTIATED device=xvdb cache=write-back", "LOAD 9", "FLUSHES 1"] {
             seen.lines.push(line.into());
         }
         seen.lines.extend(["DISCARD zeroes".into(), "VERDICT PASS".into()]);
@@ -151,7 +159,7 @@ mod tests {
             |t| drop(t.reports.pop()),
             |t| t.reports.push("FOUND RANGE 33 1 cd".into()),
             |t| t.lines.insert(0, "RANGE 33 1 cd".into()),
-            |t| t.lines.retain(|line| !line.starts_with("FIO")),
+            |t| t.lines.retain(|line| !line.starts_with("LOAD")),
             |t| t.lines.insert(0, "DISCARD none".into()),
             |t| drop(t.lines.pop()),
             |t| t.lines.retain(|line| !line.starts_with("RANGE")),
@@ -168,7 +176,7 @@ mod tests {
 
     #[test]
     fn a_disk_must_grow_under_load() {
-        let lines = ["GROWN 96", "RANGE 95 1 ab", "FIO 9"];
+        let lines = ["GROWN 96", "RANGE 95 1 ab", "LOAD 9"];
         let seen = |lines: &[&str]| Transcript {
             lines: lines.iter().map(|&line| line.to_owned()).collect(),
             ..Transcript::default()
@@ -179,8 +187,8 @@ mod tests {
             less.remove(missing);
             assert!(grown(&seen(&less), 96).is_err());
         }
-        assert!(grown(&seen(&["FIO 9", "GROWN 96", "RANGE 95 1 ab"]), 96).is_err());
-        assert!(grown(&seen(&["GROWN 64", "RANGE 95 1 ab", "FIO 9"]), 96).is_err());
+        assert!(grown(&seen(&["LOAD 9", "GROWN 96", "RANGE 95 1 ab"]), 96).is_err());
+        assert!(grown(&seen(&["GROWN 64", "RANGE 95 1 ab", "LOAD 9"]), 96).is_err());
     }
 
     #[test]
@@ -191,6 +199,15 @@ mod tests {
         kept_no_grants(&seen).unwrap();
         seen.lines.push("NEGOTIATED device=xvdb persistent=1".into());
         assert!(kept_no_grants(&seen).is_err());
+    }
+
+    #[test]
+    fn another_layout_is_seen() {
+        let mut seen = Transcript::default();
+        assert!(spoke(&seen, "x86_32-abi").is_err());
+        seen.take_report("PROTOCOL x86_32-abi");
+        spoke(&seen, "x86_32-abi").unwrap();
+        assert!(spoke(&seen, "x86_64-abi").is_err());
     }
 
     #[test]

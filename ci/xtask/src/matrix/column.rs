@@ -3,36 +3,63 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Context, Result, anyhow};
 
 use super::cells::Cell;
 use super::columns::Back;
 use super::table::Row;
-use crate::guests::image::Entry;
+use crate::bare;
+use crate::bench::fio;
+use crate::guests::image::{Entry, Image};
 use crate::guests::transcript::Transcript;
 use crate::report::say;
+use crate::rig::packages::Packages;
 use crate::rig::{Boot, Event, Outcome, Rig};
+
+/// What guests start from.
+pub struct Guests {
+    is_32_bit: bool,
+    files: Vec<(String, PathBuf)>,
+    /// If it is not the rig's own that they run in.
+    emulator: Option<Packages>,
+}
+
+impl Guests {
+    /// Builds and fetches it. `image` is the file system that our unikernel reads.
+    pub fn prepare(rig: &Rig, image: &Image, is_32_bit: bool) -> Result<Self> {
+        let ((kernel, initramfs), emulator) = match is_32_bit {
+            true => {
+                let (files, emulator) = rig.cell_guest_32()?;
+                (files, Some(emulator))
+            }
+            false => (rig.cell_guest(&fio::prepare(rig)?)?, None),
+        };
+        let files = vec![
+            ("guests/unikernel".into(), bare::build(bare::X86_64, "unikernel", &[])?),
+            ("guests/ext4.img".into(), image.file.clone()),
+            ("guests/vmlinux".into(), kernel),
+            ("guests/cell.cpio".into(), initramfs),
+        ];
+        Ok(Self { is_32_bit, files, emulator })
+    }
+}
 
 /// A column that is ready to be booted.
 pub struct Column<'a> {
     back: Back,
+    title: String,
     cells: Vec<Cell>,
     boot: Boot<'a>,
     live: bool,
 }
 
 impl<'a> Column<'a> {
-    /// Builds and fetches what the column needs. `guests` are the files that guests start from;
-    /// `live` shows their consoles as they come.
-    pub fn prepare(
-        rig: &Rig,
-        back: Back,
-        cells: Vec<Cell>,
-        guests: &[(String, PathBuf)],
-        live: bool,
-    ) -> Result<Self> {
+    /// Builds and fetches what the column needs. The cells, of which there is one at least, are all of
+    /// one backend; `live` shows their guests' consoles as they come.
+    pub fn prepare(rig: &Rig, cells: Vec<Cell>, guests: &Guests, live: bool) -> Result<Self> {
+        let back = cells.first().context("a column without cells")?.back;
         let needs = back.prepare(rig)?;
-        let mut copies = guests.to_vec();
+        let mut copies = guests.files.clone();
         copies.push(("backend.sh".into(), back.script()));
         copies.extend(needs.copies);
         let mut files = Vec::new();
@@ -58,11 +85,13 @@ impl<'a> Column<'a> {
             files,
             copies,
             overlays: needs.overlays,
+            emulator: guests.emulator.clone(),
             xen_arguments: needs.xen_arguments,
             timeout: Duration::from_secs(120 + seconds),
             ..Boot::default()
         };
-        Ok(Self { back, cells, boot, live })
+        let bits = if guests.is_32_bit { ", 32-bit guests" } else { "" };
+        Ok(Self { back, title: format!("{}{bits}", back.title()), cells, boot, live })
     }
 
     /// Boots, and hands each cell's result to `done`. `files` is what is in the file system that
@@ -114,8 +143,8 @@ impl<'a> Column<'a> {
         Ok(outcome)
     }
 
-    /// What serves its disks.
-    pub fn back(&self) -> Back {
-        self.back
+    /// What it is, for a line of progress.
+    pub fn title(&self) -> String {
+        self.title.clone()
     }
 }

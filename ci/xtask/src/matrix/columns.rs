@@ -6,6 +6,7 @@ use anyhow::Result;
 use clap::ValueEnum;
 
 use super::cells::Work;
+use super::rows::Front;
 use super::served::Served;
 use crate::bare;
 use crate::guests::transcript::Transcript;
@@ -115,6 +116,12 @@ impl Back {
             }
             Self::DriverDomain => Some(Served::by_driver_domain(seen)?),
         })
+    }
+
+    /// Whether `front` is tried with it.
+    pub fn serves(self, front: Front) -> bool {
+        // One of ours, and Linux's to compare: a boot of its own each.
+        !front.is_32_bit() || matches!(self, Self::Linux | Self::PvblkdFile)
     }
 
     /// Whether `work` can be done with it.

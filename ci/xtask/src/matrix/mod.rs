@@ -9,7 +9,6 @@ mod rows;
 mod served;
 mod table;
 
-use std::path::PathBuf;
 use std::sync::mpsc::channel;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -17,14 +16,12 @@ use std::thread;
 use anyhow::{Result, bail};
 use clap::ValueEnum;
 
-use crate::bare;
-use crate::bench::fio;
 use crate::guests::Guest;
 use crate::guests::image::Image;
 use crate::report::{Tally, heading, say};
 use crate::rig::{Outcome, Rig};
 use cells::{Cell, Work};
-use column::Column;
+use column::{Column, Guests};
 pub use columns::Back;
 use rows::Front;
 use table::Row;
@@ -83,7 +80,7 @@ impl Options {
         let asked = match front {
             Front::XenBlkfront => self.wants_front(front),
             Front::LinuxPvh => self.front.contains(&front) && self.only == Some(Part::Negotiation),
-            Front::LinuxPv => false,
+            Front::LinuxPv | Front::LinuxPvh32 => false,
         };
         asked && self.wants_back(Back::Linux)
     }
@@ -108,7 +105,8 @@ pub fn run(rig: &Rig, options: &Options, tally: &mut Tally) -> Result<()> {
     let mut machines = negotiations(rig, options)?;
     let image = Image::prepare(rig)?;
     if options.only != Some(Part::Negotiation) {
-        machines.extend(columns(rig, options, &image)?.into_iter().map(Machine::Column));
+        let columns = columns(rig, options, &image)?;
+        machines.extend(columns.into_iter().map(|column| Machine::Column(Box::new(column))));
     }
     let mut rows = boot_all(rig, machines, &image, tally);
     rows.sort_by_key(|row| {
@@ -126,7 +124,8 @@ pub fn run(rig: &Rig, options: &Options, tally: &mut Tally) -> Result<()> {
 pub fn show(rig: &Rig, back: Back) -> Result<()> {
     let image = Image::prepare(rig)?;
     let cell = Cell { back, work: Work::Everything, front: Front::LinuxPvh };
-    let column = Column::prepare(rig, back, vec![cell], &guests(rig, &image)?, true)?;
+    let guests = Guests::prepare(rig, &image, false)?;
+    let column = Column::prepare(rig, vec![cell], &guests, true)?;
     let mut reason = None;
     let outcome = column.run(rig, &image.entries, |row| reason = row.reason)?;
     say(format!("the machine ran for {:.1} s", outcome.seconds));
@@ -139,7 +138,7 @@ pub fn show(rig: &Rig, back: Back) -> Result<()> {
 /// A boot that is part of the matrix.
 enum Machine<'a> {
     /// A backend with all its frontends.
-    Column(Column<'a>),
+    Column(Box<Column<'a>>),
     /// A frontend that negotiates in every way.
     Negotiation(Box<Guest<'a>>, Front),
 }
@@ -147,7 +146,7 @@ enum Machine<'a> {
 impl Machine<'_> {
     fn title(&self) -> String {
         match self {
-            Self::Column(column) => column.back().title().to_owned(),
+            Self::Column(column) => column.title(),
             Self::Negotiation(_, front) => format!("every way of negotiating, {}", front.title()),
         }
     }
@@ -176,38 +175,35 @@ fn negotiations<'a>(rig: &'a Rig, options: &Options) -> Result<Vec<Machine<'a>>>
 
 /// The columns that take part.
 fn columns<'a>(rig: &Rig, options: &Options, image: &Image) -> Result<Vec<Column<'a>>> {
-    let guests = guests(rig, image)?;
     let mut columns = Vec::new();
-    for back in options.backs() {
-        let cells = cells(options, back);
-        if !cells.is_empty() {
-            columns.push(Column::prepare(rig, back, cells, &guests, false)?);
+    for is_32_bit in [false, true] {
+        let mut all: Vec<_> =
+            options.backs().into_iter().map(|back| cells(options, back)).collect();
+        for cells in &mut all {
+            cells.retain(|cell| cell.front.is_32_bit() == is_32_bit);
+        }
+        all.retain(|cells| !cells.is_empty());
+        if all.is_empty() {
+            continue;
+        }
+        let guests = Guests::prepare(rig, image, is_32_bit)?;
+        for cells in all {
+            columns.push(Column::prepare(rig, cells, &guests, false)?);
         }
     }
     Ok(columns)
 }
 
-/// The cells of one column.
+/// The cells of one backend.
 fn cells(options: &Options, back: Back) -> Vec<Cell> {
     let mut cells = Vec::new();
-    for front in options.fronts() {
+    for front in options.fronts().into_iter().filter(|&front| back.serves(front)) {
         let works = Work::value_variants()
             .iter()
             .filter(|&&work| options.wants_work(work) && front.can(work) && back.can(work));
         cells.extend(works.map(|&work| Cell { back, work, front }));
     }
     cells
-}
-
-/// The files that guests start from, and the file system that the unikernel reads.
-fn guests(rig: &Rig, image: &Image) -> Result<Vec<(String, PathBuf)>> {
-    let (kernel, initramfs) = rig.cell_guest(&fio::prepare(rig)?)?;
-    Ok(vec![
-        ("guests/unikernel".into(), bare::build(bare::X86_64, "unikernel", &[])?),
-        ("guests/ext4.img".into(), image.file.clone()),
-        ("guests/vmlinux".into(), kernel),
-        ("guests/cell.cpio".into(), initramfs),
-    ])
 }
 
 /// What comes from a machine while it runs.

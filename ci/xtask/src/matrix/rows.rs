@@ -11,6 +11,9 @@ pub enum Front {
     LinuxPv,
     /// Linux's blkfront in a PVH guest
     LinuxPvh,
+    /// Linux's blkfront in a 32-bit PVH guest
+    #[value(name = "linux-pvh-32")]
+    LinuxPvh32,
     /// Ours, in the unikernel
     XenBlkfront,
 }
@@ -21,6 +24,7 @@ impl Front {
         match self {
             Self::LinuxPv => "linux-pv",
             Self::LinuxPvh => "linux-pvh",
+            Self::LinuxPvh32 => "linux-pvh-32",
             Self::XenBlkfront => "xen-blkfront",
         }
     }
@@ -30,8 +34,19 @@ impl Front {
         match self {
             Self::LinuxPv => "Linux PV",
             Self::LinuxPvh => "Linux PVH",
+            Self::LinuxPvh32 => "Linux PVH, 32 bits",
             Self::XenBlkfront => "our unikernel",
         }
+    }
+
+    /// The guest's processor.
+    pub fn arch(self) -> &'static str {
+        if self.is_32_bit() { "i686" } else { "x86_64" }
+    }
+
+    /// Whether its guest has 32 bits, and so needs another emulator.
+    pub fn is_32_bit(self) -> bool {
+        self == Self::LinuxPvh32
     }
 
     /// Whether it is Linux that drives the disk.
@@ -52,7 +67,7 @@ impl Front {
             Self::XenBlkfront => {
                 format!("kernel=\"/guests/unikernel\"\ncmdline=\"{words}\"\nmemory=256\n")
             }
-            Self::LinuxPv | Self::LinuxPvh => format!(
+            Self::LinuxPv | Self::LinuxPvh | Self::LinuxPvh32 => format!(
                 "kernel=\"/guests/vmlinux\"\nramdisk=\"/guests/cell.cpio\"\n\
                  cmdline=\"console=hvc0 loglevel=1 {words}\"\nmemory=512\n"
             ),

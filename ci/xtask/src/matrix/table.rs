@@ -47,7 +47,7 @@ impl Row {
         Self {
             front: front.name(),
             back: back.name(),
-            arch: "x86_64",
+            arch: front.arch(),
             options: options.into(),
             result: if reason.is_none() { "pass" } else { "fail" },
             reason,

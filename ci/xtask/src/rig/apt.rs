@@ -3,7 +3,7 @@
 //! The private apt has its own lists, its own cache and an *empty* dpkg status. So it resolves the
 //! whole closure of what is asked for, whatever is installed on this machine, and what it
 //! unpacks runs with its own libraries. Sources and keys are the system's own; on a Debian that is
-//! not the release below, the sources are read with that release's name in place of its own.
+//! not the release asked for, the sources are read with that release's name in place of its own.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,19 +15,35 @@ use super::stamp;
 use crate::report::say;
 use crate::shell;
 
-/// The release whose QEMU 7.2 and Xen 4.17 the rig is made for: QEMU 10 kills PVH guests.
-const RELEASE: &str = "bookworm";
+/// Which of Debian's packages.
+#[derive(Clone, Copy)]
+pub struct Suite {
+    /// The release.
+    pub release: &'static str,
+    /// For which processors.
+    pub architecture: &'static str,
+}
+
+impl Suite {
+    /// The release whose QEMU 7.2 and Xen 4.17 the rig is made for: QEMU 10 kills PVH guests.
+    pub const RIG: Self = Self { release: "bookworm", architecture: "amd64" };
+}
 
 /// A private apt state in a folder of its own.
 pub struct Apt {
     folder: PathBuf,
+    suite: Suite,
 }
 
 impl Apt {
     /// Sets up the state in `folder` and fetches the package lists, once.
-    pub fn new(folder: PathBuf) -> Result<Self> {
-        let apt = Self { folder };
-        stamp::once(&apt.folder.join("stamp"), RELEASE, "fetching package lists", || {
+    pub fn new(folder: PathBuf, suite: Suite) -> Result<Self> {
+        let apt = Self { folder, suite };
+        let key = match suite.architecture {
+            "amd64" => suite.release.to_owned(),
+            other => format!("{} {other}", suite.release),
+        };
+        stamp::once(&apt.folder.join("stamp"), &key, "fetching package lists", || {
             apt.set_up()?;
             apt.update()
         })?;
@@ -115,6 +131,7 @@ impl Apt {
         }
         stamp::fresh(&self.folder)?;
         let here = self.folder.display();
+        let Suite { release, architecture } = self.suite;
         for folder in ["lists/partial", "cache/archives/partial", "sources"] {
             fs::create_dir_all(self.folder.join(folder))?;
         }
@@ -127,8 +144,8 @@ Dir::Cache "{here}/cache";
 Dir::Etc::preferences "/dev/null";
 Dir::Etc::preferencesparts "/dev/null";
 APT::Sandbox::User "";
-APT::Architecture "amd64";
-APT::Architectures {{ "amd64"; }};
+APT::Architecture "{architecture}";
+APT::Architectures {{ "{architecture}"; }};
 APT::Install-Recommends "false";
 APT::Default-Release "";
 Acquire::Languages "none";
@@ -140,9 +157,9 @@ Debug::NoLocking "true";
 #clear DPkg::Pre-Install-Pkgs;
 "#
         );
-        if let Some(own) = system_release().filter(|own| own != RELEASE) {
-            say(format!("this is {own}: reading its package sources as {RELEASE}"));
-            translate_sources(&self.folder.join("sources"), &own)?;
+        if let Some(own) = system_release().filter(|own| own != release) {
+            say(format!("this is {own}: reading its package sources as {release}"));
+            translate_sources(&self.folder.join("sources"), &own, release)?;
             settings.push_str(&format!(
                 "Dir::Etc::sourcelist \"/dev/null\";\nDir::Etc::sourceparts \"{here}/sources\";\n"
             ));
@@ -151,8 +168,16 @@ Debug::NoLocking "true";
         Ok(())
     }
 
+    /// Fetches the lists. Mirrors now and then have one that is not the one they promise: the others
+    /// are used then, and if a package is not in them, that is said when it is asked for.
     fn update(&self) -> Result<()> {
-        shell::output(self.get().arg("update")).map(drop)
+        let Err(error) = shell::output(self.get().arg("update")) else { return Ok(()) };
+        let there = fs::read_dir(self.folder.join("lists"))?.flatten();
+        if !there.into_iter().any(|it| it.file_name().to_string_lossy().contains("_Packages")) {
+            return Err(error);
+        }
+        say("not all package lists came: going on with the others");
+        Ok(())
     }
 
     fn get(&self) -> Command {
@@ -175,7 +200,7 @@ fn system_release() -> Option<String> {
     Some(name.trim_matches('"').to_owned())
 }
 
-fn translate_sources(folder: &Path, own: &str) -> Result<()> {
+fn translate_sources(folder: &Path, own: &str, release: &str) -> Result<()> {
     let mut files = vec![PathBuf::from("/etc/apt/sources.list")];
     if let Ok(entries) = fs::read_dir("/etc/apt/sources.list.d") {
         files.extend(entries.flatten().map(|entry| entry.path()));
@@ -184,7 +209,7 @@ fn translate_sources(folder: &Path, own: &str) -> Result<()> {
         let named = file.extension().is_some_and(|end| end == "list" || end == "sources");
         if let (true, Ok(text)) = (named, fs::read_to_string(&file)) {
             let name = file.file_name().unwrap_or_default();
-            fs::write(folder.join(name), text.replace(own, RELEASE))?;
+            fs::write(folder.join(name), text.replace(own, release))?;
         }
     }
     Ok(())

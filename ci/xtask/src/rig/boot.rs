@@ -13,6 +13,7 @@ use anyhow::{Context, Result, bail};
 
 use super::Rig;
 use super::cpio::Archive;
+use super::packages::Packages;
 use crate::project;
 use crate::shell;
 
@@ -62,6 +63,8 @@ pub struct Boot<'a> {
     pub dom0_memory: u32,
     /// One instruction is one nanosecond, whatever the machine is busy with.
     pub deterministic: bool,
+    /// Whose QEMU it is; the rig's own if nobody's.
+    pub emulator: Option<Packages>,
     /// More words for Xen's command line.
     pub xen_arguments: &'a str,
     /// More words for QEMU.
@@ -82,6 +85,7 @@ impl Default for Boot<'_> {
             memory: 4096,
             dom0_memory: 1536,
             deterministic: false,
+            emulator: None,
             xen_arguments: "",
             qemu_arguments: Vec::new(),
             timeout: Duration::from_secs(240),
@@ -178,7 +182,7 @@ impl Boot<'_> {
             true => (DETERMINISTIC_CPU, 1),
             false => (CPU, self.cpus),
         };
-        let mut qemu = rig.packages().qemu();
+        let mut qemu = self.emulator.as_ref().unwrap_or(rig.packages()).qemu();
         qemu.args(["-machine", "pc", "-cpu", cpu, "-smp", &cpus.to_string()]);
         qemu.args(["-m", &self.memory.to_string()]);
         qemu.args(["-nodefaults", "-display", "none", "-no-reboot", "-monitor", "none"]);

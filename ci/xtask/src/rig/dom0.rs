@@ -81,8 +81,6 @@ const FOLDERS: [&str; 13] = [
     "etc/xen/scripts",
 ];
 
-const LIBRARY_FOLDER: &str = "lib/x86_64-linux-gnu";
-
 /// Writes dom0's initramfs to `file`.
 pub fn write(packages: &Packages, file: &Path) -> Result<()> {
     let mut archive = Archive::new(BufWriter::new(fs::File::create(file)?));
@@ -92,9 +90,9 @@ pub fn write(packages: &Packages, file: &Path) -> Result<()> {
         archive.link(&format!("bin/xenstore-{name}"), "xenstore")?;
     }
     for library in own_libraries(packages)? {
-        copy_library(&mut archive, &library)?;
+        copy_library(packages, &mut archive, &library)?;
     }
-    archive.copy("lib64/ld-linux-x86-64.so.2", &packages.loader())?;
+    archive.copy(packages.loader_path(), &packages.loader())?;
     modules(packages, &mut archive, &MODULES)?;
     modules(packages, &mut archive, &GUEST_MODULES)?;
     archive.link("usr/lib/xen-4.17/bin", "/sbin")?;
@@ -125,7 +123,7 @@ pub fn write_overlay(packages: &Packages, overlay: &Overlay, file: &Path) -> Res
     let there = own_libraries(packages)?;
     libraries.retain(|library| !there.contains(library));
     for library in &libraries {
-        copy_library(&mut archive, library)?;
+        copy_library(packages, &mut archive, library)?;
     }
     for path in overlay.files {
         archive.copy(path, &packages.path(path))?;
@@ -148,9 +146,10 @@ pub fn write_bench_guest(
     write_guest(packages, file, &GUEST_MODULES[..1], "scenarios/bench-guest.sh", programs, &[])
 }
 
-/// Writes the initramfs of a Linux guest that uses a disk in every way.
-pub fn write_cell_guest(packages: &Packages, file: &Path, fio: &Path) -> Result<()> {
-    let programs = [("bin/fio", fio.to_owned())];
+/// Writes the initramfs of a Linux guest that uses a disk in every way, with fio if there is one for
+/// the guest's processor.
+pub fn write_cell_guest(packages: &Packages, file: &Path, fio: Option<&Path>) -> Result<()> {
+    let programs: Vec<_> = fio.map(|fio| ("bin/fio", fio.to_owned())).into_iter().collect();
     write_guest(packages, file, &GUEST_MODULES, "init.cell", &programs, &FILE_SYSTEM_PROGRAMS)
 }
 
@@ -180,10 +179,10 @@ fn write_guest(
     modules(packages, &mut archive, names)?;
     let libraries = copy_programs(packages, &mut archive, packaged)?;
     for library in &libraries {
-        copy_library(&mut archive, library)?;
+        copy_library(packages, &mut archive, library)?;
     }
     if !libraries.is_empty() {
-        archive.copy("lib64/ld-linux-x86-64.so.2", &packages.loader())?;
+        archive.copy(packages.loader_path(), &packages.loader())?;
         archive.copy("etc/mke2fs.conf", &packages.path("etc/mke2fs.conf"))?;
     }
     archive.copy("init", &project::rig_scripts().join(init))?;
@@ -216,9 +215,13 @@ fn copy_programs<W: Write>(
     packages.libraries(&files)
 }
 
-fn copy_library<W: Write>(archive: &mut Archive<W>, library: &Path) -> Result<()> {
+fn copy_library<W: Write>(
+    packages: &Packages,
+    archive: &mut Archive<W>,
+    library: &Path,
+) -> Result<()> {
     let name = library.file_name().context("a library without a name")?.to_string_lossy();
-    archive.copy(&format!("{LIBRARY_FOLDER}/{name}"), library)
+    archive.copy(&format!("{}/{name}", packages.library_folder()), library)
 }
 
 fn skeleton<W: Write>(packages: &Packages, archive: &mut Archive<W>) -> Result<()> {

@@ -19,7 +19,7 @@ use anyhow::{Context, Result, bail};
 use crate::project;
 use crate::report::say;
 
-pub use apt::Apt;
+pub use apt::{Apt, Suite};
 pub use boot::{Boot, Event, Outcome};
 pub use dom0::Overlay;
 use packages::Packages;
@@ -80,8 +80,23 @@ impl Rig {
         self.add(&[dom0::PARTITIONS])?;
         let _lock = lock()?;
         let initramfs = self.path("cell.cpio");
-        dom0::write_cell_guest(&self.packages, &initramfs, fio)?;
+        dom0::write_cell_guest(&self.packages, &initramfs, Some(fio))?;
         Ok((self.path("vmlinux"), initramfs))
+    }
+
+    /// Files that the same guest starts from if it is a 32-bit one, and the emulator that it runs in.
+    pub fn cell_guest_32(&self) -> Result<((PathBuf, PathBuf), Packages)> {
+        let _lock = lock()?;
+        let (guest, emulator) = (Packages::guest_32()?, Packages::emulator_32()?);
+        let (kernel, initramfs) = (self.path("vmlinux-32"), self.path("cell-32.cpio"));
+        let image = guest.kernel_image()?.0;
+        let stamp = self.path("stamps/vmlinux-32");
+        let key = image.display().to_string();
+        stamp::once(&stamp, &key, "unpacking the kernel of a 32-bit guest", || {
+            Ok(fs::write(&kernel, kernel::vmlinux(&guest, &fs::read(&image)?)?)?)
+        })?;
+        dom0::write_cell_guest(&guest, &initramfs, None)?;
+        Ok(((kernel, initramfs), emulator))
     }
 
     /// The same for a machine without Xen, where the disk is a VirtIO device.

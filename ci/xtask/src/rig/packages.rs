@@ -7,38 +7,85 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use super::apt::Apt;
+use super::apt::{Apt, Suite};
 use super::{kernel, stamp};
 use crate::project;
 use crate::shell;
 
-/// What is unpacked with all that it depends on.
-const PROGRAMS: [&str; 11] = [
-    "qemu-system-x86",
-    "xen-hypervisor-4.17-amd64",
-    "xen-utils-4.17",
-    "xenstore-utils",
-    "busybox-static",
-    "e2fsprogs",
-    "mount", // util-linux's losetup, which can set a logical sector size
-    "xz-utils",
-    "zstd",
-    "lz4",
-    "libgcc-s1",
-];
+/// What is unpacked under one folder, with all that it depends on.
+struct Set {
+    /// What it is for.
+    what: &'static str,
+    /// Ends the names of its folders.
+    suffix: &'static str,
+    suite: Suite,
+    programs: &'static [&'static str],
+    /// Depends on the newest kernel's package.
+    kernel: Option<&'static str>,
+    /// The version of QEMU that is wanted.
+    qemu: Option<&'static str>,
+    /// The folder below `lib` and `usr/lib`.
+    triple: &'static str,
+    /// Where its programs expect their loader.
+    loader: &'static str,
+}
+
+/// The rig itself.
+const RIG: Set = Set {
+    what: "QEMU, Xen and tools",
+    suffix: "",
+    suite: Suite::RIG,
+    programs: &[
+        "qemu-system-x86",
+        "xen-hypervisor-4.17-amd64",
+        "xen-utils-4.17",
+        "xenstore-utils",
+        "busybox-static",
+        "e2fsprogs",
+        "mount", // util-linux's losetup, which can set a logical sector size
+        "xz-utils",
+        "zstd",
+        "lz4",
+        "libgcc-s1",
+    ],
+    kernel: Some("linux-image-amd64"),
+    qemu: Some("7.2"),
+    triple: "x86_64-linux-gnu",
+    loader: "lib64/ld-linux-x86-64.so.2",
+};
+
+/// What a 32-bit Linux guest is made of.
+const GUEST_32: Set = Set {
+    what: "programs of a 32-bit guest",
+    suffix: "-32",
+    suite: Suite { architecture: "i386", ..Suite::RIG },
+    programs: &["busybox-static", "e2fsprogs", "fdisk", "xz-utils"],
+    kernel: Some("linux-image-686-pae"),
+    qemu: None,
+    triple: "i386-linux-gnu",
+    loader: "lib/ld-linux.so.2",
+};
+
+/// The emulator for 32-bit guests. Since 7.2 QEMU marks the page directory pointers of PAE as
+/// accessed, with a bit that is reserved there; so Xen, which has to read the instructions that it
+/// emulates by these tables, finds them invalid, and the guest stands still at its first CPUID.
+const EMULATOR_32: Set = Set {
+    what: "QEMU for 32-bit guests",
+    suffix: "-older",
+    suite: Suite { release: "bullseye", ..Suite::RIG },
+    programs: &["qemu-system-x86"],
+    kernel: None,
+    qemu: Some("5.2"),
+    ..RIG
+};
 
 /// Left out of the closure: helper scripts of programs that are not used.
 const UNUSED: [&str; 6] = ["python3", "libpython3", "iso-codes", "perl", "debconf", "udev"];
 
-const LIBRARIES: [&str; 4] = [
-    "lib/x86_64-linux-gnu",
-    "usr/lib/x86_64-linux-gnu",
-    "usr/lib/x86_64-linux-gnu/pulseaudio",
-    "usr/lib/xen-4.17/lib/x86_64-linux-gnu",
-];
-
 /// The packages, unpacked under one folder.
+#[derive(Clone)]
 pub struct Packages {
+    set: &'static Set,
     root: PathBuf,
     kernel: PathBuf,
 }
@@ -46,43 +93,57 @@ pub struct Packages {
 impl Packages {
     /// Fetches and unpacks what is missing.
     pub fn fetch() -> Result<Self> {
-        let rig = project::rig();
-        let root = rig.join("root");
-        let kernel = rig.join("kernel");
-        stamp::once(
-            &rig.join("stamps/packages"),
-            &PROGRAMS.join(" "),
-            "fetching QEMU, Xen and tools",
-            || {
-                let apt = Apt::new(rig.join("apt"))?;
-                let version = apt.candidate("qemu-system-x86")?;
-                if !version.contains(":7.2") {
-                    bail!(
-                        "these package sources would give QEMU {version}; the rig needs Debian \
-                         12's 7.2"
-                    );
-                }
-                apt.unpack(&used(apt.closure(&PROGRAMS)?), &root)
-            },
-        )?;
-        if let Some(own) = env::var_os("PVBLK_KERNEL") {
-            return Ok(Self { root, kernel: own.into() });
+        let mut packages = Self::fetch_set(&RIG)?;
+        match env::var_os("PVBLK_KERNEL") {
+            Some(own) => packages.kernel = own.into(),
+            None => packages.fetch_kernel()?,
         }
-        stamp::once(
-            &rig.join("stamps/kernel"),
-            "linux-image-amd64",
-            "fetching a kernel for dom0",
-            || {
-                let apt = Apt::new(rig.join("apt"))?;
-                let names: Vec<String> = apt
-                    .dependencies("linux-image-amd64")?
-                    .into_iter()
-                    .filter(|name| name.starts_with("linux-image-"))
-                    .collect();
-                apt.unpack(&names, &kernel)
-            },
-        )?;
-        Ok(Self { root, kernel })
+        Ok(packages)
+    }
+
+    /// What a 32-bit Linux guest is made of.
+    pub fn guest_32() -> Result<Self> {
+        let packages = Self::fetch_set(&GUEST_32)?;
+        packages.fetch_kernel()?;
+        Ok(packages)
+    }
+
+    /// The emulator in which 32-bit guests of Xen run.
+    pub fn emulator_32() -> Result<Self> {
+        Self::fetch_set(&EMULATOR_32)
+    }
+
+    fn fetch_set(set: &'static Set) -> Result<Self> {
+        let rig = project::rig();
+        let folder = |name: &str| rig.join(format!("{name}{}", set.suffix));
+        let packages = Self { set, root: folder("root"), kernel: folder("kernel") };
+        let what = format!("fetching {}", set.what);
+        stamp::once(&folder("stamps/packages"), &set.programs.join(" "), &what, || {
+            let apt = packages.apt()?;
+            if let Some(wanted) = set.qemu {
+                let version = apt.candidate("qemu-system-x86")?;
+                if !version.contains(&format!(":{wanted}")) {
+                    bail!("these package sources would give QEMU {version}, not {wanted}");
+                }
+            }
+            apt.unpack(&used(apt.closure(set.programs)?), &packages.root)
+        })?;
+        Ok(packages)
+    }
+
+    fn fetch_kernel(&self) -> Result<()> {
+        let Some(name) = self.set.kernel else { return Ok(()) };
+        let stamp = project::rig().join(format!("stamps/kernel{}", self.set.suffix));
+        stamp::once(&stamp, name, &format!("fetching {name}"), || {
+            let apt = self.apt()?;
+            let mut names = apt.dependencies(name)?;
+            names.retain(|name| name.starts_with("linux-image-"));
+            apt.unpack(&names, &self.kernel)
+        })
+    }
+
+    fn apt(&self) -> Result<Apt> {
+        Apt::new(project::rig().join(format!("apt{}", self.set.suffix)), self.set.suite)
     }
 
     /// Fetches and unpacks further packages with what they depend on, beside those that all need.
@@ -90,9 +151,9 @@ impl Packages {
         // In the folder itself: it goes when the folder is made anew.
         let stamp = self.root.join(format!(".with-{}", names.join("+")));
         stamp::once(&stamp, "there", &format!("fetching {}", names.join(", ")), || {
-            let apt = Apt::new(project::rig().join("apt"))?;
-            let there = apt.closure(&PROGRAMS)?;
-            let mut missing = used(apt.closure(&[&PROGRAMS, names].concat())?);
+            let apt = self.apt()?;
+            let there = apt.closure(self.set.programs)?;
+            let mut missing = used(apt.closure(&[self.set.programs, names].concat())?);
             missing.retain(|name| !there.contains(name));
             apt.add(&missing, &self.root)
         })
@@ -190,11 +251,29 @@ impl Packages {
 
     /// The loader: what runs any dynamically linked program.
     pub fn loader(&self) -> PathBuf {
-        self.root.join("lib/x86_64-linux-gnu/ld-linux-x86-64.so.2")
+        let name = Path::new(self.set.loader).file_name().unwrap_or_default();
+        self.root.join(self.library_folder()).join(name)
+    }
+
+    /// Where its programs expect the loader.
+    pub fn loader_path(&self) -> &'static str {
+        self.set.loader
+    }
+
+    /// The folder in which its programs look for libraries.
+    pub fn library_folder(&self) -> String {
+        format!("lib/{}", self.set.triple)
     }
 
     fn library_path(&self) -> String {
-        LIBRARIES.map(|folder| self.root.join(folder).display().to_string()).join(":")
+        let triple = self.set.triple;
+        let folders = [
+            self.library_folder(),
+            format!("usr/lib/{triple}"),
+            format!("usr/lib/{triple}/pulseaudio"),
+            format!("usr/lib/xen-4.17/lib/{triple}"),
+        ];
+        folders.map(|folder| self.root.join(folder).display().to_string()).join(":")
     }
 }
 

@@ -240,7 +240,7 @@ impl<'a> Parts<'a> {
         let queues = value(negotiated, "queues").and_then(|queues| queues.parse().ok());
         ensure!(queues == Some(case.queues), "asked for were {} queues: {negotiated}", case.queues);
         ensure!(said("DISCARD ")? == "zeroes", "nothing was discarded");
-        let fio: u64 = said("FIO ")?.trim().parse().context("FIO")?;
+        let fio: u64 = said("LOAD ")?.trim().parse().context("LOAD")?;
         ensure!(fio > 0, "fio wrote nothing");
         say(format!("{} KiB compared, {fio} KiB more verified by fio", bytes >> 10));
         Ok(())
@@ -268,7 +268,7 @@ struct Keeper {
 impl Keeper {
     fn hear(&mut self, line: &str) -> Result<()> {
         match line.split(' ').collect::<Vec<_>>()[..] {
-            ["STEP", _, "tree" | "fio"] if self.killed => self.next = Some(Instant::now() + LIFE),
+            ["STEP", _, "tree" | "load"] if self.killed => self.next = Some(Instant::now() + LIFE),
             ["STEP", ..] => self.next = None,
             ["RESIZE", _] => self.daemon.signal("HUP")?,
             _ => {}
