@@ -7,7 +7,7 @@ backend_up() {
 		name="storage"
 		type="pvh"
 		kernel="/guests/driver-domain"
-		cmdline="ram0=24M ram1=64M"
+		cmdline="ram0=24M ram1=64M ram2=16M"
 		memory=256
 		vcpus=1
 		tsc_mode="native"
@@ -17,10 +17,11 @@ backend_up() {
 	xl create /guests/storage.cfg >&9 2>&1
 }
 
-domain_disk() { # image|raw VDEV r|w
+domain_disk() { # image|raw|other VDEV r|w
 	case $1 in
 	image) target=ram0 ;;
 	raw) target=ram1 ;;
+	other) target=ram2 ;;
 	esac
 	case $3 in
 	r) access=ro ;;
@@ -38,12 +39,12 @@ backend_disk() {
 	domain_disk "$@"
 }
 
-backend_content() {
-	through_dom0 "$(domain_disk raw xvdy r)" read $raw
+backend_content() { # [other]
+	through_dom0 "$(domain_disk "${1:-raw}" xvdy r)" read $raw
 	echo $raw
 }
 
 backend_release() {
 	rm -f $raw
-	tail -n 40 /var/log/xen/console/guest-storage.log | sed 's/^/storage: /' >&9
+	tail -n 80 /var/log/xen/console/guest-storage.log | sed 's/^/storage: /' >&9
 }

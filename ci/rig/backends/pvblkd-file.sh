@@ -3,6 +3,7 @@
 
 # The same file under another name, by which the daemon knows it as a disk with other settings.
 mapped=/tmp/mapped.img
+other=/tmp/other.img
 
 store_up() {
 	cat >>$pvblkd_config <<-END
@@ -16,13 +17,16 @@ backend_reset() { # SECTOR
 	rm -f $raw
 	truncate -s ${raw_mib}M $raw
 	ln -f $raw $mapped
+	rm -f $other
+	truncate -s ${other_mib}M $other
 }
 
-backend_disk() { # image|raw|mapped VDEV r|w
+backend_disk() { # image|raw|mapped|other VDEV r|w
 	case $1 in
 	image) pvblkd_disk $image "$2" "$3" ;;
 	raw) pvblkd_disk $raw "$2" "$3" ;;
 	mapped) pvblkd_disk $mapped "$2" "$3" ;;
+	other) pvblkd_disk $other "$2" "$3" ;;
 	esac
 }
 
@@ -30,8 +34,8 @@ backend_resize() { # GUEST MIB
 	pvblkd resize "$1" xvdb "$2M" >&9 2>&1
 }
 
-backend_content() {
-	echo $raw
+backend_content() { # [other]
+	[ "$1" = other ] && echo $other || echo $raw
 }
 
 store_release() {

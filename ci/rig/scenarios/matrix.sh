@@ -5,14 +5,14 @@
 #   backend_up                starts the backend, once a boot
 #   backend_reset SECTOR      disk `image` holds $image and can be read; `raw` is empty ($raw_mib MiB)
 #   backend_disk DISK VDEV r|w   prints that disk as xl's configuration has it; `mapped` is `raw`, but
-#                             the backend maps pages that it does not keep
-#   backend_content           prints a file or device of dom0 that shows what `raw` holds
+#                             the backend maps pages that it does not keep; `other` is another one
+#   backend_content [other]   prints a file or device of dom0 that shows what `raw` (or that) holds
 #   backend_release           after a guest is gone
 #   backend_kill, backend_restart   kills the backend with its disks in use; starts it again
 #   store_kill, store_restart       the same with what it has its data from
 #   backend_resize GUEST MIB  gives the guest's disk that size
 #
-# (the last three lines, and `mapped`, where that can be done) and, where xl's own way is not the way, backend_plug
+# (the last three lines, `mapped` and `other`, where that can be done) and, where xl's own way is not the way, backend_plug
 # and backend_unplug;
 # where it can say what it has done for its guests, backend_served.
 #
@@ -23,12 +23,14 @@
 #   brief       does less, and keeps its disk
 #   resize      the same, but its disk grows while it writes
 #   crash       is destroyed while it writes
+#   hostile     breaks the rules on `other`, while another guest does its work
 #   kill-backend, kill-store   as linux, but that is killed and started again while the guest
 #               writes its tree, and under load
 
 image=/guests/ext4.img
 raw=/tmp/raw.img
 raw_mib=64
+other_mib=16
 
 backend_served() {
 	:
@@ -122,18 +124,53 @@ lingers() {
 	xl list | awk -v domain="$1" '$2 == domain { found = 1 } END { print found + 0 }'
 }
 
+# gone DOMID: reports what is left of a guest that was destroyed.
+gone() {
+	tries=0
+	while [ "$(lingers "$1")" = 1 ] && [ $tries -lt 50 ]; do
+		tries=$((tries + 1))
+		usleep 100000
+	done
+	say "LEFT $(mapped "$1") $(lingers "$1")"
+}
+
 # crash NAME: destroys the guest, which writes, and reports what is left of it.
 crash() {
 	sleep 2
 	crashed=$(xl domid "$1")
 	say "MAPPED $(mapped "$crashed")"
 	xl destroy "$1" >&9 2>&1
-	tries=0
-	while [ "$(lingers "$crashed")" = 1 ] && [ $tries -lt 50 ]; do
-		tries=$((tries + 1))
-		usleep 100000
-	done
-	say "LEFT $(mapped "$crashed") $(lingers "$crashed")"
+	gone "$crashed"
+}
+
+# hostile NAME: that guest is given `other` once one beside it is at work. Leaves the console of that one
+# in $log.
+hostile() {
+	working=/var/log/xen/console/guest-$1-beside.log
+	{
+		until xl domid "$1" >/dev/null 2>&1; do usleep 100000; done
+		how=silent
+		one_guest "$1-beside" unikernel
+		say "BESIDE $ended"
+	} &
+	beside=$!
+	{
+		marker $working 'NEGOTIATED device=xvdb' "$seconds"
+		xl block-attach "$1" "$(backend_disk other xvdb w)" >&9 2>&1
+		# After that it uses its disk as one should.
+		marker "/var/log/xen/console/guest-$1.log" 'HOSTILE last' "$seconds" || return
+		grep -q VERDICT $working || say "MEANWHILE the one beside it worked"
+	} &
+	disturber=$!
+	cp "/guests/$1.xl" "/guests/$1.cfg"
+	guest "$1" "$seconds" "$how"
+	kill $disturber 2>/dev/null
+	say "HOSTILE $domain"
+	gone "$domain"
+	wait $beside
+	sed "s/^/GUEST $1-beside|/" $working >&9
+	ranges "$log" "$(backend_content other)"
+	log=$working
 }
 
 # strike backend|store: kills it and starts it again.
@@ -200,7 +237,10 @@ attempt() { # NAME KIND SECONDS SECTOR DISK live|later
 	how=$6
 	before=$(uptime)
 	backend_reset "$4"
-	one_guest "$1" "$2"
+	case $2 in
+	hostile) hostile "$1" ;;
+	*) one_guest "$1" "$2" ;;
+	esac
 	[ "$2" != crash ] || one_guest "$1-next" unikernel
 	say "ENDED $ended"
 	content=$(backend_content)

@@ -31,17 +31,20 @@ pub enum Work {
     BackendKill,
     /// The same with the server that the backend has its data from
     StoreKill,
+    /// A guest of ours breaks the rules of its ring, while another one works
+    Hostile,
 }
 
 impl Work {
-    /// All there is to do with Linux guests beside everything, with what the table calls it.
-    pub const MORE: [(Self, &str); 6] = [
+    /// All there is to do beside everything, with what the table calls it.
+    pub const MORE: [(Self, &str); 7] = [
         (Self::Resize, "the disk grows while the guest writes"),
         (Self::GrantCopy, "no persistent grants: Xen copies"),
         (Self::GrantMap, "no persistent grants: pages are mapped"),
         (Self::FrontendCrash, "the guest crashes while it writes"),
         (Self::BackendKill, "the backend is killed under a guest"),
         (Self::StoreKill, "the NBD server is killed under a guest"),
+        (Self::Hostile, "a hostile guest beside one that works"),
     ];
 
     /// As `target/matrix.json` has it.
@@ -54,28 +57,32 @@ impl Work {
             Self::FrontendCrash => "frontend-crash",
             Self::BackendKill => "backend-kill",
             Self::StoreKill => "store-kill",
+            Self::Hostile => "hostile",
         }
     }
 
-    /// As `matrix.sh` calls what is done with a Linux guest.
-    fn kind(self) -> &'static str {
+    /// As `matrix.sh` calls what is done.
+    fn kind(self, front: Front) -> &'static str {
         match self {
-            Self::Everything => "linux",
+            Self::Everything if front.is_linux() => "linux",
+            Self::Everything => "unikernel",
             Self::Resize => "resize",
             Self::GrantCopy | Self::GrantMap => "brief",
             Self::FrontendCrash => "crash",
             Self::BackendKill => "kill-backend",
             Self::StoreKill => "kill-store",
+            Self::Hostile => "hostile",
         }
     }
 
-    /// What is on a Linux guest's command line.
+    /// What is on the guest's command line.
     fn words(self) -> String {
         match self {
             Self::Everything | Self::BackendKill | Self::StoreKill => String::new(),
             Self::Resize => format!("brief=1 resize={GROWN_MIB}"),
             Self::GrantCopy | Self::GrantMap => "brief=1 xen_blkfront.feature_persistent=0".into(),
             Self::FrontendCrash => "task=write".into(),
+            Self::Hostile => "hostile=2013".into(),
         }
     }
 
@@ -112,14 +119,14 @@ impl Cell {
     /// How long its guests may take, in seconds of a slow machine.
     pub fn seconds(self) -> u32 {
         match self.front {
-            Front::XenBlkfront => 120,
-            Front::LinuxPv | Front::LinuxPvh | Front::LinuxPvh32 => 240,
+            Front::XenBlkfront if self.work == Work::Everything => 120,
+            _ => 240,
         }
     }
 
     /// A line of the list that `matrix.sh` reads; `live` if its console is to come as it is written.
     pub fn line(self, live: bool) -> String {
-        let kind = if self.front.is_linux() { self.work.kind() } else { "unikernel" };
+        let kind = self.work.kind(self.front);
         let disk = if self.work == Work::GrantMap { "mapped" } else { "raw" };
         let how = if live { "live" } else { "later" };
         format!("{} {kind} {} 512 {disk} {how}\n", self.name(), self.seconds())
@@ -129,10 +136,12 @@ impl Cell {
     pub fn configurations(self) -> Vec<(String, String)> {
         let name = self.name();
         let mut all = vec![(name.clone(), self.front.configuration(&name, &self.work.words()))];
-        if self.work == Work::FrontendCrash {
-            let next = format!("{name}-next");
-            all.push((next.clone(), Front::XenBlkfront.configuration(&next, "")));
-        }
+        let second = match self.work {
+            Work::FrontendCrash => Some(format!("{name}-next")),
+            Work::Hostile => Some(format!("{name}-beside")),
+            _ => None,
+        };
+        all.extend(second.map(|it| (it.clone(), Front::XenBlkfront.configuration(&it, ""))));
         all
     }
 
@@ -145,6 +154,10 @@ impl Cell {
         };
         match (self.work, self.front) {
             (Work::Everything, Front::XenBlkfront) => unikernel(),
+            (Work::Hostile, _) => {
+                checks::hostile(seen)?;
+                unikernel().context("the guest beside the hostile one")
+            }
             (Work::FrontendCrash, _) => {
                 checks::crash(seen)?;
                 unikernel().context("the guest that got the disk next")

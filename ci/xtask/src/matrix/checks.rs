@@ -17,15 +17,12 @@ const OWN_PAGES: u64 = 2;
 /// What a Linux guest has on its disk is what dom0 finds there. Returns how many bytes were compared.
 pub fn linux(seen: &Transcript) -> Result<u64> {
     seen.check_end()?;
-    let found = |prefix: &'static str| {
-        seen.reports.iter().filter_map(move |line| line.strip_prefix(prefix))
-    };
     let tree: Vec<Entry> = seen.after("FILE ").filter_map(Entry::parse).collect();
     ensure!(tree.len() >= FILES, "the guest wrote {} files, not {FILES}", tree.len());
-    let other: Vec<Entry> = found("FOUND FILE ").filter_map(Entry::parse).collect();
+    let other: Vec<Entry> = found(seen, "FOUND FILE ").filter_map(Entry::parse).collect();
     compare(&tree, &other).context("dom0's view of the file system (as `the guest`)")?;
 
-    let there = ranges(found("FOUND RANGE "))?;
+    let there = ranges(found(seen, "FOUND RANGE "))?;
     let said = ranges(seen.after("RANGE "))?;
     ensure!(!said.is_empty(), "the guest did not tell what is on its disk");
     for (range, digest) in &said {
@@ -78,24 +75,65 @@ pub fn kept_no_grants(seen: &Transcript) -> Result<()> {
 
 /// The guest's requests had that layout, as XenStore has it.
 pub fn spoke(seen: &Transcript, wanted: &str) -> Result<()> {
-    let protocol = seen.reports.iter().find_map(|line| line.strip_prefix("PROTOCOL "));
-    let protocol = protocol.context("dom0 did not look for the protocol")?;
+    let protocol = report(seen, "PROTOCOL ")?;
     ensure!(protocol == wanted, "it spoke {protocol}, not {wanted}");
     Ok(())
 }
 
 /// The destroyed guest had pages mapped, and all of them came back.
 pub fn crash(seen: &Transcript) -> Result<()> {
-    let report = |prefix: &str| {
-        let line = seen.reports.iter().find_map(|line| line.strip_prefix(prefix));
-        line.with_context(|| format!("dom0 did not report {prefix}"))
-    };
-    let mapped: u64 = report("MAPPED ")?.parse().context("MAPPED")?;
+    let mapped: u64 = report(seen, "MAPPED ")?.parse().context("MAPPED")?;
     ensure!(mapped > OWN_PAGES, "the guest's disk was not mapped when the guest was destroyed");
-    match report("LEFT ")? {
+    nothing_left(seen)
+}
+
+/// Each time that the hostile guest broke the rules its backend closed that disk and said so, and kept
+/// nothing; the guest's disk was as good as new in the end, and the one beside it worked all the while.
+pub fn hostile(seen: &Transcript) -> Result<()> {
+    let verdicts = seen.after("VERDICT PASS").count();
+    ensure!(verdicts == 2, "{verdicts} of two guests passed{}", seen.last_words());
+    ensure!(report(seen, "BESIDE ")? == "poweroff", "the guest beside it did not end well");
+    report(seen, "MEANWHILE ").context("the hostile guest took longer than the one beside it")?;
+
+    let domain = report(seen, "HOSTILE ")?;
+    let rounds: Vec<_> = seen.after("HOSTILE ").collect();
+    ensure!(!rounds.is_empty(), "the hostile guest broke no rule");
+    for round in &rounds {
+        // Both: what is refused at once goes no further than the first check.
+        let some = |key| value(round, key).is_some_and(|count| count != "0");
+        ensure!(some("done") && some("failed"), "the requests were all of a kind: {round}");
+    }
+    // `pvblkd` names the device's directory, the driver domain the disk.
+    let disk = [format!("/vbd/{domain}/51728: queue 0: "), format!("xvdb of domain {domain}: ")];
+    let closed = |line: &&String| {
+        disk.iter().any(|disk| line.contains(disk)) && line.contains("more requests than the ring")
+    };
+    let times = seen.reports.iter().filter(closed).count();
+    let wanted = rounds.len();
+    ensure!(times == wanted, "{wanted} rings were to be closed, the backend tells of {times}");
+
+    let (said, found) = (ranges(seen.after("RANGE "))?, found(seen, "FOUND RANGE "));
+    ensure!(
+        !said.is_empty() && ranges(found)? == said,
+        "the hostile guest's disk holds other data"
+    );
+    nothing_left(seen)
+}
+
+/// No grants of a destroyed guest are mapped, and so it is gone.
+fn nothing_left(seen: &Transcript) -> Result<()> {
+    match report(seen, "LEFT ")? {
         "0 0" => Ok(()),
         left => bail!("grants still mapped, domains that cannot go: {left}"),
     }
+}
+
+fn report<'a>(seen: &'a Transcript, prefix: &'a str) -> Result<&'a str> {
+    found(seen, prefix).next().with_context(|| format!("dom0 did not report {prefix}"))
+}
+
+fn found<'a>(seen: &'a Transcript, prefix: &'a str) -> impl Iterator<Item = &'a str> {
+    seen.reports.iter().filter_map(move |line| line.strip_prefix(prefix))
 }
 
 fn last<'a>(seen: &'a Transcript, prefix: &'a str) -> Result<&'a str> {
@@ -220,5 +258,42 @@ mod tests {
         assert!(crash(&seen).is_err());
         seen.reports = vec!["MAPPED 2".into(), "LEFT 0 0".into()];
         assert!(crash(&seen).is_err());
+    }
+
+    #[test]
+    fn a_hostile_guest_must_lose_its_ring_and_nothing_else() {
+        let log = "pvblkd: backend/vbd/4/51728: queue 0: the peer claims more requests than the ring holds";
+        let (lines, reports) = (
+            ["HOSTILE last done=1 failed=1", "RANGE 0 1 ab", "VERDICT PASS", "VERDICT PASS"],
+            ["HOSTILE 4", "MEANWHILE", "LEFT 0 0", "BESIDE poweroff", "FOUND RANGE 0 1 ab", log],
+        );
+        let reports = reports.map(|report| report.replace("MEANWHILE", "MEANWHILE it worked"));
+        let seen = |lines: &[&str], reports: &[String]| Transcript {
+            lines: lines.iter().map(|&line| line.to_owned()).collect(),
+            reports: reports.to_vec(),
+            ..Transcript::default()
+        };
+        hostile(&seen(&lines, &reports)).unwrap();
+        for missing in 0..lines.len() {
+            let mut less = lines.to_vec();
+            less.remove(missing);
+            assert!(hostile(&seen(&less, &reports)).is_err(), "without {}", lines[missing]);
+        }
+        for missing in 0..reports.len() {
+            let mut less = reports.to_vec();
+            less.remove(missing);
+            assert!(hostile(&seen(&lines, &less)).is_err(), "without {}", reports[missing]);
+        }
+        for count in ["done=0 failed=1", "done=1 failed=0"] {
+            let round = format!("HOSTILE last {count}");
+            let other = [&round, lines[1], lines[2], lines[3]];
+            assert!(hostile(&seen(&other, &reports)).is_err(), "{count}");
+        }
+        for (old, new) in
+            [("vbd/4/", "vbd/5/"), ("1 ab", "1 cd"), ("0 0", "1 0"), ("poweroff", "crash")]
+        {
+            let other: Vec<_> = reports.iter().map(|report| report.replace(old, new)).collect();
+            assert!(hostile(&seen(&lines, &other)).is_err(), "{new} in the place of {old}");
+        }
     }
 }

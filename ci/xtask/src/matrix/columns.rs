@@ -129,7 +129,9 @@ impl Back {
         match work {
             Work::Everything | Work::FrontendCrash => true,
             Work::Resize | Work::GrantMap => self == Self::PvblkdFile,
-            Work::GrantCopy => matches!(self, Self::PvblkdFile | Self::DriverDomain),
+            Work::GrantCopy | Work::Hostile => {
+                matches!(self, Self::PvblkdFile | Self::DriverDomain)
+            }
             // What is in a program's memory dies with it.
             Work::BackendKill => matches!(self, Self::PvblkdFile | Self::PvblkdNbd),
             Work::StoreKill => self == Self::PvblkdNbd,

@@ -56,8 +56,12 @@ impl Front {
 
     /// Whether `work` is done with it.
     pub fn can(self, work: Work) -> bool {
-        // What is done beside everything needs to be done with one kind of Linux guest only.
-        work == Work::Everything || self == Self::LinuxPvh
+        match work {
+            Work::Everything => true,
+            Work::Hostile => self == Self::XenBlkfront,
+            // One kind of Linux guest is enough.
+            _ => self == Self::LinuxPvh,
+        }
     }
 
     /// The configuration for `xl create`, but for the disks.

@@ -7,7 +7,8 @@
 //!
 //! The command line: `queues=N order=N persistent=0|1 trusted=0|1 segments=N` shape what the
 //! frontend asks for on `xvdb`; `seed=N` makes another pattern; `bench=...` runs a benchmark on
-//! `xvda` instead (see `bench.rs`); `big=...` has 512 MiB under way at once instead (see `big.rs`).
+//! `xvda` instead (see `bench.rs`); `big=...` has 512 MiB under way at once instead (see `big.rs`);
+//! `hostile=SEED` breaks the rules of the ring instead (see `hostile.rs`).
 #![cfg_attr(target_os = "none", no_std, no_main)]
 
 #[cfg(target_os = "none")]
@@ -19,6 +20,8 @@ mod bench;
 mod big;
 #[cfg(target_os = "none")]
 mod disks;
+#[cfg(target_os = "none")]
+mod hostile;
 #[cfg(target_os = "none")]
 mod machine;
 #[cfg(target_os = "none")]
@@ -40,7 +43,7 @@ mod image {
     use xen_guest::{Guest, println};
 
     use crate::machine::XenMachine;
-    use crate::{bench, big, report};
+    use crate::{bench, big, hostile, report};
 
     /// The virtual device numbers of `xvda` and `xvdb` (202 << 8 | disk << 4).
     const XVDA: u32 = 51712;
@@ -64,6 +67,9 @@ mod image {
         }
         if let Some(names) = guest.argument("big") {
             return big::run(store, guest, names);
+        }
+        if let Some(seed) = guest.argument("hostile") {
+            return hostile::run(store, guest, XVDB, seed);
         }
 
         let machine = XenMachine(guest);

@@ -121,6 +121,7 @@ impl<H: Host> Served<'_, '_, H> {
                 let reason = format!("{error:#}");
                 // Not every time that it is tried.
                 if self.medium.patience == FIRST_RETRY {
+                    log::warn!("{}: {reason}", self.path());
                     self.note_error(&reason);
                 }
                 self.medium.untold = Some(reason);

@@ -406,8 +406,8 @@ impl<'s, 't, H: Host> Served<'s, 't, H> {
         }
     }
 
+    /// For `pvblkd list`. What the guest is told of is logged when it is told.
     fn note_error(&self, reason: &str) {
-        log::warn!("{}: {reason}", self.path());
         self.status.update(|condition| condition.error = reason.into());
     }
 
