@@ -5,6 +5,7 @@
 #                 taken away from it and given back
 #   crash_beside  Linux is destroyed while it writes to a RAM disk; our unikernel goes on beside it
 #   big           512 MiB outstanding on one ring page
+#   attach_own    dom0, as its guest, asks for a disk that it has not got; it gets that, and dom0 compares
 #   detach_own    xvdc is taken away from the driver domain itself
 #
 # Then the driver domain is asked to shut down. What matrix.sh defines is there, too.
@@ -110,6 +111,22 @@ crash_beside() {
 
 big() {
 	run big 600 "$(disk ram2 xvda rw)"
+}
+
+attach_own() {
+	late=/tmp/late.img
+	truncate -s 16M $late
+	/sbin/losetup /dev/loop2 $late 2>&9
+	head -c 4194304 $image >/tmp/written
+	through_dom0 "$(disk disk:xvdd xvdy rw)" write /tmp/written &
+	asking=$!
+	marker $storage_log '.*this domain has no xvdd yet' 30
+	xl block-attach storage phy:/dev/loop2,xvdd,w >&9 2>&1
+	wait $asking
+	xl block-detach storage xvdd >&9 2>&1
+	marker $storage_log 'own xvdd.*: closed' 30
+	say "ATTACHED $(sha256sum </tmp/written) $(head -c 4194304 $late | sha256sum)"
+	/sbin/losetup -d /dev/loop2
 }
 
 detach_own() {

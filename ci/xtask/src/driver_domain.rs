@@ -46,7 +46,7 @@ const LINUX_WRITES: &str = "kernel=\"/guests/vmlinux\"\nramdisk=\"/guests/cell.c
     cmdline=\"console=hvc0 loglevel=1 task=write\"\nmemory=512\n";
 
 /// What `driver-domain.sh` does, step by step.
-const STEPS: [&str; 4] = ["together", "crash_beside", "big", "detach_own"];
+const STEPS: [&str; 5] = ["together", "crash_beside", "big", "attach_own", "detach_own"];
 
 /// All that was said, by whom.
 #[derive(Default)]
@@ -54,6 +54,8 @@ struct Seen {
     guests: BTreeMap<String, Transcript>,
     /// What the guest beside the destroyed one had said when that was gone.
     beside: Vec<String>,
+    /// Sums of what was written to a disk that came late, and of what dom0 found there.
+    attached: Option<String>,
     /// What libxl did not like.
     errors: Vec<String>,
     /// How many domains are left at the end, dom0 included.
@@ -74,6 +76,8 @@ impl Seen {
             self.guest("crash").take_report(text);
         } else if text.starts_with("DESTROYED ") {
             self.beside = self.guest("beside").lines.clone();
+        } else if let Some(sums) = text.strip_prefix("ATTACHED ") {
+            self.attached = Some(sums.to_owned());
         } else if text.contains("libxl: error: ") {
             self.errors.push(text.to_owned());
         } else if let Some(count) = text.strip_prefix("DOMAINS ") {
@@ -162,6 +166,7 @@ fn check(seen: &Seen, files: &[Entry]) -> Result<()> {
     check_linux(seen.of("linux")?).context("linux")?;
     check_crash(seen.of("crash")?)?;
     check_big(seen.of("big")?).context("big")?;
+    check_attached(seen.attached.as_deref())?;
     check_storage(&seen.of("storage")?.lines).context("storage")?;
     ensure!(seen.domains.as_deref() == Some("1"), "domains are left: {:?}", seen.domains);
     Ok(())
@@ -178,9 +183,18 @@ fn check_storage(lines: &[String]) -> Result<()> {
         place.with_context(|| format!("it did not say {words:?}"))
     };
     place(&format!(" {OUTSTANDING} bytes; "))?;
+    place("own xvdd (16 MiB): closed")?;
     let (taken, asked) = (place("own xvdc (64 MiB): closed")?, place("asked to end: PowerOff")?);
     ensure!(taken < asked, "xvdc was closed only when the domain ended");
     place("own xvdb (24 MiB, read-only): closed").map(drop)
+}
+
+/// What was written through the driver domain, to a disk that it got late, is what dom0 finds there.
+fn check_attached(sums: Option<&str>) -> Result<()> {
+    let sums: Vec<_> = sums.context("no disk came late")?.split_whitespace().collect();
+    // Each with a dash behind it, for the name of the file.
+    ensure!(sums.len() == 4 && sums[0] == sums[2], "on the disk that came late: {sums:?}");
+    Ok(())
 }
 
 /// What the guest wrote is what dom0 finds.
@@ -234,6 +248,7 @@ mod tests {
         let lines = [
             "xvda of domain 7: most at once: 32 requests, 536870912 bytes; 36 notifications sent",
             "xvda of domain 7: 9 pages of it unmapped, 0 still mapped",
+            "own xvdd (16 MiB): closed",
             "own xvdc (64 MiB): closed",
             "asked to end: PowerOff",
             "own xvdb (24 MiB, read-only): closed",
@@ -244,7 +259,7 @@ mod tests {
     #[test]
     fn the_driver_domain_must_keep_nothing_and_end() {
         check_storage(&storage()).unwrap();
-        for missing in [0, 2, 3, 4] {
+        for missing in [0, 2, 3, 4, 5] {
             let mut lines = storage();
             lines.remove(missing);
             assert!(check_storage(&lines).is_err());
@@ -253,7 +268,7 @@ mod tests {
         lines[1] = "xvda of domain 7: 9 pages of it unmapped, 10 still mapped".into();
         assert!(check_storage(&lines).is_err());
         lines = storage();
-        lines.swap(2, 3);
+        lines.swap(3, 4);
         assert!(check_storage(&lines).is_err());
     }
 
@@ -267,6 +282,7 @@ mod tests {
             "libxl: error: libxl_device.c:1181",
             "CONSOLE beside|VERDICT PASS",
             "LEFT 0 0",
+            "ATTACHED ab - ab -",
             "ENDED beside poweroff",
             "DISK after ab 4096",
             "DOMAINS 1",
@@ -279,6 +295,10 @@ mod tests {
         check_crash(seen.of("crash").unwrap()).unwrap();
         assert_eq!((seen.beside.len(), seen.errors.len()), (1, 1));
         assert!(seen.of("nobody").is_err());
+        check_attached(seen.attached.as_deref()).unwrap();
+        for wrong in [None, Some("ab - cd -"), Some("ab -"), Some("")] {
+            assert!(check_attached(wrong).is_err());
+        }
     }
 
     #[test]

@@ -34,6 +34,11 @@ impl Bell {
         Self { waker: rung.clone().into(), rung }
     }
 
+    /// What rings it.
+    pub fn waker(&self) -> Waker {
+        self.waker.clone()
+    }
+
     /// Whether it was rung since it was last armed.
     #[inline]
     pub fn is_rung(&self) -> bool {

@@ -58,7 +58,8 @@ impl Domain {
         }
         // It lives as long as the image.
         let store: &'static Store<'static, Guest> = Box::leak(Box::new(Store::new(guest)));
-        let media = Media::open(guest, store, &settings);
+        let bell = Bell::new();
+        let media = Media::open(guest, store, &settings, bell.waker())?;
         let root = format!("/local/domain/{}/backend/vbd", store.read("domid")?);
         let backends = Backends::open(store, &root, Quota::default())?;
         let shutdown = Shutdown::watch(store)?;
@@ -82,7 +83,7 @@ impl Domain {
             backends,
             shutdown,
             exports: Vec::new(),
-            bell: Bell::new(),
+            bell,
             look_at: None,
             tidy_at: 0,
             worked: false,
@@ -170,7 +171,7 @@ impl Domain {
             }
             moved = true;
         }
-        self.follow_own_disks()?;
+        moved |= self.follow_own_disks()?;
         moved |= self.follow_exports(now)?;
         if self.tidy_at <= now {
             self.tidy_at = now + if self.worked { TIDY_BUSY } else { TIDY_IDLE };
@@ -232,15 +233,7 @@ impl Domain {
         if let Some(source) = export.end()
             && self.media.release(source)
         {
-            // Those who could not be served may be now: they appear again.
-            let backends = &mut self.backends;
-            self.exports.retain(|export| {
-                let waits = export.source().is_none();
-                if waits {
-                    backends.forget(&export.address);
-                }
-                !waits
-            });
+            self.try_again();
             self.media.close(false);
         }
         self.backends.forget(&address);
@@ -253,7 +246,24 @@ impl Domain {
         }
     }
 
-    fn follow_own_disks(&mut self) -> Result<(), Error> {
+    /// Those who could not be served may be now: they appear again.
+    fn try_again(&mut self) {
+        let backends = &mut self.backends;
+        self.exports.retain(|export| {
+            let waits = export.source().is_none();
+            if waits {
+                backends.forget(&export.address);
+            }
+            !waits
+        });
+    }
+
+    /// `true` if there may be more to do.
+    fn follow_own_disks(&mut self) -> Result<bool, Error> {
+        let come = self.ending.is_none() && self.media.arrive()?;
+        if come {
+            self.try_again();
+        }
         let mut trouble = None::<String>;
         for disk in &mut self.media.own {
             let news = disk.follow().unwrap_or_else(|reason| {
@@ -275,7 +285,7 @@ impl Domain {
             println!("{trouble}");
         }
         self.media.close(false);
-        Ok(())
+        Ok(come)
     }
 
     /// Lets go of everything.

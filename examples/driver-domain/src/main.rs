@@ -9,6 +9,8 @@
 extern crate alloc;
 
 #[cfg(target_os = "none")]
+mod arrivals;
+#[cfg(target_os = "none")]
 mod bell;
 #[cfg(target_os = "none")]
 mod domain;

@@ -3,12 +3,13 @@
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
+use core::task::Waker;
 
 use pvblk::extent::Geometry;
-use pvblk_xen::store::Store;
-use pvblk_xen::xenbus;
+use pvblk_xen::store::{Error, Store};
 use xen_guest::{Guest, println};
 
+use crate::arrivals::Arrivals;
 use crate::export::Source;
 use crate::medium::RamDisk;
 use crate::own_disk::OwnDisk;
@@ -24,16 +25,22 @@ pub struct Media {
     ram: Vec<(String, RamDisk)>,
     /// Disks of this domain.
     pub own: Vec<OwnDisk>,
+    /// Those that are on their way.
+    arrivals: Arrivals,
 }
 
 impl Media {
-    /// Makes the RAM disks of the command line, and connects the disks that the domain has.
+    /// Makes the RAM disks of the command line, and begins to look for disks that the domain has.
+    /// `waker` is woken when XenStore has something to say.
     pub fn open(
         guest: &'static Guest,
         store: &'static Store<'static, Guest>,
         settings: &Settings,
-    ) -> Self {
-        let mut media = Self { guest, sector: settings.sector, ram: Vec::new(), own: Vec::new() };
+        waker: Waker,
+    ) -> Result<Self, Error> {
+        let arrivals = Arrivals::watch(guest, store, waker, settings.config.queues)?;
+        let (sector, ram, own) = (settings.sector, Vec::new(), Vec::new());
+        let mut media = Self { guest, sector, ram, own, arrivals };
         for (name, bytes) in &settings.ram {
             match media.new_ram(*bytes) {
                 Ok(disk) => {
@@ -43,20 +50,14 @@ impl Media {
                 Err(reason) => println!("{name}: {reason}"),
             }
         }
-        let numbers = xenbus::devices(store, "vbd").unwrap_or_else(|error| {
-            println!("own disks: {error}");
-            Vec::new()
-        });
-        for number in numbers {
-            match OwnDisk::connect(store, guest, number, settings.config.queues) {
-                Ok(disk) => {
-                    println!("{disk}: connected");
-                    media.own.push(disk);
-                }
-                Err(reason) => println!("own {}: {reason}", device_name(number)),
-            }
-        }
-        media
+        Ok(media)
+    }
+
+    /// Takes up disks that the domain has got. `true` if there are any.
+    pub fn arrive(&mut self) -> Result<bool, Error> {
+        let before = self.own.len();
+        self.own.extend(self.arrivals.follow(&self.own)?);
+        Ok(self.own.len() > before)
     }
 
     /// What `target` names.
@@ -76,7 +77,7 @@ impl Media {
             Some(Target::Own(number)) => {
                 let disk = self.own.iter_mut().find(|disk| disk.number == number);
                 match disk {
-                    None => Err(format!("this domain has no {}", device_name(number))),
+                    None => Err(format!("this domain has no {} yet", device_name(number))),
                     Some(disk) if disk.is_leaving => Err(format!("{} goes", disk.name)),
                     Some(disk) if disk.is_taken => Err(format!("{} is in use", disk.name)),
                     Some(disk) => {
@@ -102,6 +103,7 @@ impl Media {
             let ends = all || disk.is_leaving && !disk.is_taken;
             if ends {
                 disk.close();
+                self.arrivals.look_again();
             }
             !ends
         });

@@ -7,6 +7,7 @@ use alloc::vec::Vec;
 use core::cell::RefCell;
 
 use pvblk::backend::Store as _;
+use pvblk::memory::PagesError;
 use pvblk_xen::store::Store;
 use xen_blkfront::{Change, Config, Connection, Disk, Queues};
 use xen_guest::{Guest, println};
@@ -61,8 +62,8 @@ pub struct OwnDisk {
 }
 
 impl OwnDisk {
-    /// Connects the disk, and sleeps until that is done.
-    pub fn connect(
+    /// Connects the disk. Dropped before that is done, it leaves the device as it is.
+    pub async fn connect(
         store: &'static Store<'static, Guest>,
         guest: &'static Guest,
         number: u32,
@@ -72,16 +73,21 @@ impl OwnDisk {
         config.queues = queues;
         config.ring_order = 2;
         config.bounce_buffers = 0;
-        let (disk, connected) =
-            Disk::connect(store, guest, number, &config).map_err(|error| error.to_string())?;
-        let mut all = Vec::new();
-        for queue in connected {
-            let pool = disk.register(BUFFERS, BUFFER_BYTES).map_err(|error| error.to_string())?;
-            all.push(Rc::new(RefCell::new(OwnQueue::new(queue, pool, DEPTH))));
-        }
+        let connected = Disk::connect_async(store, guest, number, &config).await;
+        let (mut disk, mut connected) = connected.map_err(|error| error.to_string())?;
+        let pools = connected.iter().map(|_| disk.register(BUFFERS, BUFFER_BYTES)).collect();
+        let pools: Vec<_> = match pools {
+            Ok(pools) => pools,
+            Err(error) => {
+                // What went wrong first matters more.
+                let _ = disk.close(&mut connected);
+                return Err(PagesError::to_string(&error));
+            }
+        };
+        let queue = |(queue, pool)| Rc::new(RefCell::new(OwnQueue::new(queue, pool, DEPTH)));
+        let queues = Shared(connected.into_iter().zip(pools).map(queue).collect());
         let name = device_name(number);
-        let (is_taken, is_leaving) = (false, false);
-        Ok(Self { number, name, is_taken, is_leaving, disk, queues: Shared(all) })
+        Ok(Self { number, name, is_taken: false, is_leaving: false, disk, queues })
     }
 
     /// Its queues.
