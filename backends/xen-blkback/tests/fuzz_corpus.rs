@@ -8,7 +8,7 @@ use std::panic::catch_unwind;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use pvblk_simulated::Random;
+use fuzz::Scope;
 
 #[test]
 fn hostile_frontend() {
@@ -33,23 +33,12 @@ fn no_input_at_all() {
 
 #[test]
 fn random_inputs() {
-    for seed in 0..1000 {
-        let mut random = Random::new(seed);
-        let length = random.index(900);
-        let bytes: Vec<_> = (0..length).map(|_| random.number() as u8).collect();
-        let result = catch_unwind(|| fuzz::hostile_frontend(&bytes));
-        assert!(result.is_ok(), "seed {seed} fails");
-    }
+    fuzz::random_inputs(0..400, 900, Scope::Everything);
 }
 
 #[test]
 fn slots_and_tables_are_rewritten_by_another_thread() {
     let begin = Instant::now();
-    for seed in 0.. {
-        let result = catch_unwind(|| fuzz::hostile_threads(seed));
-        assert!(result.is_ok(), "seed {seed} fails");
-        if begin.elapsed() > Duration::from_secs(2) {
-            break;
-        }
-    }
+    let seeds = (0..).take_while(|_| begin.elapsed() < Duration::from_secs(2));
+    fuzz::random_inputs(seeds, 900, Scope::Threads);
 }

@@ -62,5 +62,10 @@ pub fn fuzz(options: &Options) -> Result<()> {
     run.arg(format!("-max_total_time={}", options.seconds))
         .arg(format!("-artifact_prefix={}/", findings.display()))
         .arg(corpus);
+    // What earlier runs have found worth keeping.
+    let kept = folder.join("corpus").join(&options.target);
+    if kept.exists() {
+        run.arg(kept);
+    }
     shell::run(&mut run)
 }

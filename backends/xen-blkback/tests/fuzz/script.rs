@@ -38,6 +38,13 @@ impl<'a> Script<'a> {
         }
     }
 
+    /// A seed for what is decided elsewhere.
+    pub fn seed(&self) -> u64 {
+        self.bytes.iter().fold(self.bytes.len() as u64, |seed, byte| {
+            seed.wrapping_mul(31).wrapping_add(u64::from(*byte))
+        })
+    }
+
     pub fn number64(&mut self) -> u64 {
         u64::from(self.number32()) | u64::from(self.number32()) << 32
     }

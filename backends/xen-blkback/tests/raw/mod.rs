@@ -23,10 +23,11 @@ pub use abi::*;
 pub use memory::JournalMemory;
 pub use ring::{Answer, Page, Raw};
 pub use spy::{Call, Spy};
-pub use store::{Deed, Disk, StrictStore, geometry};
+pub use store::{Deed, Disk, StrictStore, features, geometry};
 
-pub const BACK: DomainId = DomainId(0);
-pub const FRONT: DomainId = DomainId(7);
+/// As in the tests that go through XenStore.
+pub const BACK: DomainId = DomainId(2);
+pub const FRONT: DomainId = DomainId(5);
 
 /// A host with the two domains.
 pub struct World {

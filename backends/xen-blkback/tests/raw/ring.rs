@@ -96,22 +96,26 @@ impl Raw {
             .collect();
         let port = domain.allocate_unbound(BACK).expect("a port");
         domain.unmask(port);
-        let slots = 1 << ((pages.len() * PAGE_BYTES - 64) / abi.stride).ilog2();
-        let raw = Self {
-            domain: domain.clone(),
-            abi,
-            pages,
-            data: Vec::new(),
-            port,
-            slots,
-            produced: start,
-            consumed: start,
-        };
-        raw.set(REQ_PROD, start);
-        raw.set(RSP_PROD, start);
-        raw.set(REQ_EVENT, start.wrapping_add(1));
-        raw.set(RSP_EVENT, start.wrapping_add(1));
+        let mut raw = Self::over(domain, abi, pages, port);
+        raw.begin(start);
         raw
+    }
+
+    /// The ring that these pages are to whoever takes them for one.
+    pub fn over(domain: &Domain, abi: Abi, pages: Vec<Page>, port: Port) -> Self {
+        let slots = 1 << ((pages.len() * PAGE_BYTES - 64) / abi.stride).ilog2();
+        let (produced, consumed) = (pages[0].load(REQ_PROD), pages[0].load(RSP_PROD));
+        let (domain, data) = (domain.clone(), Vec::new());
+        Self { domain, abi, pages, data, port, slots, produced, consumed }
+    }
+
+    /// A ring with nothing on it.
+    pub fn begin(&mut self, start: u32) {
+        (self.produced, self.consumed) = (start, start);
+        self.set(REQ_PROD, start);
+        self.set(RSP_PROD, start);
+        self.set(REQ_EVENT, start.wrapping_add(1));
+        self.set(RSP_EVENT, start.wrapping_add(1));
     }
 
     pub fn references(&self) -> Vec<GrantRef> {

@@ -23,6 +23,16 @@ pub fn geometry(sectors: u64) -> Geometry {
     Geometry { sectors, logical_bytes: 512, physical_bytes: 512, read_only: false }
 }
 
+pub fn features() -> Features {
+    Features {
+        flush: true,
+        barrier: true,
+        discard: Some(DiscardUnits { granularity: 8, alignment: 0 }),
+        secure_discard: true,
+        write_zeroes: false,
+    }
+}
+
 /// A disk. Clones are the same disk.
 #[derive(Clone)]
 pub struct Disk {
@@ -46,20 +56,25 @@ pub struct State {
     ready: VecDeque<(Tag, Deed, Result<(), StoreError>)>,
 }
 
+/// Of which each sector has another piece.
+const PATTERN: [u8; 251 + 512] = {
+    let (mut pattern, mut at) = ([0; 251 + 512], 0);
+    while at < pattern.len() {
+        pattern[at] = (at % 251) as u8;
+        at += 1;
+    }
+    pattern
+};
+
 impl Disk {
     pub fn new(geometry: Geometry) -> Self {
-        let bytes = (0..geometry.sectors * 512).map(|at| (at / 512 * 31 + at % 251) as u8);
+        let begin = |sector| (sector * 31 % 251) as usize;
+        let sectors = (0..geometry.sectors).map(|sector| &PATTERN[begin(sector)..][..512]);
         let state = State {
             geometry,
-            features: Features {
-                flush: true,
-                barrier: true,
-                discard: Some(DiscardUnits { granularity: 8, alignment: 0 }),
-                secure_discard: true,
-                write_zeroes: false,
-            },
+            features: features(),
             capacity: 1024,
-            bytes: bytes.collect(),
+            bytes: sectors.collect::<Vec<_>>().concat(),
             deeds: Vec::new(),
             pieces: Vec::new(),
             by_hand: false,
