@@ -1,4 +1,24 @@
-//! The checks that a backend owes itself: a test each.
+//! The checks that a backend owes itself, and its other disks. Those without a test here have theirs
+//! in the file that is named.
+//!
+//! | what | the test |
+//! |---|---|
+//! | no more requests than the ring holds | `advisories.rs`: `xsa_39_...` |
+//! | a slot is copied once | `races.rs`: `xsa_155_a_slot_...`; `advisories.rs`: `xsa_155_what_...` |
+//! | unknown operations are answered, and the ring goes on | `shipped_bugs.rs`: `mirage_an_unknown_...` |
+//! | the number of segments | `a_direct_request_...`, `an_indirect_request_has_...` |
+//! | first and last sector, logical sector | `shipped_bugs.rs`: `tapdisk_...`, `oddly_sized_...` |
+//! | the end of the disk, without overflow | `shipped_bugs.rs`: `freebsd_...`; `a_disk_that_shrinks_...` |
+//! | a read-only disk | `advisories.rs`: `xsa_142_...`; `shipped_bugs.rs`: `netbsd_a_read_only_...` |
+//! | the same for what has no data | `advisories.rs`: `cve_2013_2140_...` |
+//! | each map and copy may fail by itself | `advisories.rs`: `xsa_361_...`, `xsa_365_...`, `xsa_371_...` |
+//! | one answer a request | `every_request_is_answered_exactly_once_...` |
+//! | a table is copied once | `races.rs`: `xsa_155_a_table_...` |
+//! | a round of work is bounded | `advisories.rs`: `xsa_332_...`; `bad_requests_...` |
+//! | what is in XenStore | `offer.rs`; `chaos.rs`: `xsa_349_...` |
+//! | bad requests are no way to more work | `bad_requests_...` |
+//! | a frontend goes and comes at any time | `advisories.rs`: `xsa_350_...`; `chaos.rs`, `fuzz_corpus.rs` |
+//! | discards and barriers hold nobody up | `shipped_bugs.rs`: `linux_...`; `a_barrier_...` |
 #![allow(missing_docs)]
 
 mod raw;
@@ -68,6 +88,27 @@ fn an_indirect_request_that_was_not_offered_is_not_supported() {
         assert_eq!(pair.ask(&slot).status, EOPNOTSUPP);
         assert_eq!(pair.disk.deeds(), []);
     });
+}
+
+/// What was offered counts, even where a request could have as many segments in its slot.
+#[test]
+fn an_indirect_request_has_no_more_segments_than_were_offered() {
+    for offered in [1, 5, 11, 12, 513] {
+        let setup = Setup { segments: offered, ..PLAIN };
+        with_each(&setup, &disk(), |pair, abi| {
+            let page = pair.raw.page(Access::ReadWrite);
+            let tables = [pair.raw.table(&[page.sectors(0, 0); 512]).reference; 8];
+            let offered = offered as u16;
+            for count in [0, offered + 1, offered + 11, 4096, u16::MAX] {
+                let slot = abi.indirect(READ, count, 1, 0, &tables);
+                assert_eq!(pair.ask(&slot), answer(1, READ, ERROR), "{count} of {offered}");
+            }
+            assert_eq!(pair.disk.deeds(), []);
+            let slot = abi.indirect(READ, offered, 1, 0, &tables);
+            assert_eq!(pair.ask(&slot), answer(1, READ, OKAY));
+            assert_eq!(pair.disk.deeds(), [Deed::Read(0, offered.into())]);
+        });
+    }
 }
 
 /// Mini-os, EDK2 and U-Boot put a pointer there: it comes back as it is, and means nothing.
@@ -305,4 +346,83 @@ fn the_ring_itself_as_data_harms_nobody() {
         assert_eq!(disk.deeds()[..2], done);
         pair.close(&world);
     }
+}
+
+/// Linux's backend sleeps for a millisecond when a request is bad. Here one counts as a good one: what
+/// a round may cost is bounded for any frontend, and nobody sleeps.
+#[test]
+fn bad_requests_are_no_more_work_than_good_ones() {
+    for setup in [INDIRECTLY, Setup { kept: 64, ..INDIRECTLY }, Setup { segments: 256, ..MAP }] {
+        let (world, disk) = (World::new(), disk());
+        let mut pair = Pair::new(&world, BITS64, 4, &setup, &disk);
+        settle(&mut pair.queue);
+        let page = pair.raw.page(Access::ReadWrite);
+        let table = pair.raw.table(&[page.whole(), page.sectors(6, 2)]);
+        let (whole, tables) = (page.whole(), [table.reference]);
+        let bad = [
+            BITS64.direct(200, 1, 0, &[whole]),
+            BITS64.counted(READ, 0, 2, 0, &[]),
+            BITS64.counted(WRITE, 12, 3, 0, &[whole; 11]),
+            BITS64.direct(WRITE, 4, SECTORS, &[whole; 11]),
+            BITS64.direct(WRITE, 5, 0, &[(9999, 0, 7); 11]),
+            BITS64.direct(READ, 6, 0, &[page.sectors(5, 4)]),
+            BITS64.discard(0, 7, SECTORS - 4, 8),
+            BITS64.indirect(WRITE, 257, 8, 0, &tables),
+            BITS64.indirect(FLUSH, 2, 9, 0, &tables),
+            BITS64.indirect(WRITE, 2, 10, 0, &tables),
+        ];
+        (0..pair.raw.slots as usize).for_each(|at| pair.raw.put(&bad[at % bad.len()]));
+        pair.raw.publish();
+        let mut rounds = 0;
+        let mut more = true;
+        while more {
+            let (batches, shown) = (pair.queue.counts().batches, pair.raw.get(RSP_PROD));
+            pair.raw.ask();
+            more = pair.queue.work().expect("the ring is sound");
+            let done = pair.raw.get(RSP_PROD).wrapping_sub(shown);
+            assert!(done <= 64, "a round of {done} requests");
+            // Tables, segments, and what is given back.
+            assert!(pair.queue.counts().batches - batches <= 4);
+            rounds += 1;
+        }
+        assert!(rounds >= pair.raw.slots / 64, "{rounds} rounds");
+        let statistics = pair.queue.engine().statistics();
+        assert_eq!(statistics.errors, pair.raw.slots.into());
+        assert!(statistics.commits <= rounds.into());
+        assert!(pair.raw.answers().iter().all(|answer| answer.status != OKAY));
+        assert_eq!(disk.deeds(), []);
+        pair.assert_lives();
+        pair.close(&world);
+    }
+}
+
+/// What comes behind a barrier waits on its own ring, and on no other.
+#[test]
+fn a_barrier_holds_up_no_other_ring() {
+    let (world, slow, other) = (World::new(), disk(), disk());
+    slow.state().by_hand = true;
+    let mut pair = Pair::new(&world, BITS64, 0, &PLAIN, &slow);
+    let mut beside = Pair::new(&world, BITS64, 0, &PLAIN, &other);
+    let page = pair.raw.page(Access::ReadWrite);
+    let slots = [
+        BITS64.direct(WRITE, 1, 0, &[page.whole()]),
+        BITS64.direct(BARRIER, 2, 0, &[]),
+        BITS64.direct(READ, 3, 8, &[page.whole()]),
+    ];
+    assert_eq!(pair.ask_all(&slots), []);
+    assert_eq!(slow.waiting(), [Deed::Write(0, 8)], "the barrier waits, and what is behind it");
+    for _ in 0..100 {
+        assert_eq!(pair.queue.work(), Ok(false), "nobody waits for it");
+        beside.assert_lives();
+    }
+    while !slow.waiting().is_empty() {
+        slow.complete(0, Ok(()));
+        settle(&mut pair.queue);
+    }
+    let ids: Vec<_> = pair.raw.answers().iter().map(|answer| answer.id).collect();
+    assert_eq!(ids, [1, 2, 3]);
+    let Pair { raw, queue, .. } = beside;
+    drop(queue);
+    raw.end();
+    pair.close(&world);
 }
