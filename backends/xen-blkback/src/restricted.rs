@@ -96,3 +96,75 @@ impl<S: Store> Store for Restricted<S> {
         self.store.quiesce(requests);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use pvblk::memory::Lent;
+
+    use super::*;
+
+    /// A store that does anything.
+    struct Anything;
+
+    const GEOMETRY: Geometry =
+        Geometry { sectors: 8, logical_bytes: 512, physical_bytes: 512, read_only: false };
+
+    impl Store for Anything {
+        fn geometry(&self) -> Geometry {
+            GEOMETRY
+        }
+
+        fn features(&self) -> Features {
+            Features::default()
+        }
+
+        fn capacity(&self) -> usize {
+            1
+        }
+
+        fn submit(&mut self, _tag: Tag, _operation: Operation<'_>) -> Submitted {
+            Submitted::Done(Ok(()))
+        }
+
+        fn complete(&mut self, _requests: &dyn Requests) -> Option<Completed> {
+            None
+        }
+
+        fn quiesce(&mut self, _requests: &dyn Requests) {}
+    }
+
+    /// Of reading, writing, flushing, discarding, discarding for good, and writing zeroes.
+    fn allowed(restrictions: Restrictions) -> [bool; 6] {
+        let mut store = Restricted::new(Anything, restrictions);
+        let extent = GEOMETRY.extent(0, 8).unwrap();
+        // SAFETY: there are no pieces.
+        #[allow(unsafe_code, reason = "memory that is none")]
+        let memory = unsafe { Lent::new(&[]) };
+        let operations = [
+            Operation::Read { extent, memory },
+            Operation::Write { extent, memory },
+            Operation::Flush,
+            Operation::Discard { extent, secure: false },
+            Operation::Discard { extent, secure: true },
+            Operation::WriteZeroes { extent, may_unmap: true },
+        ];
+        operations.map(|operation| {
+            let submitted = store.submit(Tag::from_id(0).unwrap(), operation);
+            let refused = Submitted::Done(Err(StoreError::Unsupported));
+            assert!(submitted == Submitted::Done(Ok(())) || submitted == refused);
+            submitted != refused
+        })
+    }
+
+    /// Whoever asks, and whatever was checked before.
+    #[test]
+    fn what_is_forbidden_does_not_get_to_the_store() {
+        let (read_only, no_discard) = (true, true);
+        let nothing = Restrictions::default();
+        assert_eq!(allowed(nothing), [true; 6]);
+        let expected = [true, false, true, false, false, false];
+        assert_eq!(allowed(Restrictions { read_only, ..nothing }), expected);
+        let expected = [true, true, true, false, false, true];
+        assert_eq!(allowed(Restrictions { no_discard, ..nothing }), expected);
+    }
+}
