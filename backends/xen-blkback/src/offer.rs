@@ -12,7 +12,7 @@ use pvblk_xen::back::{Layout, Offer};
 use pvblk_xen::platform::{DomainId, GrantRef, Port};
 use pvblk_xen::store::{Error as StoreError, Nodes};
 
-use crate::config::{Config, QUEUES_MAX, RING_ORDER_MAX};
+use crate::config::Config;
 use crate::device::is_peers_doing;
 use crate::publish::Limits;
 use crate::queue::QueuePlan;
@@ -112,12 +112,12 @@ pub(crate) fn read(
     let reader = Reader { nodes, frontend };
     let layout = reader.layout(terms.config.missing_protocol)?;
     let asked = reader.number("multi-queue-num-queues")?.unwrap_or(1);
-    let most = terms.limits.queues.min(QUEUES_MAX);
+    let most = terms.limits.queues;
     if asked == 0 || asked > most {
         return Err(Refusal::Queues { asked, most }.into());
     }
     let order = reader.number("ring-page-order")?;
-    let most = terms.limits.ring_order.min(RING_ORDER_MAX);
+    let most = terms.limits.ring_order;
     if let Some(asked) = order.filter(|order| *order > most) {
         return Err(Refusal::RingOrder { asked, most }.into());
     }

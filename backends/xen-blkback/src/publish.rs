@@ -13,7 +13,7 @@ use pvblk_xen::store::{Error as StoreError, Nodes};
 use crate::config::{Config, QUEUES_MAX, RING_ORDER_MAX};
 use crate::disk::{Disk, Feature};
 
-/// The limits of the transport.
+/// The limits of the transport, within those of the protocol wherever they come from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Limits {
     pub queues: u32,

@@ -588,6 +588,12 @@ fn xsa_350_a_queue_that_cannot_be_opened_leaves_nothing() {
     assert!(matches!(open(&raw), Some(OpenError::Ring(_))));
     raw.pages[2].reference = good;
     leaves_nothing(raw);
+    // None at all.
+    let mut raw = Raw::new(&world.front, BITS64, 0);
+    let good = std::mem::take(&mut raw.pages);
+    assert!(matches!(open(&raw), Some(OpenError::Ring(_))));
+    raw.pages = good;
+    leaves_nothing(raw);
     // One that may only be read.
     let mut raw = Raw::new(&world.front, BITS64, 1);
     let page = raw.page(Access::Read);

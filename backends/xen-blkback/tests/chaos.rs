@@ -57,4 +57,5 @@ fn xsa_349_a_storm_of_watches_is_one_look() {
         rig.set_front("state/below", "1");
     }
     assert_eq!(look(), once);
+    assert_eq!(look(), 0, "nothing to look at");
 }

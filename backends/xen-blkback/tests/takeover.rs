@@ -3,7 +3,7 @@
 
 mod xenstore;
 
-use xen_blkback::{Event, Vbd};
+use xen_blkback::{Event, Refusal, Vbd};
 use xenstore::*;
 
 /// Leaves a connected device, as a daemon does that is killed.
@@ -67,6 +67,30 @@ fn what_the_predecessor_promised_holds() {
     let plans = connect(&mut vbd);
     assert_eq!(plans[0].offer.indirect_segments, 32);
     assert_eq!(plans[0].reach, reach(1056, 512));
+}
+
+/// Nobody computes with what is not possible, even if it is in our own directory.
+#[test]
+fn what_no_predecessor_can_have_promised_does_not_count() {
+    for (node, asked, most) in [
+        ("max-ring-page-order", "ring-page-order", 4_u32),
+        ("multi-queue-max-queues", "multi-queue-num-queues", 64),
+    ] {
+        let rig = Rig::new();
+        killed(&rig, |_| {});
+        rig.set_back(node, &u32::MAX.to_string());
+        rig.set_front(asked, &(most + 1).to_string());
+        let store = rig.store();
+        let mut vbd = Vbd::open(&store, &rig.path(), &config(|_| {})).unwrap();
+        vbd.offer().unwrap();
+        vbd.insert(disk()).unwrap();
+        let Event::Refused(refusal) = next(&mut vbd) else { panic!("{node} is believed") };
+        let expected = match node {
+            "max-ring-page-order" => Refusal::RingOrder { asked: most + 1, most },
+            _ => Refusal::Queues { asked: most + 1, most },
+        };
+        assert_eq!(refusal, expected);
+    }
 }
 
 #[test]
