@@ -11,7 +11,7 @@ use xen_blkback::{Address, Backends, Change, Error, Quota};
 use xen_guest::{Guest, println};
 
 use crate::bell::Bell;
-use crate::export::{self, Export, Step};
+use crate::export::{self, Export, Round, Step};
 use crate::media::Media;
 use crate::own_disk::News;
 use crate::settings::Settings;
@@ -98,7 +98,11 @@ impl Domain {
         loop {
             let mut busy = false;
             for export in &mut self.exports {
-                busy |= export.serve();
+                let round = export.serve();
+                busy |= round != Round::Idle;
+                if round == Round::Drained {
+                    self.bell.ring();
+                }
             }
             self.worked |= busy;
             rounds += 1;

@@ -6,7 +6,7 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::cell::RefCell;
 
-use pvblk::backend::Store as _;
+use pvblk::backend::{Store as _, Violation};
 use pvblk::command::Features;
 use pvblk_xen::store::{Nodes, Store};
 use pvblk_xen::xenbus;
@@ -78,6 +78,18 @@ pub enum Step {
     Over,
 }
 
+/// What a round of work on a vbd's queues came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Round {
+    /// There is nothing more to do now.
+    Idle,
+    /// There is more.
+    More,
+    /// The last that was in flight is back, and the queues are gone: the frontend waits for
+    /// [`Export::follow`].
+    Drained,
+}
+
 /// One vbd that is served.
 pub struct Export {
     /// Where it is.
@@ -88,8 +100,10 @@ pub struct Export {
     /// `None` if there is nothing to serve it from (yet).
     source: Option<Source>,
     links: Vec<Link>,
-    /// Until when what is in flight may take; the frontend is gone.
+    /// Until when what is in flight may take; the frontend is gone, or nothing is taken from it.
     draining: Option<u64>,
+    /// How the frontend broke the rules.
+    broken: Option<Violation>,
     /// When its nodes are to go: it is over.
     over_at: Option<u64>,
     /// Everything is to be looked at.
@@ -121,6 +135,7 @@ impl Export {
             source: None,
             links: Vec::new(),
             draining: None,
+            broken: None,
             over_at: None,
             stirred: false,
             hypercalls: 0,
@@ -187,10 +202,7 @@ impl Export {
         let happened = event != Event::Nothing;
         match event {
             Event::Connect(plans) => self.connect(&plans, reserved)?,
-            Event::Disconnect => {
-                self.draining = Some(now.saturating_add(DRAINING));
-                self.stirred = true;
-            }
+            Event::Disconnect => self.drain_until(now),
             Event::Refused(refusal) => println!("{self}: refused: {refusal}"),
             Event::Removed => self.over_at = Some(now.saturating_add(LINGERING)),
             _ => {}
@@ -245,9 +257,9 @@ impl Export {
         Ok(())
     }
 
-    /// Works every queue that has something to do, once. `true` if there is more to do now.
+    /// Works every queue that has something to do, once.
     #[inline]
-    pub fn serve(&mut self) -> bool {
+    pub fn serve(&mut self) -> Round {
         let stirred = core::mem::take(&mut self.stirred);
         if self.draining.is_some() {
             return self.drain();
@@ -260,25 +272,22 @@ impl Export {
             }
         }
         if let Some(violation) = violation {
-            self.refuse(&violation.to_string());
-            // XenStore was waited for: what came meanwhile must not be slept over.
-            return true;
+            println!("{self}: broke the rules: {violation}");
+            self.broken = Some(violation);
+            self.drain_until(self.guest.now());
+            more = true;
         }
-        more
+        if more { Round::More } else { Round::Idle }
     }
 
-    /// The frontend broke the rules: its queues go, and it is asked to close.
-    #[cold]
-    fn refuse(&mut self, reason: &str) {
-        println!("{self}: broke the rules: {reason}");
-        self.drop_links();
-        if let Err(error) = self.vbd.refuse(reason, EINVAL) {
-            println!("{self}: {error}");
-        }
+    /// Takes nothing more, and gives what is in flight some time: others are served meanwhile.
+    fn drain_until(&mut self, now: u64) {
+        self.draining = Some(now.saturating_add(DRAINING));
+        self.stirred = true;
     }
 
     #[cold]
-    fn drain(&mut self) -> bool {
+    fn drain(&mut self) -> Round {
         let (mut over, mut awake) = (true, false);
         for link in &mut self.links {
             over &= link.drain();
@@ -286,14 +295,18 @@ impl Export {
         }
         if over {
             self.disconnect();
+            return Round::Drained;
         }
-        over || awake
+        if awake { Round::More } else { Round::Idle }
     }
 
     fn disconnect(&mut self) {
         self.draining = None;
         self.drop_links();
-        self.vbd.disconnected();
+        let Some(violation) = self.broken.take() else { return self.vbd.disconnected() };
+        if let Err(error) = self.vbd.refuse(&violation.to_string(), EINVAL) {
+            println!("{self}: {error}");
+        }
     }
 
     /// Drops the queues, with everything of the frontend that is mapped, and says what they have
