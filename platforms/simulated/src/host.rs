@@ -71,6 +71,8 @@ pub struct Statistics {
     pub events_received: u64,
     /// Signals to this domain that found one pending already.
     pub events_merged: u64,
+    /// Requests to `xenstored` that were answered.
+    pub store_requests: u64,
     /// Waits.
     pub waits: u64,
     /// Waits that the deadline ended: in a test, often a lost wake-up in disguise.
@@ -124,6 +126,7 @@ pub(crate) struct DomainState {
     /// The domain is no more.
     pub(crate) dead: bool,
     pub(crate) waits_in_vain: u32,
+    pub(crate) store_requests: u64,
     pub(crate) waits: u64,
     pub(crate) deadlines_reached: u64,
 }
@@ -141,6 +144,7 @@ impl DomainState {
             incarnation: 0,
             dead: false,
             waits_in_vain: 0,
+            store_requests: 0,
             waits: 0,
             deadlines_reached: 0,
         }
@@ -173,6 +177,7 @@ impl DomainState {
             events_sent: self.events.sent,
             events_received: self.events.received,
             events_merged: self.events.merged,
+            store_requests: self.store_requests,
             waits: self.waits,
             deadlines_reached: self.deadlines_reached,
         }
@@ -216,9 +221,10 @@ impl State {
                 moved = true;
                 continue;
             }
-            let (served, room) = self.store.serve(id, &mut domain.faults);
-            moved |= served;
-            if room {
+            let served = self.store.serve(id, &mut domain.faults);
+            moved |= served.moved;
+            domain.store_requests += u64::from(served.answered);
+            if served.room {
                 domain.fresh = true;
                 self.signal = true;
                 self.wakers.extend(domain.store_waker.take());

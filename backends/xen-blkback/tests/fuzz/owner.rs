@@ -71,9 +71,9 @@ impl<'w> Owner<'w> {
         &mut self,
         call: impl FnOnce(&mut Vbd<'w, 'w, pvblk_simulated::Domain>) -> R,
     ) -> R {
-        let before = self.rig.back.statistics().waits;
+        let before = self.rig.back.statistics().store_requests;
         let result = call(&mut self.vbd);
-        let messages = self.rig.back.statistics().waits - before;
+        let messages = self.rig.back.statistics().store_requests - before;
         assert!(messages <= MESSAGES_MAX, "{messages} messages");
         result
     }

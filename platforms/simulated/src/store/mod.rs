@@ -114,6 +114,17 @@ impl Drop for StoreWatch {
     }
 }
 
+/// What a look at a client's connection came to.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Served {
+    /// Anything was done.
+    pub(crate) moved: bool,
+    /// There is room for the client to send more, which it waited for.
+    pub(crate) room: bool,
+    /// A request was answered.
+    pub(crate) answered: bool,
+}
+
 fn home(id: DomainId) -> String {
     format!("/local/domain/{}", id.0)
 }
@@ -314,10 +325,12 @@ impl Store {
 
     /// Serves at most one request. Says whether anything moved, and whether a sender that found no
     /// room may try again.
-    pub(crate) fn serve(&mut self, id: DomainId, faults: &mut FaultState) -> (bool, bool) {
-        let Some(connection) = self.connections.get_mut(&id) else { return (false, false) };
+    pub(crate) fn serve(&mut self, id: DomainId, faults: &mut FaultState) -> Served {
+        let Some(connection) = self.connections.get_mut(&id) else { return Served::default() };
         let (moved, room) = connection.collect(faults);
-        let Some(request) = connection.next_request() else { return (moved, room) };
+        let Some(request) = connection.next_request() else {
+            return Served { moved, room, answered: false };
+        };
         let result = self.answer(id, &request, faults);
         let answer = match result {
             Ok(payload) if payload.len() > connection::PAYLOAD_MAX => {
@@ -338,7 +351,7 @@ impl Store {
                 connection.push(event);
             }
         }
-        (true, room)
+        Served { moved: true, room, answered: true }
     }
 
     fn answer(
