@@ -354,6 +354,8 @@ fn the_ring_itself_as_data_harms_nobody() {
 fn bad_requests_are_no_more_work_than_good_ones() {
     for setup in [INDIRECTLY, Setup { kept: 64, ..INDIRECTLY }, Setup { segments: 256, ..MAP }] {
         let (world, disk) = (World::new(), disk());
+        // It is not for want of room that a round ends.
+        let setup = Setup { room: 8192, ..setup };
         let mut pair = Pair::new(&world, BITS64, 4, &setup, &disk);
         settle(&mut pair.queue);
         let page = pair.raw.page(Access::ReadWrite);
