@@ -48,7 +48,7 @@ pub struct Options {}
 
 /// Checks, and closes with the count.
 pub fn check(_options: &Options) -> Result<()> {
-    let mut tally = Tally::default();
+    let tally = Tally::default();
     let packages = metadata::published()?;
     heading("format and lints");
     tally.step("format", || quiet(cargo("fmt").args(["--all", "--check", "--", "--color=never"])));
@@ -72,10 +72,10 @@ pub fn check(_options: &Options) -> Result<()> {
     tally.step("docs", || quiet(cargo("doc").arg("--no-deps").env("RUSTDOCFLAGS", "-D warnings")));
     heading("features");
     for package in &packages {
-        features(&mut tally, package);
+        features(&tally, package);
     }
     heading("oldest compiler");
-    oldest_compiler(&mut tally, &packages);
+    oldest_compiler(&tally, &packages);
     heading("packages");
     tally.step("cargo package", || {
         let mut package = cargo("package");
@@ -100,7 +100,7 @@ pub fn check(_options: &Options) -> Result<()> {
 }
 
 /// Each feature alone, none, and all that go together; `log` and `defmt` must refuse each other.
-fn features(tally: &mut Tally, package: &Package) {
+fn features(tally: &Tally, package: &Package) {
     let names = package.feature_names();
     let additive = package.additive_features().join(",");
     let mut sets = vec![String::new()];
@@ -133,7 +133,7 @@ fn with_features(command: &str, package: &Package, set: &str) -> Command {
 }
 
 /// Builds with the compiler that the manifest names, if there is a way to have it.
-fn oldest_compiler(tally: &mut Tally, packages: &[Package]) {
+fn oldest_compiler(tally: &Tally, packages: &[Package]) {
     let Some(version) = packages.iter().find_map(|package| package.rust_version.clone()) else {
         tally.note("rust-version", 0.0, Some("no crate states its oldest compiler".to_owned()));
         return;

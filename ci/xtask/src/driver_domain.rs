@@ -143,7 +143,7 @@ pub fn run(rig: &Rig, live: bool) -> Result<()> {
         }
         seen.take(text);
     })?;
-    say(format!("the machine ran for {:.1} s", outcome.seconds));
+    say(format!("driver domain: the machine ran for {:.1} s", outcome.seconds));
     let checked = check(&seen, &image.entries);
     if checked.is_err() {
         outcome.debug_port().iter().for_each(say);

@@ -52,7 +52,7 @@ pub fn run(rig: &Rig, live: bool) -> Result<()> {
         }
         Event::Bytes(_) => {}
     })?;
-    say(format!("the machine ran for {:.1} s", outcome.seconds));
+    say(format!("two guests: the machine ran for {:.1} s", outcome.seconds));
     let checked = check(&lines, domains.as_deref());
     if checked.is_err() {
         outcome.debug_port().iter().for_each(say);

@@ -14,7 +14,7 @@ use crate::shell;
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// Runs it, and counts each of its tests.
-pub fn test(rig: &Rig, tally: &mut Tally) -> Result<()> {
+pub fn test(rig: &Rig, tally: &Tally) -> Result<()> {
     let program = build()?;
     let boot = Boot {
         name: "linux-selftest",

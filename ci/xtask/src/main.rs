@@ -8,6 +8,7 @@ mod foreign;
 mod fuzz;
 mod guests;
 mod host;
+mod jobs;
 mod linux;
 mod matrix;
 mod metadata;

@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, ExitCode, Stdio};
+use std::thread::{self, ScopedJoinHandle};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -11,8 +12,9 @@ use crate::driver_domain;
 use crate::foreign;
 use crate::guests::Guest;
 use crate::guests::case;
+use crate::jobs::{self, Job};
 use crate::linux;
-use crate::matrix;
+use crate::matrix::{self, Matrix};
 use crate::metadata;
 use crate::project;
 use crate::report::{Tally, heading, say};
@@ -43,33 +45,28 @@ enum Part {
 
 /// Tests, and closes with the count: that line is the last, whatever happens.
 pub fn test(options: &Options) -> ExitCode {
-    let mut tally = Tally::default();
+    let tally = Tally::default();
     let is_wanted = |part| options.only.is_none_or(|only| only == part);
-    if is_wanted(Part::Host)
-        && let Err(error) = host(&mut tally)
-    {
-        tally.note("host tests", 0.0, Some(format!("{error:#}")));
-    }
-    if is_wanted(Part::Virtio)
-        && let Err(error) = virtio(&mut tally)
-    {
-        tally.note("tests on VirtIO", 0.0, Some(format!("{error:#}")));
-    }
-    if is_wanted(Part::VhostUser)
-        && let Err(error) = vhost_user(&mut tally)
-    {
-        tally.note("tests on vhost-user", 0.0, Some(format!("{error:#}")));
-    }
-    if is_wanted(Part::Xen)
-        && let Err(error) = xen(&mut tally)
-    {
-        tally.note("tests on Xen", 0.0, Some(format!("{error:#}")));
-    }
+    thread::scope(|scope| {
+        // They keep one processor busy while machines are prepared, and then the other one.
+        let host = is_wanted(Part::Host).then(|| {
+            scope.spawn(|| {
+                if let Err(error) = host(&tally) {
+                    tally.note("host tests", 0.0, Some(format!("{error:#}")));
+                }
+            })
+        });
+        if options.only != Some(Part::Host)
+            && let Err(error) = machines(is_wanted, host, &tally)
+        {
+            tally.note("emulated machines", 0.0, Some(format!("{error:#}")));
+        }
+    });
     tally.close();
     if tally.good() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-fn host(tally: &mut Tally) -> Result<()> {
+fn host(tally: &Tally) -> Result<()> {
     heading("host tests, and the examples in the docs");
     cargo_test(tally, "host tests", &["--no-fail-fast"], false)?;
     heading("host tests, with the crates' features");
@@ -89,10 +86,47 @@ fn host(tally: &mut Tally) -> Result<()> {
     Ok(())
 }
 
-fn virtio(tally: &mut Tally) -> Result<()> {
-    heading("VirtIO in QEMU, without Xen");
+/// Everything in a machine of QEMU's, as many of those at a time as there are processors. `host` is
+/// what keeps one of them busy already.
+fn machines(
+    is_wanted: impl Fn(Part) -> bool,
+    host: Option<ScopedJoinHandle<'_, ()>>,
+    tally: &Tally,
+) -> Result<()> {
+    heading("emulated machines: our unikernel on VirtIO; Linux on vhost-user-blkd; real Xen");
     let rig = Rig::prepare()?;
-    let virtio = Virtio::new(&rig, false)?;
+    let matrix = Matrix::prepare(&rig)?;
+    let mut jobs = Vec::new();
+    // The longest first.
+    if is_wanted(Part::Xen) {
+        jobs.extend(matrix.jobs(&matrix::Options::default())?);
+        jobs.push(Job::step(
+            "driver domain: several guests, one destroyed, 512 MiB on one ring page",
+            || driver_domain::run(&rig, false),
+        ));
+    }
+    if is_wanted(Part::VhostUser) {
+        jobs.push(Job::new("Linux on vhost-user-blkd", |tally| vhost_user(&rig, tally)));
+    }
+    if is_wanted(Part::Xen) {
+        jobs.push(Job::step(
+            "two guests: pages mapped and copied by one, granted by the other",
+            || foreign::run(&rig, false),
+        ));
+        jobs.push(Job::step("unikernel: a file system read, a disk written", || {
+            Guest::unikernel(&rig, &[])?.run_one(&case::Case::plain("unikernel"), false)
+        }));
+        jobs.push(Job::new("the self test of pvblk-linux", |tally| linux::test(&rig, tally)));
+    }
+    if is_wanted(Part::Virtio) {
+        jobs.push(Job::new("our unikernel on VirtIO", |tally| virtio(&rig, tally)));
+    }
+    jobs::run(jobs, host, tally);
+    if is_wanted(Part::Xen) { matrix.close(&matrix::Options::default()) } else { Ok(()) }
+}
+
+fn virtio(rig: &Rig, tally: &Tally) -> Result<()> {
+    let virtio = Virtio::new(rig, false)?;
     for case in Case::all(None, None) {
         let name = format!("unikernel on {}: a file system read, a disk written", case.name());
         tally.step(&name, || virtio.run(&case, "", false).map(drop));
@@ -100,27 +134,8 @@ fn virtio(tally: &mut Tally) -> Result<()> {
     Ok(())
 }
 
-fn xen(tally: &mut Tally) -> Result<()> {
-    heading("real Xen");
-    let rig = Rig::prepare()?;
-    linux::test(&rig, tally)?;
-    let guest = Guest::unikernel(&rig, &[])?;
-    tally.step("unikernel: a file system read, a disk written", || {
-        guest.run_one(&case::Case::plain("unikernel"), false)
-    });
-    tally.step("two guests: pages mapped and copied by one, granted by the other", || {
-        foreign::run(&rig, false)
-    });
-    tally.step("driver domain: several guests, one destroyed, 512 MiB on one ring page", || {
-        driver_domain::run(&rig, false)
-    });
-    matrix::run(&rig, &matrix::Options::default(), tally)
-}
-
-fn vhost_user(tally: &mut Tally) -> Result<()> {
-    heading("a Linux guest in a plain QEMU, on vhost-user-blkd");
-    let rig = Rig::prepare()?;
-    let parts = vhost_user::Parts::prepare(&rig)?;
+fn vhost_user(rig: &Rig, tally: &Tally) -> Result<()> {
+    let parts = vhost_user::Parts::prepare(rig)?;
     for case in &vhost_user::CASES {
         tally.step(&case.title(), || parts.run(case, false));
     }
@@ -128,7 +143,7 @@ fn vhost_user(tally: &mut Tally) -> Result<()> {
 }
 
 /// Runs `cargo test`, prints a line for each of its programs, and counts their tests.
-fn cargo_test(tally: &mut Tally, name: &str, words: &[&str], loom: bool) -> Result<()> {
+fn cargo_test(tally: &Tally, name: &str, words: &[&str], loom: bool) -> Result<()> {
     // Cargo names a program on one stream and the program reports on the other: in one stream
     // they come in their order.
     let mut command = Command::new("sh");

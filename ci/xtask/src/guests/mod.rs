@@ -65,7 +65,7 @@ impl<'a> Guest<'a> {
             self.boot(&case.name, std::slice::from_ref(case), live, |_, _, checked| {
                 result = checked;
             })?;
-        say(format!("the machine ran for {:.1} s", outcome.seconds));
+        say(format!("{}: the machine ran for {:.1} s", case.name, outcome.seconds));
         if result.is_err() {
             outcome.debug_port().iter().for_each(say);
         }

@@ -124,6 +124,16 @@ impl Cell {
         }
     }
 
+    /// About how long it takes, compared with our unikernel: Linux has to boot, and does more.
+    pub fn length(self) -> usize {
+        match (self.front, self.back) {
+            (Front::XenBlkfront, _) => 1,
+            // dom0 reaches that disk as a guest only.
+            (_, Back::DriverDomain | Back::PvblkdMemory) => 6,
+            (Front::LinuxPv | Front::LinuxPvh | Front::LinuxPvh32, _) => 4,
+        }
+    }
+
     /// A line of the list that `matrix.sh` reads; `live` if its console is to come as it is written.
     pub fn line(self, live: bool) -> String {
         let kind = self.work.kind(self.front);

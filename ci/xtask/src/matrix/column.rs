@@ -147,4 +147,9 @@ impl<'a> Column<'a> {
     pub fn title(&self) -> String {
         self.title.clone()
     }
+
+    /// The guests of the boot, in their order.
+    pub fn cells(&self) -> &[Cell] {
+        &self.cells
+    }
 }

@@ -9,16 +9,17 @@ mod rows;
 mod served;
 mod table;
 
-use std::sync::mpsc::channel;
+use std::cmp::Reverse;
 use std::sync::{Mutex, PoisonError};
-use std::thread;
 
 use anyhow::{Result, bail};
 use clap::ValueEnum;
 
 use crate::guests::Guest;
+use crate::guests::case::Case;
 use crate::guests::image::Image;
-use crate::report::{Tally, heading, say};
+use crate::jobs::{self, Job};
+use crate::report::{Tally, say};
 use crate::rig::{Outcome, Rig};
 use cells::{Cell, Work};
 use column::{Column, Guests};
@@ -88,9 +89,11 @@ impl Options {
 
 /// Runs the matrix by itself.
 pub fn matrix(options: &Options) -> Result<()> {
-    let mut tally = Tally::default();
+    let tally = Tally::default();
     let rig = Rig::prepare()?;
-    run(&rig, options, &mut tally)?;
+    let matrix = Matrix::prepare(&rig)?;
+    jobs::run(matrix.jobs(options)?, None, &tally);
+    matrix.close(options)?;
     tally.close();
     if !tally.good() {
         bail!("not everything passed");
@@ -98,26 +101,74 @@ pub fn matrix(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Runs the matrix as part of something larger; each cell and each case counts as a test.
-pub fn run(rig: &Rig, options: &Options, tally: &mut Tally) -> Result<()> {
-    heading("every frontend on every backend; every way of negotiating");
-    // The longest first.
-    let mut machines = negotiations(rig, options)?;
-    let image = Image::prepare(rig)?;
-    if options.only != Some(Part::Negotiation) {
-        let columns = columns(rig, options, &image)?;
-        machines.extend(columns.into_iter().map(|column| Machine::Column(Box::new(column))));
+/// What the boots of the matrix have in common, and what has come of them.
+pub struct Matrix<'a> {
+    rig: &'a Rig,
+    image: Image,
+    rows: Mutex<Vec<Row>>,
+}
+
+impl<'a> Matrix<'a> {
+    /// Nothing has been booted yet.
+    pub fn prepare(rig: &'a Rig) -> Result<Self> {
+        Ok(Self { rig, image: Image::prepare(rig)?, rows: Mutex::default() })
     }
-    let mut rows = boot_all(rig, machines, &image, tally);
-    rows.sort_by_key(|row| {
-        let back = Back::value_variants().iter().position(|back| back.name() == row.back);
-        let front = Front::value_variants().iter().position(|front| front.name() == row.front);
-        (back, front)
-    });
-    if options.only != Some(Part::Negotiation) {
-        println!("\n{}", table::markdown(&rows, &options.fronts(), &options.backs()));
+
+    /// The boots, ready to be begun, the longest first. Each cell and each case counts as a test.
+    pub fn jobs(&self, options: &Options) -> Result<Vec<Job<'_>>> {
+        let mut machines = Vec::new();
+        if options.only != Some(Part::Negotiation) {
+            let columns = self.columns(options)?.into_iter();
+            machines.extend(columns.map(|column| Machine::Column(Box::new(column))));
+        }
+        machines.extend(negotiations(self.rig, options)?);
+        machines.sort_by_key(|machine| Reverse(machine.length()));
+        Ok(machines.into_iter().map(|machine| self.job(machine)).collect())
     }
-    table::write(&rows)
+
+    /// Shows the table, and writes all results down.
+    pub fn close(&self, options: &Options) -> Result<()> {
+        let mut rows = self.rows.lock().unwrap_or_else(PoisonError::into_inner);
+        rows.sort_by_key(|row| {
+            let back = Back::value_variants().iter().position(|back| back.name() == row.back);
+            let front = Front::value_variants().iter().position(|front| front.name() == row.front);
+            (back, front)
+        });
+        if options.only != Some(Part::Negotiation) {
+            println!("\n{}", table::markdown(&rows, &options.fronts(), &options.backs()));
+        }
+        table::write(&rows)
+    }
+
+    fn job<'b>(&'b self, machine: Machine<'b>) -> Job<'b> {
+        let title = machine.title();
+        Job::new(title.clone(), move |tally| {
+            say(format!("booting Xen for {title}"));
+            let outcome = machine.run(self.rig, &self.image, |row| {
+                tally.note(&row.title(), row.seconds, row.reason.clone());
+                self.rows.lock().unwrap_or_else(PoisonError::into_inner).push(row);
+            })?;
+            say(format!("the machine for {title} ran for {:.1} s", outcome.seconds));
+            Ok(())
+        })
+    }
+
+    /// The columns that take part: one boot for 32-bit guests, another for all others.
+    fn columns(&self, options: &Options) -> Result<Vec<Column<'a>>> {
+        let mut columns = Vec::new();
+        for is_32_bit in [false, true] {
+            let all = options.backs().into_iter().map(|back| cells(options, back, is_32_bit));
+            let all: Vec<_> = all.filter(|cells| !cells.is_empty()).collect();
+            if all.is_empty() {
+                continue;
+            }
+            let guests = Guests::prepare(self.rig, &self.image, is_32_bit)?;
+            for cells in all {
+                columns.push(Column::prepare(self.rig, cells, &guests, false)?);
+            }
+        }
+        Ok(columns)
+    }
 }
 
 /// Boots Xen with a Linux guest on `back` alone, and shows its console.
@@ -151,6 +202,14 @@ impl Machine<'_> {
         }
     }
 
+    /// About how long it takes, in guests that do everything: Linux does more than ours.
+    fn length(&self) -> usize {
+        match self {
+            Self::Column(column) => column.cells().iter().map(|cell| cell.length()).sum(),
+            Self::Negotiation(..) => Case::matrix().len(),
+        }
+    }
+
     fn run(&self, rig: &Rig, image: &Image, done: impl FnMut(Row)) -> Result<Outcome> {
         match self {
             Self::Column(column) => column.run(rig, &image.entries, done),
@@ -173,83 +232,15 @@ fn negotiations<'a>(rig: &'a Rig, options: &Options) -> Result<Vec<Machine<'a>>>
     Ok(machines)
 }
 
-/// The columns that take part.
-fn columns<'a>(rig: &Rig, options: &Options, image: &Image) -> Result<Vec<Column<'a>>> {
-    let mut columns = Vec::new();
-    for is_32_bit in [false, true] {
-        let mut all: Vec<_> =
-            options.backs().into_iter().map(|back| cells(options, back)).collect();
-        for cells in &mut all {
-            cells.retain(|cell| cell.front.is_32_bit() == is_32_bit);
-        }
-        all.retain(|cells| !cells.is_empty());
-        if all.is_empty() {
-            continue;
-        }
-        let guests = Guests::prepare(rig, image, is_32_bit)?;
-        for cells in all {
-            columns.push(Column::prepare(rig, cells, &guests, false)?);
-        }
-    }
-    Ok(columns)
-}
-
-/// The cells of one backend.
-fn cells(options: &Options, back: Back) -> Vec<Cell> {
+/// The cells of one backend with guests of one kind.
+fn cells(options: &Options, back: Back, is_32_bit: bool) -> Vec<Cell> {
     let mut cells = Vec::new();
-    for front in options.fronts().into_iter().filter(|&front| back.serves(front)) {
+    let fronts = options.fronts().into_iter();
+    for front in fronts.filter(|front| back.serves(*front) && front.is_32_bit() == is_32_bit) {
         let works = Work::value_variants()
             .iter()
             .filter(|&&work| options.wants_work(work) && front.can(work) && back.can(work));
         cells.extend(works.map(|&work| Cell { back, work, front }));
     }
     cells
-}
-
-/// What comes from a machine while it runs.
-enum News {
-    Row(Row),
-    Over(Result<f64>),
-}
-
-/// Boots the machines, as many at a time as there are processors: each keeps one of them busy.
-fn boot_all(rig: &Rig, machines: Vec<Machine<'_>>, image: &Image, tally: &mut Tally) -> Vec<Row> {
-    let workers = thread::available_parallelism().map_or(1, usize::from).min(machines.len());
-    let waiting = Mutex::new(machines.into_iter());
-    let next = || waiting.lock().unwrap_or_else(PoisonError::into_inner).next();
-    let mut rows = Vec::new();
-    let (sender, news) = channel();
-    thread::scope(|scope| {
-        for _ in 0..workers {
-            let sender = sender.clone();
-            scope.spawn(move || {
-                while let Some(machine) = next() {
-                    let title = machine.title();
-                    say(format!("booting Xen for {title}"));
-                    let send = |news| {
-                        // The receiver lives until every sender is gone.
-                        let _ = sender.send((title.clone(), news));
-                    };
-                    let outcome = machine.run(rig, image, |row| send(News::Row(row)));
-                    send(News::Over(outcome.map(|outcome| outcome.seconds)));
-                }
-            });
-        }
-        drop(sender);
-        for (title, news) in news {
-            match news {
-                News::Row(row) => {
-                    tally.note(&row.title(), row.seconds, row.reason.clone());
-                    rows.push(row);
-                }
-                News::Over(Ok(seconds)) => {
-                    say(format!("the machine for {title} ran for {seconds:.1} s"));
-                }
-                News::Over(Err(error)) => {
-                    tally.note(&title, 0.0, Some(format!("{error:#}")));
-                }
-            }
-        }
-    });
-    rows
 }

@@ -205,7 +205,8 @@ impl<'a> Parts<'a> {
         let Keeper { daemon, strikes, .. } = keeper;
         let took = result.with_context(|| seen.last_words() + &daemon.last_words())?;
         let times = if strikes == 0 { String::new() } else { format!("; {strikes} times killed") };
-        say(format!("the machine ran for {:.1} s{times}", took.as_secs_f64()));
+        let name = case.name;
+        say(format!("{name}: the machine ran for {:.1} s{times}", took.as_secs_f64()));
         ensure!(!case.killed || strikes > 3, "the daemon was killed {strikes} times only");
         Ok((seen, daemon))
     }
@@ -242,7 +243,8 @@ impl<'a> Parts<'a> {
         ensure!(said("DISCARD ")? == "zeroes", "nothing was discarded");
         let fio: u64 = said("LOAD ")?.trim().parse().context("LOAD")?;
         ensure!(fio > 0, "fio wrote nothing");
-        say(format!("{} KiB compared, {fio} KiB more verified by fio", bytes >> 10));
+        let (name, kib) = (case.name, bytes >> 10);
+        say(format!("{name}: {kib} KiB compared, {fio} KiB more verified by fio"));
         Ok(())
     }
 }
