@@ -31,7 +31,9 @@ domain_disk() { # image|raw|other VDEV r|w
 }
 
 backend_reset() { # SECTOR
-	through_dom0 "$(domain_disk image xvdy w)" write $image
+	# Once: no guest can write to it.
+	[ -n "$filled" ] || through_dom0 "$(domain_disk image xvdy w)" write $image
+	filled=1
 	through_dom0 "$(domain_disk raw xvdy w)" clear
 }
 

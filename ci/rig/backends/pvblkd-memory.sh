@@ -18,7 +18,9 @@ backend_disk() {
 }
 
 backend_reset() { # SECTOR
-	through_dom0 "$(memory_disk image xvdy w)" write $image
+	# Once: no guest can write to it.
+	[ -n "$filled" ] || through_dom0 "$(memory_disk image xvdy w)" write $image
+	filled=1
 	through_dom0 "$(memory_disk raw xvdy w)" clear
 }
 

@@ -24,8 +24,7 @@ backend_up() {
 	: >$pvblkd_config
 	store_up || return 1
 	start_pvblkd
-	sleep 1
-	kill -0 $pvblkd_pid 2>/dev/null && return
+	marker $pvblkd_log '.*serving' 30 && return
 	sed 's/^/pvblkd: /' $pvblkd_log >&9
 	return 1
 }

@@ -3,7 +3,7 @@
 # /backend.sh is a file of ci/rig/backends. It defines:
 #
 #   backend_up                starts the backend, once a boot
-#   backend_reset SECTOR      disk `image` holds $image and can be read; `raw` is empty ($raw_mib MiB)
+#   backend_reset SECTOR      disk `image` holds $image and can be read; `raw` holds zeroes ($raw_mib MiB)
 #   backend_disk DISK VDEV r|w   prints that disk as xl's configuration has it; `mapped` is `raw`, but
 #                             the backend maps pages that it does not keep; `other` is another one
 #   backend_content [other]   prints a file or device of dom0 that shows what `raw` (or that) holds
@@ -53,7 +53,8 @@ backend_unplug() {
 }
 
 # through_dom0 SPECIFICATION write FILE | read FILE | clear: dom0 as a guest of the backend: copies
-# a file to the start of the disk, copies all of the disk to a file, or fills it with zeroes.
+# a file to the start of the disk, copies all of the disk to a file, or discards all of it, which
+# has it read as zeroes.
 # Needs xen-blkfront. The disk is xvdy in SPECIFICATION.
 through_dom0() {
 	xl block-attach 0 "$1" >&9 2>&1
@@ -65,10 +66,7 @@ through_dom0() {
 	case $2 in
 	write) dd if="$3" of=/dev/xvdy bs=1M conv=fsync 2>/dev/null ;;
 	read) dd if=/dev/xvdy of="$3" bs=1M 2>/dev/null ;;
-	clear)
-		head -c $(($(cat /sys/block/xvdy/size) * 512)) /dev/zero | dd of=/dev/xvdy bs=1M iflag=fullblock conv=fsync \
-			2>/dev/null
-		;;
+	clear) blkdiscard /dev/xvdy ;;
 	esac || say "dom0: cannot $2 /dev/xvdy"
 	xl block-detach 0 xvdy >&9 2>&1
 }
@@ -99,10 +97,10 @@ tree() {
 	if mount -t ext4 -o ro,noload /dev/loop7 /mnt 2>&9; then
 		(
 			cd /mnt || exit
-			find . -type f | sort | while IFS= read -r file; do
-				sum=$(sha256sum <"$file")
-				say "FOUND FILE ${sum%% *} $(stat -c %s "$file") ${file#.}"
-			done
+			find . -type f -print0 | sort -z >/tmp/names
+			xargs -0 sha256sum </tmp/names | cut -c -64 >/tmp/sums
+			xargs -0 stat -c '%s %n' </tmp/names | sed 's/ \.\// \//' | paste -d ' ' /tmp/sums - |
+				sed 's/^/FOUND FILE /' >&9
 		)
 		umount /mnt
 	fi
