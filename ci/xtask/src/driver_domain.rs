@@ -41,9 +41,9 @@ const GUESTS: [(&str, &str); 6] = [
 ];
 
 const LINUX: &str = "kernel=\"/guests/vmlinux\"\nramdisk=\"/guests/cell.cpio\"\n\
-    cmdline=\"console=hvc0 loglevel=1\"\nmemory=512\n";
+    cmdline=\"console=hvc0 loglevel=1 pci=off cryptomgr.notests\"\nmemory=512\n";
 const LINUX_WRITES: &str = "kernel=\"/guests/vmlinux\"\nramdisk=\"/guests/cell.cpio\"\n\
-    cmdline=\"console=hvc0 loglevel=1 task=write\"\nmemory=512\n";
+    cmdline=\"console=hvc0 loglevel=1 pci=off cryptomgr.notests task=write\"\nmemory=512\n";
 
 /// What `driver-domain.sh` does, step by step.
 const STEPS: [&str; 5] = ["together", "crash_beside", "big", "attach_own", "detach_own"];

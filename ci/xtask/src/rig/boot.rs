@@ -17,10 +17,11 @@ use super::packages::Packages;
 use crate::project;
 use crate::shell;
 
-/// Without `spec-ctrl=eager-fpu` programs in dom0 die at random while a guest competes for the
-/// CPU: Xen's lazy switching of the FPU and the emulator's AVX do not go together.
-const XEN: &str =
-    "console=com1 com1=115200,8n1 loglvl=info guest_loglvl=all conring_size=1m spec-ctrl=eager-fpu";
+/// Without `bootscrub=0` Xen clears gigabytes of memory that are clear, whenever it is idle. Without
+/// `spec-ctrl=eager-fpu` programs in dom0 die at random while a guest competes for the CPU: Xen's
+/// lazy switching of the FPU and the emulator's AVX do not go together.
+const XEN: &str = "console=com1 com1=115200,8n1 loglvl=info guest_loglvl=all conring_size=1m \
+    bootscrub=0 spec-ctrl=eager-fpu";
 
 /// SMAP kills dom0 at its first IRET on QEMU 7.2, and RDTSCP is mis-decoded in guests.
 const CPU: &str = "max,-smap,-rdtscp";

@@ -267,8 +267,6 @@ pub(super) fn boot(
         overlays: needs.overlays,
         memory: 6144,
         deterministic: true,
-        // Xen scrubs free memory whenever it is idle, which would be counted.
-        xen_arguments: "bootscrub=0",
         qemu_arguments: vec!["-plugin".into(), arguments],
         timeout: Duration::from_secs(1800),
         ..Boot::default()
