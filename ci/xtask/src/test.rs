@@ -70,14 +70,23 @@ fn host(tally: &Tally) -> Result<()> {
     heading("host tests, and the examples in the docs");
     cargo_test(tally, "host tests", &["--no-fail-fast"], false)?;
     heading("host tests, with the crates' features");
+    // All crates in one build: one by one, what they have in common is built again for each of them.
+    let mut words = vec!["--no-fail-fast".to_owned()];
     for package in metadata::published()? {
-        let features = package.additive_features().join(",");
+        let name = &package.name;
+        let features = package.additive_features().into_iter();
+        let features: Vec<_> = features.map(|feature| format!("{name}/{feature}")).collect();
         if !features.is_empty() {
-            let name = format!("{} with {features}", package.name);
-            let words = ["--no-fail-fast", "--package", &package.name, "--features", &features];
-            cargo_test(tally, &name, &words, false)?;
+            words.extend([
+                "--package".into(),
+                name.clone(),
+                "--features".into(),
+                features.join(","),
+            ]);
         }
     }
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    cargo_test(tally, "host tests with features", &words, false)?;
     if project::root().join("core/tests/loom.rs").exists() {
         heading("loom: every interleaving of accesses to a shared ring");
         let words = ["--release", "--package", "pvblk", "--test", "loom"];
