@@ -12,9 +12,9 @@
 #   store_kill, store_restart       the same with what it has its data from
 #   backend_resize GUEST MIB  gives the guest's disk that size
 #
-# (the last three lines, `mapped` and `other`, where that can be done) and, where xl's own way is not the way, backend_plug
-# and backend_unplug;
-# where it can say what it has done for its guests, backend_served.
+# (the last three lines, `mapped` and `other`, where that can be done) and, where xl's own way is not
+# the way, backend_plug and backend_unplug; where it can say what it has done for its guests,
+# backend_served.
 #
 # /guests/cells has a line for each guest: NAME KIND SECONDS SECTOR DISK live|later. KIND is
 #

@@ -117,13 +117,23 @@ impl<'a> Matrix<'a> {
     /// The boots, ready to be begun, the longest first. Each cell and each case counts as a test.
     pub fn jobs(&self, options: &Options) -> Result<Vec<Job<'_>>> {
         let mut machines = Vec::new();
-        if options.only != Some(Part::Negotiation) {
-            let columns = self.columns(options)?.into_iter();
-            machines.extend(columns.map(|column| Machine::Column(Box::new(column))));
+        let mut failed = Vec::new();
+        for is_32_bit in [false, true] {
+            match self.columns(options, is_32_bit) {
+                Ok(columns) => {
+                    let columns = columns.into_iter();
+                    machines.extend(columns.map(|column| Machine::Column(Box::new(column))));
+                }
+                // The others are run all the same: 32-bit guests need packages of an older release.
+                Err(error) => {
+                    let bits = if is_32_bit { 32 } else { 64 };
+                    failed.push(Job::new(format!("{bits}-bit guests"), |_| Err(error)));
+                }
+            }
         }
         machines.extend(negotiations(self.rig, options)?);
         machines.sort_by_key(|machine| Reverse(machine.length()));
-        Ok(machines.into_iter().map(|machine| self.job(machine)).collect())
+        Ok(machines.into_iter().map(|machine| self.job(machine)).chain(failed).collect())
     }
 
     /// Shows the table, and writes all results down.
@@ -153,21 +163,15 @@ impl<'a> Matrix<'a> {
         })
     }
 
-    /// The columns that take part: one boot for 32-bit guests, another for all others.
-    fn columns(&self, options: &Options) -> Result<Vec<Column<'a>>> {
-        let mut columns = Vec::new();
-        for is_32_bit in [false, true] {
-            let all = options.backs().into_iter().map(|back| cells(options, back, is_32_bit));
-            let all: Vec<_> = all.filter(|cells| !cells.is_empty()).collect();
-            if all.is_empty() {
-                continue;
-            }
-            let guests = Guests::prepare(self.rig, &self.image, is_32_bit)?;
-            for cells in all {
-                columns.push(Column::prepare(self.rig, cells, &guests, false)?);
-            }
+    /// The columns that take part, with guests of one kind.
+    fn columns(&self, options: &Options, is_32_bit: bool) -> Result<Vec<Column<'a>>> {
+        let all = options.backs().into_iter().map(|back| cells(options, back, is_32_bit));
+        let all: Vec<_> = all.filter(|cells| !cells.is_empty()).collect();
+        if all.is_empty() || options.only == Some(Part::Negotiation) {
+            return Ok(Vec::new());
         }
-        Ok(columns)
+        let guests = Guests::prepare(self.rig, &self.image, is_32_bit)?;
+        all.into_iter().map(|cells| Column::prepare(self.rig, cells, &guests, false)).collect()
     }
 }
 
