@@ -323,8 +323,7 @@ impl Store {
         self.connections.get_mut(&id).is_some_and(|connection| connection.deliver(faults))
     }
 
-    /// Serves at most one request. Says whether anything moved, and whether a sender that found no
-    /// room may try again.
+    /// Serves at most one request.
     pub(crate) fn serve(&mut self, id: DomainId, faults: &mut FaultState) -> Served {
         let Some(connection) = self.connections.get_mut(&id) else { return Served::default() };
         let (moved, room) = connection.collect(faults);
