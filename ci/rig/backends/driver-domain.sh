@@ -46,7 +46,10 @@ backend_content() { # [other]
 	echo $raw
 }
 
+# What it has said since the last time: of this guest and no other.
 backend_release() {
-	rm -f $raw
-	tail -n 80 /var/log/xen/console/guest-storage.log | sed 's/^/storage: /' >&9
+	cp /var/log/xen/console/guest-storage.log /tmp/said
+	tail -n +$((told + 1)) /tmp/said | sed 's/^/storage: /' >&9
+	told=$(wc -l </tmp/said)
+	rm -f $raw /tmp/said
 }
