@@ -305,3 +305,73 @@ impl<'a> Memory<'a> {
 fn place(entry: u32) -> usize {
     at::FIRST_ENTRY + entry as usize * at::ENTRY_BYTES
 }
+
+#[cfg(test)]
+mod tests {
+    use alloc::sync::Arc;
+    use core::sync::atomic::AtomicU64;
+
+    use super::*;
+
+    const SLOTS: u32 = 4;
+    const STRIDE: usize = 112;
+
+    /// Clones are the same memory.
+    #[derive(Clone)]
+    struct Memory(Arc<[AtomicU64]>);
+
+    impl Lasting for Memory {
+        fn region(&self) -> SharedRegion<'_> {
+            // SAFETY: it may be written to through a shared reference, and lives as long as this one.
+            unsafe { SharedRegion::new(NonNull::from(&*self.0).cast(), self.0.len() * 8) }
+        }
+    }
+
+    fn take(journal: &mut Journal, request: u32) -> EntryId {
+        let entry = journal.vacancy().unwrap();
+        journal.memory().slot(entry).write(0, &[request]);
+        journal.memory().taken(entry, request);
+        entry
+    }
+
+    /// What a successor would do again, in its order, if the frontend had been shown so many answers.
+    fn again(memory: &Memory, shown: u32) -> Vec<u32> {
+        // A copy: looking changes nothing.
+        let words = memory.0.iter().map(|word| AtomicU64::new(word.load(Ordering::Relaxed)));
+        let copy = Box::new(Memory(words.collect()));
+        let Ok((mut journal, _)) = Journal::resume(copy, SLOTS, STRIDE, shown) else {
+            panic!("a journal of this ring");
+        };
+        let mut requests = Vec::new();
+        while let Some(entry) = journal.again() {
+            let [request] = journal.memory().slot(entry).read(0);
+            requests.push(request);
+        }
+        requests
+    }
+
+    /// Half of the ring is answered, in another order, and not shown; the other half is taken
+    /// meanwhile. So often that every entry is used again, and all numbers come round.
+    #[test]
+    fn an_answer_counts_when_it_is_shown() {
+        let memory = Memory((0..bytes_for(4) / 8).map(|_| AtomicU64::new(0)).collect());
+        let start = u32::MAX - 20;
+        let owned = Box::new(memory.clone());
+        let mut journal = Journal::begin(owned, SLOTS, STRIDE, start).unwrap();
+        for round in 0..12 {
+            let [a, b, c, d] = [0, 1, 2, 3].map(|at| start.wrapping_add(round * SLOTS + at));
+            let [first, second] = [a, b].map(|request| take(&mut journal, request));
+            journal.answered(second, a);
+            journal.answered(first, b);
+            assert_eq!(again(&memory, a), [a, b], "nothing was shown");
+            let rest = [c, d].map(|request| take(&mut journal, request));
+            assert_eq!(again(&memory, a), [a, b, c, d], "nothing was shown");
+            assert_eq!(again(&memory, b), [a, c, d], "the answer to the second was shown");
+            for (response, entry) in [c, d].into_iter().zip(rest) {
+                journal.answered(entry, response);
+            }
+            assert_eq!(again(&memory, c), [c, d]);
+            assert!(again(&memory, d.wrapping_add(1)).is_empty());
+        }
+    }
+}

@@ -92,7 +92,11 @@ pub fn matrix(options: &Options) -> Result<()> {
     let tally = Tally::default();
     let rig = Rig::prepare()?;
     let matrix = Matrix::prepare(&rig)?;
-    jobs::run(matrix.jobs(options)?, None, &tally);
+    let jobs = matrix.jobs(options)?;
+    if jobs.is_empty() {
+        bail!("the matrix has nothing that fits all of these options; its table is in README.md");
+    }
+    jobs::run(jobs, None, &tally);
     matrix.close(options)?;
     tally.close();
     if !tally.good() {
