@@ -54,6 +54,18 @@ fn devices_that_are_there_already_are_found() {
     assert_eq!(changes(&mut backends), appeared(&rig, &[51712]));
 }
 
+/// So many that one message of XenStore's cannot name them all.
+#[test]
+fn a_device_among_those_of_a_thousand_guests_is_found() {
+    let rig = Rig::new();
+    for domain in 10_000..11_000 {
+        rig.host.store_write(&format!("{}/{domain}", root(&rig)), "");
+    }
+    let store = rig.store();
+    let mut backends = Backends::open(&store, &root(&rig), Quota::default()).unwrap();
+    assert_eq!(changes(&mut backends), appeared(&rig, &[51712]));
+}
+
 #[test]
 fn a_device_appears_once_it_is_whole() {
     let rig = Rig::empty(BACK);

@@ -65,6 +65,10 @@ struct Daemon {
     conflicts: Cell<u32>,
     /// Linux's answer to a watch has no number.
     linux: Cell<bool>,
+    /// A list of any length is one message, as oxenstored sends it.
+    long_lists: Cell<bool>,
+    /// How often a node is made while a list is sent in parts.
+    changes_in_lists: Cell<u32>,
     /// Makes events without end.
     flood: RefCell<Option<Vec<u8>>>,
     /// What arrives just before a waker is set.
@@ -92,6 +96,8 @@ impl Daemon {
             silent: Cell::new(false),
             conflicts: Cell::new(0),
             linux: Cell::new(false),
+            long_lists: Cell::new(false),
+            changes_in_lists: Cell::new(0),
             flood: RefCell::default(),
             at_waker: RefCell::default(),
             waker: RefCell::default(),
@@ -269,10 +275,37 @@ impl Daemon {
             names
         };
         let exists = tree.contains_key(&path) || !children(tree).is_empty();
+        let list = |tree: &Tree| {
+            children(tree).into_iter().map(|name| name + "\0").collect::<String>().into_bytes()
+        };
         match request.kind {
             1 if exists => {
-                let names = children(tree).into_iter().map(|name| name + "\0");
-                Ok(names.collect::<String>().into_bytes())
+                let names = list(tree);
+                if names.len() > 4096 && !self.long_lists.get() {
+                    return Err("E2BIG");
+                }
+                Ok(names)
+            }
+            // Whole names from an offset, after a count of the changes; an empty name at the end.
+            22 if exists => {
+                let names = list(tree);
+                let mut part = format!("{}\0", tree.len()).into_bytes();
+                let room = 4096 - part.len() - 1;
+                let offset: usize = request.field(1).parse().map_err(|_| "EINVAL")?;
+                let rest = names.get(offset..).unwrap_or_default();
+                let whole = match rest.len() {
+                    length if length <= room => length,
+                    _ => rest[..room].iter().rposition(|&byte| byte == 0).unwrap() + 1,
+                };
+                part.extend(&rest[..whole]);
+                if whole == rest.len() {
+                    part.push(0);
+                } else if self.changes_in_lists.get() > 0 {
+                    self.changes_in_lists.set(self.changes_in_lists.get() - 1);
+                    let name = format!("{path}/new-{}", self.changes_in_lists.get());
+                    tree.insert(name, Vec::new());
+                }
+                Ok(part)
             }
             2 if exists => Ok(tree.get(&path).cloned().unwrap_or_default()),
             13 if exists => {
@@ -288,7 +321,7 @@ impl Daemon {
                 ok
             }
             14 if exists => ok,
-            1 | 2 | 13 | 14 => Err("ENOENT"),
+            1 | 2 | 13 | 14 | 22 => Err("ENOENT"),
             _ => Err("ENOSYS"),
         }
     }
@@ -863,6 +896,88 @@ fn accepts_the_longest_message() {
     let store = Store::new(&daemon);
     daemon.answer(|request| Some(message(2, request.number, 0, &[b'x'; 4096])));
     assert_eq!(store.read("a").unwrap().len(), 4096);
+}
+
+/// A daemon with a node `many` that has more children than one message can name.
+fn with_many_children() -> (Daemon, Vec<String>) {
+    let daemon = Daemon::new();
+    let mut names: Vec<_> = (1000..2000).map(|number| format!("{number}")).collect();
+    names.iter().for_each(|name| daemon.put(&format!("many/{name}"), ""));
+    names.sort();
+    (daemon, names)
+}
+
+fn sorted_children(store: &Store<'_, Daemon>) -> Result<Vec<String>, Error> {
+    let mut names = store.directory("many")?;
+    names.sort();
+    Ok(names)
+}
+
+#[test]
+fn lists_more_names_than_a_message_holds() {
+    for (long_lists, chunk) in [(false, usize::MAX), (true, usize::MAX), (false, 7), (true, 7)] {
+        let (daemon, names) = with_many_children();
+        daemon.long_lists.set(long_lists);
+        daemon.chunk.set(chunk);
+        let store = Store::new(&daemon);
+        assert_eq!(sorted_children(&store).unwrap(), names);
+        let in_transaction = store.transaction(|nodes| nodes.directory("many"));
+        assert_eq!(in_transaction.unwrap().len(), names.len());
+        assert_eq!(daemon.count(22), if long_lists { 0 } else { 2 * 2 });
+        // Other messages are as they were.
+        store.write("a", "1").unwrap();
+        assert_eq!(store.read("a").unwrap(), "1");
+    }
+}
+
+#[test]
+fn begins_again_a_list_that_changes_between_its_parts() {
+    let (daemon, names) = with_many_children();
+    daemon.changes_in_lists.set(3);
+    let store = Store::new(&daemon);
+    assert_eq!(sorted_children(&store).unwrap().len(), names.len() + 3);
+    daemon.changes_in_lists.set(u32::MAX);
+    let before = daemon.count(22);
+    assert_eq!(store.directory("many"), Err(Error::Conflict { attempts: 16 }));
+    assert_eq!(daemon.count(22) - before, 32);
+}
+
+#[test]
+fn knows_a_list_that_is_too_long_or_makes_no_sense() {
+    let (daemon, _) = with_many_children();
+    let store = Store::new(&daemon);
+    let too_big = || Err(Error::Refused { path: "many".into(), errno: StoreErrno::TooBig });
+    let malformed = || Err(Error::Protocol(Violation::MalformedReply));
+    let endless = [b"1\0".to_vec(), b"name\0".repeat(800)].concat();
+    for (reply, result) in [
+        (b"ENOSYS\0".to_vec(), too_big()),
+        (endless, too_big()),
+        (b"".to_vec(), malformed()),
+        (b"1\0".to_vec(), malformed()),
+        (b"1\0na".to_vec(), malformed()),
+    ] {
+        daemon.answer(move |request| {
+            let kind = if reply.starts_with(b"E") { 16 } else { 22 };
+            (request.kind == 22).then(|| message(kind, request.number, 0, &reply))
+        });
+        assert_eq!(store.directory("many"), result);
+        assert!(daemon.count(22) <= 512 + 5);
+    }
+
+    // As one message it may be long, but not without end; and it must be a list that was asked for.
+    let reply = |kind, bytes| {
+        let (daemon, _) = with_many_children();
+        daemon.answer(move |request| {
+            (request.kind < 3).then(|| message(kind, request.number, 0, &vec![b'x'; bytes]))
+        });
+        daemon
+    };
+    assert_eq!(Store::new(&reply(1, 1 << 20)).directory("many").unwrap()[0].len(), 1 << 20);
+    let violation = |bytes| Some(Error::Protocol(Violation::TooLong { bytes }));
+    let long = (1 << 20) + 1;
+    assert_eq!(Store::new(&reply(1, long)).directory("many").err(), violation(long as u32));
+    assert_eq!(Store::new(&reply(2, 4097)).directory("many").err(), violation(4097));
+    assert_eq!(Store::new(&reply(1, 4097)).read("many").err(), violation(4097));
 }
 
 #[test]

@@ -24,6 +24,7 @@ const BACKLOG: usize = 256;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     Directory,
+    DirectoryPart,
     Read,
     GetPermissions,
     Watch,
@@ -42,8 +43,9 @@ pub(super) enum Kind {
     Other(u32),
 }
 
-const KINDS: [(u32, Kind); 16] = [
+const KINDS: [(u32, Kind); 17] = [
     (1, Kind::Directory),
+    (22, Kind::DirectoryPart),
     (2, Kind::Read),
     (3, Kind::GetPermissions),
     (4, Kind::Watch),

@@ -353,6 +353,14 @@ impl Store {
         Served { moved: true, room, answered: true }
     }
 
+    /// The names of a node's children, each with a NUL byte.
+    fn names(&mut self, id: DomainId, request: &Message) -> Result<Vec<u8>, StoreError> {
+        let path = self.path(id, request.text(0)?)?;
+        self.check_read(id, &path)?;
+        let names = self.view(id, request.transaction, &path).children(&path)?;
+        Ok(names.iter().flat_map(|name| name.bytes().chain([0])).collect())
+    }
+
     fn answer(
         &mut self,
         id: DomainId,
@@ -365,11 +373,23 @@ impl Store {
             return Err(StoreError::Missing);
         }
         match request.kind {
-            Kind::Directory => {
-                let path = self.path(id, request.text(0)?)?;
-                self.check_read(id, &path)?;
-                let names = self.view(id, transaction, &path).children(&path)?;
-                Ok(names.iter().flat_map(|name| name.bytes().chain([0])).collect())
+            Kind::Directory => self.names(id, request),
+            Kind::DirectoryPart => {
+                let offset: usize = request.text(1)?.parse().map_err(|_| StoreError::Invalid)?;
+                let names = self.names(id, request)?;
+                let rest = names.get(offset..).unwrap_or_default();
+                let mut part = format!("{}\0", self.changes).into_bytes();
+                // Whole names, and an empty one after the last.
+                let room = connection::PAYLOAD_MAX - part.len() - 1;
+                let end = match rest.len() {
+                    length if length <= room => length,
+                    _ => rest[..room].iter().rposition(|&byte| byte == 0).map_or(0, |at| at + 1),
+                };
+                part.extend(&rest[..end]);
+                if end == rest.len() {
+                    part.push(0);
+                }
+                Ok(part)
             }
             Kind::Read => {
                 let path = self.path(id, request.text(0)?)?;

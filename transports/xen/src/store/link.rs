@@ -2,14 +2,13 @@
 //!
 //! Nothing here waits. Each [`Link::advance`] moves what can be moved now.
 
-use alloc::boxed::Box;
 use alloc::vec::Vec;
 
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::error::{Error, StoreErrno, Violation};
 use super::watch::Watches;
-use super::wire::{self, HEADER_BYTES, Header, Operation, PAYLOAD_MAX};
+use super::wire::{self, HEADER_BYTES, Header, LIST_MAX, Operation, PAYLOAD_MAX};
 use crate::platform::StoreTransport;
 
 /// Requests that may stay unanswered before new ones have to wait: what keeps the list of them
@@ -55,9 +54,10 @@ pub(super) type Reply = Result<Vec<u8>, StoreErrno>;
 /// One side of a connection to `xenstored`, with at most one request that somebody waits for.
 #[derive(Debug)]
 pub(super) struct Link {
-    /// The message that is being received: its header, its payload, and how much is here.
+    /// The message that is being received: its header, its payload, and how much is here. The
+    /// payload has [`PAYLOAD_MAX`] bytes, more only while a longer list is received.
     header: Header,
-    payload: Box<[u8]>,
+    payload: Vec<u8>,
     received: usize,
     outgoing: Option<Outgoing>,
     /// Transactions to be aborted as soon as there is room to say so.
@@ -74,7 +74,7 @@ impl Link {
     pub(super) fn new() -> Self {
         Self {
             header: Header::new_zeroed(),
-            payload: alloc::vec![0; PAYLOAD_MAX].into_boxed_slice(),
+            payload: alloc::vec![0; PAYLOAD_MAX],
             received: 0,
             outgoing: None,
             aborts: Vec::new(),
@@ -211,14 +211,30 @@ impl Link {
             return Ok(());
         }
         let bytes = self.header.length.get();
-        if bytes as usize > PAYLOAD_MAX {
-            return Err(Violation::TooLong { bytes });
+        let length = bytes as usize;
+        if length > PAYLOAD_MAX {
+            if length > LIST_MAX || !self.answers_list() {
+                return Err(Violation::TooLong { bytes });
+            }
+            self.payload.resize(length, 0);
         }
-        if self.received < HEADER_BYTES + bytes as usize {
+        if self.received < HEADER_BYTES + length {
             return Ok(());
         }
         self.received = 0;
-        self.deliver(bytes as usize, watches)
+        let result = self.deliver(length, watches);
+        self.payload.truncate(PAYLOAD_MAX);
+        self.payload.shrink_to_fit();
+        result
+    }
+
+    /// Whether the message that is being received is the reply to a request for a list.
+    fn answers_list(&self) -> bool {
+        let is_answered = |request: &Request| {
+            request.operation == Operation::Directory && request.is_answered_by(&self.header)
+        };
+        self.header.kind.get() == Operation::Directory as u32
+            && self.awaited.iter().chain(&self.abandoned).any(is_answered)
     }
 
     /// Gives a complete message to whom it is for.

@@ -5,7 +5,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 
 use super::error::{Error, StoreErrno, Violation};
-use super::wire::{self, Operation};
+use super::wire::{self, LIST_MAX, Operation, PAYLOAD_MAX};
 use crate::platform::DomainId;
 
 /// Asks for one thing about one node. What implements this, gets [`Nodes`].
@@ -104,14 +104,19 @@ pub trait Nodes: Exchange {
         self.write(path, &format!("{number}"))
     }
 
-    /// The names of the nodes directly below a node, in no particular order.
+    /// The names of the nodes directly below a node, in no particular order. A list that is too
+    /// long for a message is taken in whatever way `xenstored` sends it.
     ///
     /// # Errors
     ///
     /// [`Error::Refused`] with [`StoreErrno::NotFound`] if there is no such node or with
-    /// [`StoreErrno::TooBig`] if the names are longer than a message together; those of [`Nodes`].
+    /// [`StoreErrno::TooBig`] if the names are too long for `xenstored` or have 1 MiB together;
+    /// [`Error::Conflict`] if nodes come and go all the time; those of [`Nodes`].
     fn directory(&self, path: &str) -> Result<Vec<String>, Error> {
-        let names = self.exchange(Operation::Directory, path, &[])?;
+        let names = match self.exchange(Operation::Directory, path, &[]) {
+            Err(error) if error.errno() == Some(StoreErrno::TooBig) => list_in_parts(self, path)?,
+            result => result?,
+        };
         names
             .split(|&byte| byte == 0)
             .filter(|name| !name.is_empty())
@@ -168,6 +173,69 @@ pub trait Nodes: Exchange {
 }
 
 impl<E: Exchange + ?Sized> Nodes for E {}
+
+/// How often a list is begun again because it has changed between two of its parts.
+const LIST_ATTEMPTS: u32 = 16;
+
+/// Most parts of a list. `xenstored` fills each with as many names as fit.
+const LIST_PARTS: usize = 2 * LIST_MAX / PAYLOAD_MAX;
+
+/// A list of names that is longer than a message, part by part (`XS_DIRECTORY_PART` in Xen's
+/// `docs/misc/xenstore.txt`).
+fn list_in_parts<E: Exchange + ?Sized>(store: &E, path: &str) -> Result<Vec<u8>, Error> {
+    for _ in 0..LIST_ATTEMPTS {
+        if let Some(names) = try_list_in_parts(store, path)? {
+            return Ok(names);
+        }
+    }
+    Err(Error::Conflict { attempts: LIST_ATTEMPTS })
+}
+
+/// `None` if the list has changed meanwhile: a part holds the node's generation, then names, and
+/// after the last name an empty one.
+fn try_list_in_parts<E: Exchange + ?Sized>(
+    store: &E,
+    path: &str,
+) -> Result<Option<Vec<u8>>, Error> {
+    let too_big = || Error::Refused { path: path.into(), errno: StoreErrno::TooBig };
+    let mut names = Vec::new();
+    let mut generation = None;
+    for _ in 0..LIST_PARTS {
+        let offset = format!("{}\0", names.len());
+        let part = store.exchange(Operation::DirectoryPart, path, offset.as_bytes());
+        let part = match part {
+            // An older xenstored, which has no parts.
+            Err(error)
+                if matches!(
+                    error.errno(),
+                    Some(StoreErrno::NotSupported | StoreErrno::Invalid)
+                ) =>
+            {
+                return Err(too_big());
+            }
+            part => part?,
+        };
+        let malformed = || Error::from(Violation::MalformedReply);
+        let end = part.iter().position(|&byte| byte == 0).ok_or_else(malformed)?;
+        let (now, list) = (&part[..end], &part[end + 1..]);
+        if generation.get_or_insert_with(|| now.to_vec()) != now {
+            return Ok(None);
+        }
+        // Without a whole name, it would never end.
+        if list.last() != Some(&0) {
+            return Err(malformed());
+        }
+        let is_last = list.len() == 1 || list.ends_with(b"\0\0");
+        names.extend_from_slice(&list[..list.len() - usize::from(is_last)]);
+        if is_last {
+            return Ok(Some(names));
+        }
+        if names.len() > LIST_MAX {
+            break;
+        }
+    }
+    Err(too_big())
+}
 
 /// A node that is not there is no error.
 fn present(reply: Result<Vec<u8>, Error>) -> Result<Option<Vec<u8>>, Error> {

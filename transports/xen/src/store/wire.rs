@@ -6,6 +6,12 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 /// Most bytes of payload in a message, either way.
 pub(super) const PAYLOAD_MAX: usize = 4096;
 
+/// Most bytes of a node's list of children: the names of some hundred thousand domains.
+///
+/// C xenstored keeps to [`PAYLOAD_MAX`] and sends a longer list in parts. oxenstored sends it as
+/// one longer message, on rings of guests as well as on sockets.
+pub(super) const LIST_MAX: usize = 1 << 20;
+
 /// Longest path that begins with a slash.
 const ABSOLUTE_PATH_MAX: usize = 3072;
 
@@ -51,6 +57,7 @@ pub enum Operation {
     Mkdir = 12,
     Remove = 13,
     SetPermissions = 14,
+    DirectoryPart = 22,
 }
 
 /// Whether `xenstored` gets to judge this path. What it would misread is stopped here: a NUL byte
