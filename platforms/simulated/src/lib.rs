@@ -47,3 +47,8 @@ pub use mapping::{MapError, Mapping};
 pub use ram::Ram;
 pub use store::{StoreError, StoreWatch};
 pub use toolstack::Vbd;
+
+/// Compiles the examples of the repository's README, which belong to several crates at once.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;

@@ -94,7 +94,10 @@ pub fn matrix(options: &Options) -> Result<()> {
     let matrix = Matrix::prepare(&rig)?;
     let jobs = matrix.jobs(options)?;
     if jobs.is_empty() {
-        bail!("the matrix has nothing that fits all of these options; its table is in README.md");
+        bail!(
+            "the matrix has nothing that fits all of these options; its table is in \
+             docs/interoperability.md"
+        );
     }
     jobs::run(jobs, None, &tally);
     matrix.close(options)?;

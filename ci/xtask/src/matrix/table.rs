@@ -1,4 +1,4 @@
-//! Results: `target/matrix.json`, and a table for the terminal and the README.
+//! Results: `target/matrix.json`, and a table for the terminal and `docs/interoperability.md`.
 
 use std::fs;
 
