@@ -21,7 +21,7 @@ pub struct Config {
     /// Requests with a table that can be in flight on one queue. Default 32.
     pub indirect_requests: u16,
     /// Requests that can be in flight on one queue. `None`, the default: as many as the queue has
-    /// descriptors.
+    /// descriptors, but at least 32; those for which the queue has no room wait for their turn.
     pub requests: Option<u16>,
     /// Buffers on each queue through which bytes from elsewhere are copied. Default 32; with 0,
     /// slices of bytes cannot be read or written.
@@ -54,6 +54,9 @@ impl Default for Config {
         }
     }
 }
+
+/// The fewest requests in flight on one queue, if the configuration does not say.
+pub(crate) const REQUESTS_MIN: u16 = 32;
 
 /// More queues than any machine has processors: a limit on what a device can make us allocate.
 pub(crate) const QUEUES_MAX: u16 = 64;

@@ -12,7 +12,7 @@ use pvblk_virtio::feature::Features;
 use pvblk_virtio::queue::DriverQueue;
 use pvblk_virtio::transport::{Interrupt, Status, Transport};
 
-use crate::config::{Config, QUEUES_MAX};
+use crate::config::{Config, QUEUES_MAX, REQUESTS_MIN};
 use crate::error::Error;
 use crate::fmt::message;
 use crate::identify::{self, Name};
@@ -163,7 +163,8 @@ where
         };
         let mut queues = Vec::new();
         for (ring, line) in rings.iter().zip(lines) {
-            let requests = config.requests.unwrap_or(ring.wire.queue().size());
+            let size = ring.wire.queue().size();
+            let requests = config.requests.unwrap_or(size.max(REQUESTS_MIN));
             let frontend = crate::Frontend::new(requests, properties.geometry, properties.features);
             queues.push(Queue::new(frontend, line, None));
         }

@@ -11,7 +11,7 @@ use pvblk_virtio::queue::QueueError;
 pub enum Error {
     /// The device does not offer what there is no doing without: version 1 of VirtIO, or the kind of
     /// queue that was chosen.
-    #[error("the device does not offer {0:?}")]
+    #[error("the device does not offer {0:?}{hint}", hint = hint(*.0))]
     Lacks(Features),
     /// The device does not agree with the features that were chosen from its offer.
     #[error("the device refuses {0:?}, all of which it offers")]
@@ -48,6 +48,18 @@ pub enum Error {
     /// The device is gone.
     #[error("the device is gone")]
     Removed,
+}
+
+/// What can be done about features that a device does not offer.
+fn hint(lacking: Features) -> &'static str {
+    if lacking.contains(Features::VERSION_1) {
+        ": it is a legacy device, from before VirtIO 1.0; have the hypervisor make it a modern one \
+         (QEMU: disable-modern=off for PCI, -global virtio-mmio.force-legacy=false for MMIO)"
+    } else if lacking.contains(Features::PACKED) {
+        ": use split queues, which every device has"
+    } else {
+        ""
+    }
 }
 
 /// What kind of trouble an [`Error`] is.

@@ -1,4 +1,23 @@
 //! What a disk is: its device's configuration, checked (VirtIO 5.2.4).
+//!
+//! A field of an accepted feature may hold 0 where a number must be more than that. Such a field
+//! says nothing, and the feature is as if the field were not there:
+//!
+//! | field | 0 means |
+//! |---|---|
+//! | `size_max` | no limit |
+//! | `seg_max` | 1, as without the feature |
+//! | `blk_size` | 512, as without the feature |
+//! | `num_queues` | 1, as without the feature |
+//! | `max_discard_sectors`, `max_write_zeroes_sectors` | no limit but that of the field's 32 bits |
+//! | `max_discard_seg`, `max_write_zeroes_seg` | 1, which is all that a request here has |
+//! | `discard_sector_alignment` | one logical sector |
+//! | `max_secure_erase_sectors`, `max_secure_erase_seg` | no secure erase: what it promises is not to be guessed |
+//!
+//! The topology is advice: what makes no sense is left out. `writeback` says whether there is a cache,
+//! and not whether to flush: that is what `FLUSH` is for. Refused is a `blk_size` that is no power of
+//! two from 512 to 4096, since data could end up at other places than another driver of that disk
+//! looks for them; and a `size_max` below a page.
 
 use core::mem::offset_of;
 
@@ -149,6 +168,9 @@ impl<T: Transport> Fields<'_, T> {
             return Ok(SECTOR_BYTES);
         }
         let bytes = self.word32(offset_of!(Layout, block_size))?;
+        if bytes == 0 {
+            return Ok(SECTOR_BYTES);
+        }
         if bytes.is_power_of_two() && (SECTOR_BYTES..=PAGE_BYTES as u32).contains(&bytes) {
             return Ok(bytes);
         }
@@ -182,6 +204,9 @@ impl<T: Transport> Fields<'_, T> {
             return Ok(SEGMENT_MAX);
         }
         let bytes = self.word32(offset_of!(Layout, size_max))?;
+        if bytes == 0 {
+            return Ok(SEGMENT_MAX);
+        }
         match bytes / PAGE_BYTES as u32 * PAGE_BYTES as u32 {
             0 => Err(Error::BadDevice {
                 field: "size_max",
@@ -207,53 +232,47 @@ impl<T: Transport> Fields<'_, T> {
     }
 
     fn discard(&self, logical: u32) -> Result<Option<Ranges>, Error> {
-        self.ranges(
-            Features::DISCARD,
-            logical,
-            offset_of!(Layout, max_discard_sectors),
-            offset_of!(Layout, max_discard_ranges),
-            offset_of!(Layout, discard_sector_alignment),
-        )
+        if !self.has(Features::DISCARD) {
+            return Ok(None);
+        }
+        let most = self.limit(offset_of!(Layout, max_discard_sectors))?;
+        self.ranges(logical, most, offset_of!(Layout, discard_sector_alignment))
     }
 
     fn secure_discard(&self, logical: u32) -> Result<Option<Ranges>, Error> {
-        self.ranges(
-            Features::SECURE_ERASE,
-            logical,
-            offset_of!(Layout, max_secure_erase_sectors),
-            offset_of!(Layout, max_secure_erase_ranges),
-            offset_of!(Layout, secure_erase_sector_alignment),
-        )
-    }
-
-    /// A kind of request that takes no range, or none that is a whole unit, is as good as none.
-    fn ranges(
-        &self,
-        feature: Features,
-        logical: u32,
-        most: usize,
-        count: usize,
-        alignment: usize,
-    ) -> Result<Option<Ranges>, Error> {
-        if !self.has(feature) || self.word32(count)? == 0 {
+        if !self.has(Features::SECURE_ERASE)
+            || self.word32(offset_of!(Layout, max_secure_erase_ranges))? == 0
+        {
             return Ok(None);
         }
+        let most = self.word32(offset_of!(Layout, max_secure_erase_sectors))?;
+        self.ranges(logical, most, offset_of!(Layout, secure_erase_sector_alignment))
+    }
+
+    /// A limit in sectors, of which 0 is none.
+    fn limit(&self, offset: usize) -> Result<u32, Error> {
+        Ok(match self.word32(offset)? {
+            0 => u32::MAX,
+            most => most,
+        })
+    }
+
+    /// A kind of request that takes no whole unit is as good as none.
+    fn ranges(&self, logical: u32, most: u32, alignment: usize) -> Result<Option<Ranges>, Error> {
         let Some(granularity) = common_multiple(self.word32(alignment)?.max(1), logical) else {
             return Ok(None);
         };
-        let most = down(self.word32(most)?.into(), granularity);
+        let most = down(most.into(), granularity);
         let units = DiscardUnits { granularity, alignment: 0 };
         Ok((most > 0).then_some(Ranges { units, most }))
     }
 
     /// The most sectors of a request to write zeroes; nothing if there are no such requests.
     fn write_zeroes(&self, logical: u32) -> Result<Option<u64>, Error> {
-        if !self.has(Features::WRITE_ZEROES)
-            || self.word32(offset_of!(Layout, max_write_zeroes_ranges))? == 0
-        {
+        if !self.has(Features::WRITE_ZEROES) {
             return Ok(None);
         }
-        let most = self.word32(offset_of!(Layout, max_write_zeroes_sectors))?;
+        let most = self.limit(offset_of!(Layout, max_write_zeroes_sectors))?;
         Ok(Some(down(most.into(), logical)).filter(|most| *most > 0))
     }
 }

@@ -17,10 +17,18 @@ use crate::properties::Properties;
 use crate::session::{Live, Session};
 use crate::{Lender, Ring};
 
-/// The smallest queue that takes a request.
-const SMALLEST: u16 = 4;
+/// The smallest queue that takes a request: of one descriptor, which names a table, or of three, for a
+/// header, data and a status. A split queue's size is a power of two.
+fn smallest<Q: DriverQueue>(features: Features) -> u16 {
+    match (features.contains(Features::INDIRECT), Q::FEATURE.contains(Features::PACKED)) {
+        (true, _) => 1,
+        (false, true) => 3,
+        (false, false) => 4,
+    }
+}
 
-/// Makes queue `number`, and tells the device where it is. `None` if the device has no such queue.
+/// Makes queue `number`, and tells the device where it is. `None` if the device has no such queue, or
+/// one without room for a request.
 pub(crate) fn open<'t, T: Transport, Q: DriverQueue>(
     transport: &'t T,
     lender: &Lender<Q>,
@@ -32,17 +40,18 @@ pub(crate) fn open<'t, T: Transport, Q: DriverQueue>(
 where
     Lender<Q>: Clone,
 {
-    let most = transport.queue_size(number).min(config.queue_size.max(SMALLEST).into()) as u16;
-    if most < SMALLEST {
+    let smallest = smallest::<Q>(features);
+    let most = transport.queue_size(number).min(config.queue_size.max(smallest).into()) as u16;
+    if most < smallest {
         return Ok(None);
     }
     // Split queues must be a power of two, and packed ones may.
-    let mut size = 1 << most.ilog2();
+    let mut size = (1 << most.ilog2()).max(smallest);
     let queue = loop {
         match Q::new(lender.clone(), size, features) {
             Ok(queue) => break queue,
             // Where memory is short, or in pieces, a small queue is better than none.
-            Err(QueueError::Pages(_)) if size > SMALLEST => size /= 2,
+            Err(QueueError::Pages(_)) if size / 2 >= smallest => size /= 2,
             Err(error) => return Err(error.into()),
         }
     };

@@ -4,12 +4,14 @@
 mod common;
 
 use common::*;
+use pvblk::frontend::Request;
 use pvblk_simulated::Ram;
 use pvblk_virtio::block::Lifetime;
 use pvblk_virtio::feature::Features;
 use pvblk_virtio::queue::DriverQueue;
 use pvblk_virtio::transport::Status;
-use virtio_blk_driver::{Config, Disk, Error, ErrorKind, Source};
+use virtio_blk_driver::{Config, Disk, Error, ErrorKind, Properties, Source};
+use zerocopy::IntoBytes;
 
 fn everything<Q: DriverQueue<Share = Ram>>(packed: bool) {
     let board = Board::usual();
@@ -175,10 +177,15 @@ fn a_device_that_does_not_agree_is_let_go() {
 #[test]
 fn a_configuration_that_no_disk_has_is_refused() {
     type Change = fn(&mut Setup);
-    let cases: [(Change, &str); 3] = [
+    // A request takes three descriptors then, and the queue has two.
+    fn without_tables(setup: &mut Setup) {
+        (setup.settings.queue_size, setup.less) = (3, Features::INDIRECT);
+    }
+    let cases: [(Change, &str); 4] = [
         (|setup| setup.geometry.logical_bytes = 1000, "blk_size"),
         (|setup| setup.settings.segment_bytes = Some(4000), "size_max"),
-        (|setup| setup.settings.queue_size = 3, "queue_size"),
+        (|setup| setup.settings.queue_size = 0, "queue_size"),
+        (without_tables, "queue_size"),
     ];
     for (change, expected) in cases {
         let mut setup = Setup::usual();
@@ -240,4 +247,131 @@ fn there_must_be_an_interrupt_for_each_source() {
         assert_eq!(board.status(), Status::empty());
     }
     assert_eq!(board.ram.shared(), 0);
+}
+
+/// A field of the configuration with another content than the device's own.
+fn with_field(offset: usize, bytes: &[u8]) -> Faults {
+    let usual = Setup::usual();
+    let config = usual.settings.config(&usual.geometry, &usual.features, true);
+    let mut config: [u8; 72] = config.as_bytes().try_into().unwrap();
+    config[offset..offset + bytes.len()].copy_from_slice(bytes);
+    Faults { config: Some(config), ..Faults::default() }
+}
+
+/// What `struct virtio_blk_config` has at these places says nothing if it is 0.
+#[test]
+fn fields_of_zero_say_nothing() {
+    type Check = fn(&Properties) -> bool;
+    let cases: [(&str, usize, usize, Check); 10] = [
+        ("size_max", 8, 4, |it| it.segment_bytes == 1 << 30),
+        ("seg_max", 12, 4, |it| it.segments == 1),
+        ("blk_size", 20, 4, |it| it.geometry.logical_bytes == 512),
+        ("topology", 24, 8, |it| (it.minimum_bytes, it.optimal_bytes) == (0, 0)),
+        ("num_queues", 34, 2, |it| it.queues == 1),
+        ("max_discard_sectors", 36, 4, |it| it.ranges.discard == u64::from(u32::MAX) / 8 * 8),
+        ("max_discard_seg", 40, 4, |it| it.features.discard.is_some()),
+        ("discard_sector_alignment", 44, 4, |it| {
+            it.features.discard.is_some_and(|units| units.granularity == 1)
+        }),
+        ("max_write_zeroes_sectors", 48, 4, |it| it.ranges.write_zeroes == u64::from(u32::MAX)),
+        ("max_write_zeroes_seg", 52, 4, |it| it.features.write_zeroes),
+    ];
+    for (field, offset, bytes, is_right) in cases {
+        let mut setup = Setup::usual();
+        setup.more |= Features::SIZE_MAX;
+        let board = Board::new(setup);
+        board.faults.set(with_field(offset, &vec![0; bytes]));
+        let (mut disk, mut queues) = board.connect::<SplitQueue>(&Config::default()).unwrap();
+        let properties = disk.negotiated().unwrap().properties;
+        assert!(is_right(&properties), "{field}: {properties:?}");
+        // And the disk is one that can be used.
+        let data = pattern(4, 40 << 12);
+        let mut back = vec![0; data.len()];
+        queues[0].write(8, &data).unwrap();
+        queues[0].read(8, &mut back).unwrap();
+        assert!(data == back, "{field}");
+        disk.close(&mut queues).unwrap();
+    }
+    // Nothing is erased by a device that does not say how.
+    for offset in [60, 64] {
+        let board = Board::usual();
+        board.faults.set(with_field(offset, &[0; 4]));
+        let (disk, _queues) = board.connect::<SplitQueue>(&Config::default()).unwrap();
+        assert!(!disk.negotiated().unwrap().properties.features.secure_discard);
+    }
+}
+
+/// A disk that is used with any number of descriptors, by more requests than there is room for.
+fn small_queues<Q: DriverQueue<Share = Ram>>(less: Features, sizes: &[u16]) {
+    for &size in sizes {
+        let mut setup = Setup::usual();
+        (setup.settings.queue_size, setup.less) = (size, less);
+        // No chain is longer than its queue.
+        setup.settings.segments = size.saturating_sub(2).max(1);
+        let board = Board::new(setup);
+        let mut config = Config::default();
+        config.segment_bytes = 4096;
+        let (mut disk, mut queues) = board.connect::<Q>(&config).unwrap();
+        let it = *disk.negotiated().unwrap();
+        assert!(it.queue_size <= size && it.queue_size > size / 2, "{size}: {it:?}");
+        let pool = disk.register(24, 12 << 10).unwrap();
+        for number in 0..24 {
+            let mut buffer = pool.take().unwrap();
+            buffer.write(0, &pattern(number, 12 << 10));
+            let request =
+                Request::Write { sector: number * 24, sectors: 24, buffer: buffer.into() };
+            queues[0].submit(request).map_err(|rejected| rejected.error).unwrap();
+        }
+        for _ in 0..24 {
+            queues[0].wait().unwrap().unwrap().result.unwrap();
+        }
+        for number in 0..24 {
+            let mut back = vec![0; 12 << 10];
+            queues[0].read(number * 24, &mut back).unwrap();
+            assert!(back == pattern(number, 12 << 10), "{size}: {number}");
+        }
+        queues[0].flush().unwrap();
+        queues[0].discard(0, 8).unwrap();
+        disk.close(&mut queues).unwrap();
+    }
+}
+
+#[test]
+fn queues_of_any_size_are_used() {
+    let sizes = [1, 2, 3, 4, 5, 7, 8, 16, 31];
+    small_queues::<SplitQueue>(Features::empty(), &sizes);
+    small_queues::<SplitQueue>(Features::EVENT_INDEX, &sizes);
+    small_queues::<PackedQueue>(Features::empty(), &sizes);
+    small_queues::<PackedQueue>(Features::EVENT_INDEX, &sizes);
+    small_queues::<SplitQueue>(Features::INDIRECT, &sizes[3..]);
+    small_queues::<PackedQueue>(Features::INDIRECT, &sizes[2..]);
+}
+
+/// What was agreed on is that there are flushes; whether there is a cache now may change.
+#[test]
+fn a_flush_goes_out_whatever_the_device_says_of_its_cache() {
+    for (less, cache) in [
+        (Features::empty(), Some(false)),
+        (Features::empty(), Some(true)),
+        (Features::CONFIG_WCE, None),
+    ] {
+        let mut setup = Setup::usual();
+        setup.less = less;
+        let board = Board::new(setup);
+        let mut config = Config::default();
+        config.write_cache = cache;
+        let (disk, mut queues) = board.connect::<SplitQueue>(&config).unwrap();
+        assert_eq!(disk.negotiated().unwrap().properties.write_cache, cache);
+        let before = queues[0].frontend.statistics().parts;
+        queues[0].flush().unwrap();
+        assert_eq!(queues[0].frontend.statistics().parts, before + 1, "{cache:?}");
+    }
+}
+
+#[test]
+fn a_legacy_device_is_named_and_so_is_the_way_out() {
+    let text = Error::Lacks(Features::VERSION_1).to_string();
+    assert!(text.contains("legacy") && text.contains("disable-modern=off"), "{text}");
+    let text = Error::Lacks(Features::PACKED).to_string();
+    assert!(text.contains("split queues"), "{text}");
 }

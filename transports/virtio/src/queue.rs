@@ -15,7 +15,7 @@ use crate::feature::Features;
 #[non_exhaustive]
 pub enum QueueError {
     /// A queue cannot have so many descriptors: a power of two up to 32,768 if it is a split one,
-    /// any number up to that if it is packed, at least 3 for a driver.
+    /// any number up to that if it is packed; at least 3 for a driver without indirect descriptors.
     #[error("a queue cannot have {0} descriptors")]
     Size(u32),
     /// There is no memory, it cannot be shared, or what must be contiguous in the device's eyes is
@@ -147,6 +147,13 @@ pub trait DeviceQueue {
     ///
     /// As for [`take`](Self::take).
     fn sleep(&mut self) -> Result<bool, backend::Violation>;
+}
+
+/// Whether a driver's queue of `size` descriptors has room for a request: for one descriptor that names
+/// a table, or for a header, data and a status.
+pub(crate) fn check_room(size: u16, features: Features) -> Result<(), QueueError> {
+    let fewest = if features.contains(Features::INDIRECT) { 1 } else { 3 };
+    if size >= fewest { Ok(()) } else { Err(QueueError::Size(size.into())) }
 }
 
 /// Whether an area of a device's queue is as long and as aligned as it must be.

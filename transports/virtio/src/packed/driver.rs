@@ -15,7 +15,7 @@ use crate::area::Areas;
 use crate::descriptor::{BYTES, Descriptor, flag};
 use crate::event::Area;
 use crate::feature::Features;
-use crate::queue::{self, Addresses, QueueError};
+use crate::queue::{self, Addresses, QueueError, check_room};
 
 /// What the driver knows of a buffer id.
 #[derive(Clone, Copy)]
@@ -117,9 +117,7 @@ impl<S: Share<Handle = Address> + Clone> queue::DriverQueue for DriverQueue<S> {
 
     fn new(share: S, size: u16, features: Features) -> Result<Self, QueueError> {
         let Layout { descriptors, driver, device } = Layout::new(size)?;
-        if size < 3 {
-            return Err(QueueError::Size(size.into()));
-        }
+        check_room(size, features)?;
         let buffers = (0..size).map(|number| Buffer { id: 0, count: 0, next: number + 1 });
         Ok(Self {
             areas: Areas::new(share, [descriptors, driver, device])?,

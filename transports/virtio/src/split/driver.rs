@@ -13,7 +13,7 @@ use crate::area::Areas;
 use crate::descriptor::{BYTES, Descriptor, flag};
 use crate::event::{EventAt, IndexAt, UNWANTED, Wish};
 use crate::feature::Features;
-use crate::queue::{self, Addresses, QueueError};
+use crate::queue::{self, Addresses, QueueError, check_room};
 
 /// What the driver knows of a descriptor.
 #[derive(Clone, Copy)]
@@ -110,9 +110,7 @@ impl<S: Share<Handle = Address> + Clone> queue::DriverQueue for DriverQueue<S> {
 
     fn new(share: S, size: u16, features: Features) -> Result<Self, QueueError> {
         let Layout { descriptors, driver, device } = Layout::new(size)?;
-        if size < 3 {
-            return Err(QueueError::Size(size.into()));
-        }
+        check_room(size, features)?;
         let link = |at: u16| Link { id: 0, last: 0, count: 0, next: at + 1 };
         let in_order = features.contains(Features::IN_ORDER);
         Ok(Self {
