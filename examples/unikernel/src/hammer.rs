@@ -27,6 +27,7 @@ const SMALL_BYTES: usize = 128 << 10;
 const LARGE_BYTES: usize = 16 << 20;
 /// Random requests.
 const RANDOM: usize = 3000;
+/// Requests in flight, if the queues take so many.
 const DEPTH: usize = 32;
 
 /// A transfer in flight.
@@ -63,6 +64,7 @@ where
     S: Share<Handle = W::Handle> + Clone,
     L: Line,
 {
+    let depth = DEPTH.min(queues.iter().map(|queue| queue.frontend.capacity()).sum());
     let queue = queues.first_mut().ok_or("a disk without a queue")?;
     let (geometry, features) = (queue.frontend.geometry(), queue.frontend.features());
     if geometry.sectors < AREA {
@@ -71,7 +73,7 @@ where
     let seed = machine.argument("seed").and_then(|seed| seed.parse().ok()).unwrap_or(2013);
     let register =
         |count, bytes| Pool::new(lender.clone(), count, bytes).map_err(|error| error.to_string());
-    let small = register(DEPTH as u32, SMALL_BYTES)?;
+    let small = register(depth as u32, SMALL_BYTES)?;
     let large = register(2, LARGE_BYTES)?;
     let unit = u64::from(geometry.logical_bytes / 512);
 

@@ -48,9 +48,15 @@ where
         self.in_flight
     }
 
-    /// Submits a request on the next queue.
+    /// Submits a request on the next queue that takes one more.
     pub fn submit(&mut self, request: Request<Buffer<S>>, known: K) -> Result<(), String> {
-        self.turn = (self.turn + 1) % self.queues.len();
+        for _ in 0..self.queues.len() {
+            self.turn = (self.turn + 1) % self.queues.len();
+            let frontend = &self.queues[self.turn].frontend;
+            if frontend.pending() < frontend.capacity() {
+                break;
+            }
+        }
         let tag = self.queues[self.turn]
             .submit(request)
             .map_err(|rejected| format!("a request was not taken: {}", rejected.error))?;
