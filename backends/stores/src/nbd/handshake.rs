@@ -11,6 +11,9 @@ const REPLY_MAX: usize = 64 << 10;
 /// The most replies that a server may send to one option.
 const REPLIES_MAX: usize = 64;
 
+/// The most of a server's text that is shown, in characters.
+const TEXT_MAX: usize = 200;
+
 /// What a server serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Export {
@@ -161,16 +164,13 @@ impl Handshake {
         if magic != OPTION_REPLY || option != option::GO {
             return Err(HandshakeError::Protocol("a reply to another option"));
         }
-        if length as usize > REPLY_MAX || self.replies > REPLIES_MAX {
+        if length as usize > REPLY_MAX || self.replies == REPLIES_MAX {
             return Err(HandshakeError::Protocol("a reply without end"));
         }
         let Some(reply) = self.take(20 + length as usize) else { return Ok(Progress::More) };
         self.replies += 1;
         let data = &reply[20..];
-        let said = || match String::from_utf8_lossy(data) {
-            text if text.is_empty() => String::new(),
-            text => std::format!(": {}", text.escape_debug()),
-        };
+        let said = || text(data);
         match kind {
             reply::INFO => self.information(data),
             reply::ACK if self.has_export => Ok(Progress::Agreed),
@@ -218,6 +218,18 @@ impl Handshake {
     }
 }
 
+/// What a server says in words, on one line, cut where it becomes too long for a message.
+fn text(data: &[u8]) -> String {
+    // A character has at most four bytes.
+    let cut = &data[..data.len().min(4 * TEXT_MAX)];
+    let text = String::from_utf8_lossy(cut);
+    let mut shown: String = text.chars().take(TEXT_MAX).flat_map(char::escape_debug).collect();
+    if text.chars().count() > TEXT_MAX || cut.len() < data.len() {
+        shown.push_str("...");
+    }
+    if shown.is_empty() { shown } else { std::format!(": {shown}") }
+}
+
 enum Progress {
     /// More is to be received first.
     More,
@@ -245,5 +257,95 @@ impl Fields<'_> {
 
     fn u64(&mut self) -> Option<u64> {
         self.array().map(u64::from_be_bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn greeted() -> Handshake {
+        let mut handshake = Handshake::new("disk");
+        assert_eq!(handshake.receive(b"NBDMAGICIHAVEOPT\x00\x03"), Ok(None));
+        handshake
+    }
+
+    /// The head of a reply to `GO`.
+    fn head(kind: u32, length: usize) -> Vec<u8> {
+        let mut bytes = OPTION_REPLY.to_be_bytes().to_vec();
+        [option::GO, kind, length as u32].iter().for_each(|it| bytes.extend(it.to_be_bytes()));
+        bytes
+    }
+
+    fn reply(kind: u32, data: &[u8]) -> Vec<u8> {
+        [&head(kind, data.len()), data].concat()
+    }
+
+    #[test]
+    fn a_long_reply_is_refused_before_it_is_awaited() {
+        let error = HandshakeError::Protocol("a reply without end");
+        for length in [REPLY_MAX + 1, 1 << 31, u32::MAX as usize] {
+            assert_eq!(greeted().receive(&head(reply::INFO, length)), Err(error.clone()));
+        }
+        let mut handshake = greeted();
+        assert_eq!(handshake.receive(&head(reply::INFO, REPLY_MAX)), Ok(None));
+        // The rest of it, which says nothing of interest.
+        let rest = std::vec![0xff; REPLY_MAX];
+        assert_eq!(handshake.receive(&rest), Ok(None));
+    }
+
+    #[test]
+    fn replies_without_end_are_refused() {
+        let mut handshake = greeted();
+        let nothing = reply(reply::INFO, &[0xff, 0xff]);
+        for _ in 0..REPLIES_MAX {
+            assert_eq!(handshake.receive(&nothing), Ok(None));
+        }
+        let error = HandshakeError::Protocol("a reply without end");
+        assert_eq!(handshake.receive(&nothing), Err(error));
+    }
+
+    #[test]
+    fn a_long_text_is_cut() {
+        let refused = |data: &[u8]| match greeted().receive(&reply(reply::POLICY, data)) {
+            Err(HandshakeError::Refused(text)) => text,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(refused(b""), "");
+        assert_eq!(refused(b"a\nb\xff"), ": a\\nb\u{fffd}");
+        let whole = "x".repeat(TEXT_MAX);
+        assert_eq!(refused(whole.as_bytes()), std::format!(": {whole}"));
+        for long in ["x".repeat(TEXT_MAX + 1), "x".repeat(6000)] {
+            assert_eq!(refused(long.as_bytes()), std::format!(": {whole}..."));
+        }
+        let wide = "\u{1f40c}".repeat(TEXT_MAX);
+        assert_eq!(refused(wide.as_bytes()), std::format!(": {wide}"));
+        let wide = std::format!("{wide}x");
+        assert!(refused(wide.as_bytes()).ends_with("..."));
+    }
+
+    #[test]
+    fn bytes_may_come_one_by_one() {
+        let mut export = std::vec![0, 0];
+        export.extend(4096_u64.to_be_bytes());
+        export.extend(0x101_u16.to_be_bytes());
+        let bytes = [reply(reply::INFO, &export), reply(reply::ACK, &[])].concat();
+        let mut handshake = greeted();
+        let (last, first) = bytes.split_last().unwrap();
+        for byte in first {
+            assert_eq!(handshake.receive(&[*byte]), Ok(None));
+        }
+        let agreed = handshake.receive(&[*last]).unwrap().unwrap();
+        assert_eq!((agreed.bytes, agreed.flags, agreed.minimum), (4096, 0x101, 1));
+    }
+
+    #[test]
+    fn short_information_is_refused() {
+        let error = HandshakeError::Protocol("a short reply");
+        for data in [&[0][..], &[0, 0, 1, 2], &[0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9], &[0, 3, 0, 0]] {
+            assert_eq!(greeted().receive(&reply(reply::INFO, data)), Err(error.clone()));
+        }
+        // Nor is there agreement on an export that was not described.
+        assert!(greeted().receive(&reply(reply::ACK, &[])).is_err());
     }
 }
