@@ -38,9 +38,15 @@ impl Device {
     }
 
     fn with_room(disk: &Disk, fetches: bool, room: usize) -> Self {
+        Self::with_bytes(disk, fetches, room, u64::MAX)
+    }
+
+    /// So many bytes can be fetched at a time.
+    fn with_bytes(disk: &Disk, fetches: bool, room: usize, bytes: u64) -> Self {
         let guest = Guest::new(RAM_PAGES);
         let driver = Rc::default();
-        let memory = Reached::new(&guest, fetches, room);
+        let mut memory = Reached::new(&guest, fetches, room);
+        memory.most_bytes = bytes;
         let engine = Backend::new(Virtqueue::new(&driver), memory, disk.clone(), 64, LONGEST);
         Self { guest, driver, engine, heads: 0 }
     }
@@ -333,20 +339,23 @@ fn what_the_wire_settles_itself_is_answered_and_is_neither_io_nor_an_error() {
     }
 }
 
-/// A wire should not let it come to that; half a request must never pass for a whole one.
+/// Half a request must never pass for a whole one: it is done in parts, or not at all.
 #[test]
-fn a_request_longer_than_the_engine_was_made_for_is_not_cut() {
+fn a_request_longer_than_the_engine_was_made_for_is_not_cut_off() {
     for fetches in [false, true] {
         let disk = Disk::new(SECTORS);
         let mut device = Device::new(&disk, fetches);
         let data = |count| vec![(DATA, 4096); count];
         for (count, status) in [(LONGEST, DONE), (LONGEST + 1, FAILED), (200, FAILED)] {
             let head = device.request(kind::OUT, 0, &data(count));
-            assert_eq!(device.ask(head).0, status, "{count} segments");
+            assert_eq!(device.ask(head).0, DONE, "{count} segments");
+            let sectors = count as u64 * 8;
+            let parts = (0..sectors).step_by(256).map(|at| Deed::Write(at, 256.min(sectors - at)));
+            assert_eq!(disk.deeds(), parts.collect::<Vec<_>>());
             let head = device.tabled(kind::OUT, 0, &data(count));
             assert_eq!(device.ask(head).0, status, "{count} segments in a table");
+            assert_eq!(disk.deeds().len(), usize::from(status == DONE));
         }
-        assert_eq!(disk.deeds(), [Deed::Write(0, 256); 2]);
     }
 }
 
@@ -752,4 +761,159 @@ fn a_disk_of_another_size_is_another_disk() {
     assert_eq!(device.engine.geometry().sectors, SECTORS - 1);
     let head = last(&mut device);
     assert_eq!(device.ask(head).0, FAILED);
+}
+
+/// A request of more bytes than can be fetched at a time, in segments of any length.
+#[test]
+fn what_cannot_be_fetched_at_once_is_done_in_parts() {
+    for sizes in [&[40_960_u32][..], &[1, 40_959], &[5000, 13_000, 700, 22_260], &[512; 80]] {
+        let disk = Disk::new(SECTORS);
+        let mut device = Device::with_bytes(&disk, true, 2 * LONGEST + 16, 8192 + 100);
+        let bytes = pattern(40_960, 3);
+        let mut at = DATA;
+        let segments: Vec<_> = sizes
+            .iter()
+            .map(|size| {
+                let segment = (at, *size);
+                at += u64::from(*size) + 4096;
+                segment
+            })
+            .collect();
+        let mut done = 0;
+        for (address, size) in &segments {
+            device.guest.write(*address, &bytes[done..done + *size as usize]);
+            done += *size as usize;
+        }
+        let write = device.request(kind::OUT, 8, &segments);
+        assert_eq!(device.settle(), [(write, 1)], "{sizes:?}");
+        assert!(disk.0.borrow().bytes[8 * 512..][..40_960] == bytes, "{sizes:?}");
+        // In order, one after the other, all of it and nothing twice.
+        let mut next = 8;
+        for deed in disk.deeds() {
+            let Deed::Write(first, count) = deed else { panic!("{deed:?}") };
+            assert_eq!(first, next);
+            assert!(count > 0 && count <= 16);
+            next += count;
+        }
+        assert_eq!(next, 88);
+        device.guest.fill(0);
+        let read = device.request(kind::IN, 8, &segments);
+        assert_eq!(device.settle(), [(read, 40_961)]);
+        let mut done = 0;
+        for (address, size) in &segments {
+            let expected = &bytes[done..done + *size as usize];
+            assert!(device.guest.read(*address, *size as usize) == expected, "{sizes:?}");
+            done += *size as usize;
+        }
+        assert_eq!(device.engine.in_progress(), 0);
+        let statistics = device.engine.statistics();
+        assert_eq!((statistics.reads, statistics.writes, statistics.errors), (1, 1, 0));
+        assert_eq!((statistics.bytes_read, statistics.bytes_written), (40_960, 40_960));
+    }
+}
+
+/// It begins when what was taken before is done, and nothing is taken before it is.
+#[test]
+fn what_is_done_in_parts_is_alone() {
+    let disk = Disk::new(SECTORS);
+    let mut device = Device::with_bytes(&disk, true, 2 * LONGEST + 16, 8192);
+    disk.0.borrow_mut().by_hand = true;
+    let before = device.request(kind::IN, 100, &[(DATA, 512)]);
+    let long = device.request(kind::OUT, 0, &[(DATA, 20_480)]);
+    let after = device.request(kind::IN, 200, &[(DATA, 512)]);
+    assert_eq!(device.settle(), []);
+    assert_eq!(disk.waiting(), [Deed::Read(100, 1)]);
+    disk.complete(0, Ok(()));
+    assert_eq!(device.settle(), [(before, 513)]);
+    for part in [Deed::Write(0, 16), Deed::Write(16, 16), Deed::Write(32, 8)] {
+        assert_eq!(disk.waiting(), [part]);
+        disk.complete(0, Ok(()));
+        let used = device.settle();
+        assert_eq!(used.is_empty(), part != Deed::Write(32, 8), "{used:?}");
+        assert!(used.iter().all(|used| *used == (long, 1)));
+    }
+    assert_eq!(disk.waiting(), [Deed::Read(200, 1)]);
+    disk.complete(0, Ok(()));
+    assert_eq!(device.settle(), [(after, 513)]);
+}
+
+#[test]
+fn a_part_that_fails_is_the_last_one() {
+    let disk = Disk::new(SECTORS);
+    let mut device = Device::with_bytes(&disk, true, 2 * LONGEST + 16, 8192);
+    disk.0.borrow_mut().by_hand = true;
+    let head = device.request(kind::IN, 0, &[(DATA, 20_480)]);
+    device.settle();
+    disk.complete(0, Ok(()));
+    device.settle();
+    disk.complete(0, Err(StoreError::Medium));
+    assert_eq!(device.settle(), [(head, 1)]);
+    assert_eq!(device.status(head), 1);
+    assert_eq!((device.engine.in_progress(), disk.deeds().len()), (0, 2));
+    // One that is no sound request is not begun: its end is no sector, the disk's end is passed, it
+    // has a segment of nothing, or one that is no memory.
+    disk.0.borrow_mut().by_hand = false;
+    let end = RAM + RAM_PAGES as u64 * 4096;
+    for (sector, segments) in [
+        (0, [(DATA, 20_480), (DATA, 7)]),
+        (SECTORS - 40, [(DATA, 20_480), (DATA, 512)]),
+        (0, [(DATA, 20_480), (DATA, 0)]),
+        (0, [(end - 512, 20_480), (DATA, 512)]),
+    ] {
+        let head = device.request(kind::OUT, sector, &segments);
+        assert_eq!(device.settle(), [(head, 1)]);
+        assert_eq!(device.status(head), 1, "{segments:?}");
+        assert_eq!((device.engine.in_progress(), disk.deeds().len()), (0, 0));
+    }
+    // And the next request is served.
+    let head = device.request(kind::IN, 0, &[(DATA, 512)]);
+    assert_eq!(device.settle(), [(head, 513)]);
+}
+
+/// Where nothing can be fetched, or less than a logical sector, there are no parts.
+#[test]
+fn a_part_is_at_least_a_logical_sector() {
+    for (logical, most) in [(512, 511), (4096, 4095)] {
+        let disk = Disk::new(SECTORS);
+        disk.0.borrow_mut().geometry.logical_bytes = logical;
+        let mut device = Device::with_bytes(&disk, true, 2 * LONGEST + 16, most);
+        let head = device.request(kind::IN, 0, &[(DATA, 8192)]);
+        assert_eq!(device.settle(), [(head, 1)]);
+        assert_eq!((device.status(head), disk.deeds().len()), (1, 0));
+    }
+    let disk = Disk::new(SECTORS);
+    disk.0.borrow_mut().geometry.logical_bytes = 4096;
+    let mut device = Device::with_bytes(&disk, true, 2 * LONGEST + 16, 8191);
+    let head = device.request(kind::IN, 0, &[(DATA, 8192)]);
+    assert_eq!(device.settle(), [(head, 8193)]);
+    assert_eq!(disk.deeds(), [Deed::Read(0, 8), Deed::Read(8, 8)]);
+}
+
+/// A store that does not answer: everything is answered as failed, once, and the store is waited for.
+#[test]
+fn what_is_abandoned_has_failed_and_the_store_is_waited_for() {
+    for fetches in [false, true] {
+        let disk = Disk::new(SECTORS);
+        let mut device = Device::new(&disk, fetches);
+        disk.0.borrow_mut().by_hand = true;
+        let read = device.request(kind::IN, 0, &[(DATA, 4096)]);
+        let flush = device.request(kind::FLUSH, 0, &[]);
+        device.guest.write(DATA, &[0x11; 4096]);
+        assert_eq!(device.settle(), []);
+        device.driver.borrow_mut().wants = true;
+        let Device { guest, driver, engine, .. } = device;
+        let mut told = Vec::new();
+        engine.abandon(|engine, notify| {
+            told.push(notify);
+            assert_eq!((disk.0.borrow().quiesced, engine.statistics().errors), (0, 2));
+        });
+        assert_eq!((told, disk.0.borrow().quiesced), (vec![true], 1));
+        let mut used = std::mem::take(&mut driver.borrow_mut().used);
+        used.sort_unstable();
+        assert_eq!(used, [(read, 1), (flush, 1)]);
+        for head in [read, flush] {
+            assert_eq!(guest.read(STATUSES + u64::from(head), 1), [1]);
+        }
+        assert!(guest.read(DATA, 4096) == [0x11; 4096]);
+    }
 }

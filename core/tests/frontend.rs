@@ -1038,6 +1038,26 @@ fn an_answer_to_another_kind_of_request_closes_the_disk() {
     }
 }
 
+/// A request in several parts has no answer of its own, whatever its buffer is: its id is not one that
+/// the peer has ever seen.
+#[test]
+fn an_answer_to_the_whole_of_a_request_in_parts_closes_the_disk() {
+    for status in [Status::Done, Status::Failed] {
+        let mut rig = Rig::new(Setup { direct: 1, ..Setup::default() });
+        let pool = Pool::new(rig.share(), 1, 2 * PAGE_BYTES).unwrap();
+        let buffer = pool.take().unwrap().into();
+        let tag = rig.engine.submit(Request::Read { sector: 0, sectors: 16, buffer });
+        let id = tag.map_err(|rejected| rejected.error).unwrap().to_id();
+        rig.engine.commit();
+        assert_eq!(rig.take().len(), 2, "two parts");
+        rig.peer.borrow_mut().say(Answer { id, operation: None, status });
+        assert_eq!(rig.engine.next().unwrap_err(), Violation::UnknownRequest);
+        assert_eq!(rig.engine.pending(), 1, "it is not done");
+        drop(rig.engine.close());
+        assert_eq!(rig.engine.next().unwrap().unwrap().result, Err(IoError::Closed));
+    }
+}
+
 #[test]
 fn an_answer_to_an_earlier_request_of_the_same_slot_closes_the_disk() {
     let mut rig = Rig::new(Setup { capacity: 1, ..Setup::default() });

@@ -9,7 +9,7 @@ use super::wire::{Incoming, Wire};
 use crate::command::{Code, Command, Status};
 use crate::extent::{Extent, Geometry, SECTOR_BYTES};
 use crate::memory::{Access, Lent, PAGE_BYTES, Piece};
-use crate::plan::TABLES_MAX;
+use crate::plan::{Segment, TABLES_MAX};
 use crate::table::{Slots, Tag};
 
 /// What is to be done by the store, lowest bit first.
@@ -53,10 +53,17 @@ pub(super) struct Sum {
     /// Some are being fetched.
     pub is_fetched: bool,
     /// One is none.
-    is_bad: bool,
+    pub is_bad: bool,
+    /// It is bad because there are more, or larger ones, than can be reached at once.
+    pub is_cut: bool,
 }
 
 impl Sum {
+    /// So many bytes, of segments that nobody has reached for.
+    pub fn of_bytes(bytes: u64) -> Self {
+        Self { bytes, ..Self::default() }
+    }
+
     /// So many whole pages, all of them at hand.
     #[inline(always)]
     pub fn of_pages(count: usize) -> Self {
@@ -66,6 +73,7 @@ impl Sum {
             bits: 0,
             is_fetched: false,
             is_bad: false,
+            is_cut: false,
         }
     }
 
@@ -110,6 +118,8 @@ pub(super) enum Exchange {
     Tables,
     /// Its segments.
     Segments,
+    /// That its next part may begin.
+    Part,
     /// That its segments are given back.
     Return,
 }
@@ -225,7 +235,7 @@ impl<K: Copy + Default> Job<K> {
         loop {
             let Some(pieces) = self.pieces.get_mut(sum.count..sum.count + entries.len()) else {
                 // Half a request must not pass for a whole one.
-                sum.is_bad = true;
+                (sum.is_bad, sum.is_cut) = (true, true);
                 return sum;
             };
             let found = memory.pages_at_hand(access(code), entries, W::whole_page, pieces);
@@ -249,7 +259,7 @@ impl<K: Copy + Default> Job<K> {
         mut sum: Sum,
     ) -> Sum {
         if sum.count + entries.len() > self.pieces.len() {
-            sum.is_bad = true;
+            (sum.is_bad, sum.is_cut) = (true, true);
             return sum;
         }
         let rest = self.reach_few::<W, _>(memory, code, entries, &mut sum);
@@ -290,7 +300,18 @@ impl<K: Copy + Default> Job<K> {
         entry: W::Entry,
         sum: &mut Sum,
     ) -> Option<Piece> {
-        let segment = W::segment(entry).ok()?;
+        self.reach_segment::<W>(memory, code, W::segment(entry).ok()?, sum)
+    }
+
+    /// The same for the segment itself.
+    #[inline(always)]
+    fn reach_segment<W: Wire<Key = K>>(
+        &mut self,
+        memory: &mut impl PeerMemory<Handle = W::Handle>,
+        code: Code,
+        segment: Segment<W::Handle>,
+        sum: &mut Sum,
+    ) -> Option<Piece> {
         sum.bytes += u64::from(segment.bytes);
         sum.bits |= segment.offset | segment.bytes;
         let base = match memory.at_hand(&segment, access(code)) {
@@ -300,19 +321,53 @@ impl<K: Copy + Default> Job<K> {
                     sum.is_fetched = true;
                     self.leases.fill(Lease::NONE);
                 }
-                *self.leases.get_mut(sum.count)? = memory.fetch(&segment, access(code))?;
+                let Some(lease) = memory.fetch(&segment, access(code)) else {
+                    sum.is_cut = true;
+                    return None;
+                };
+                *self.leases.get_mut(sum.count)? = lease;
                 Piece::EMPTY.base()
             }
         };
         Some(Piece::new(base, segment.bytes as usize))
     }
 
+    /// No segments yet.
+    pub fn no_segments(&mut self) -> Sum {
+        self.sweep();
+        Sum::default()
+    }
+
+    /// Reaches for one more segment. `false` if it is none, or there is no piece left for it.
+    pub fn add_segment<W: Wire<Key = K>>(
+        &mut self,
+        memory: &mut impl PeerMemory<Handle = W::Handle>,
+        segment: Segment<W::Handle>,
+        sum: &mut Sum,
+    ) -> bool {
+        let code = self.command.code;
+        let piece = self.reach_segment::<W>(memory, code, segment, sum);
+        let (Some(piece), Some(slot)) = (piece, self.pieces.get_mut(sum.count)) else {
+            return false;
+        };
+        *slot = piece;
+        sum.count += 1;
+        self.crumbs = sum.count;
+        true
+    }
+
     /// All segments are listed: they add up to `sum`. A bad request is one that failed.
     #[inline(always)]
     pub fn gathered<W: Wire<Key = K>>(&mut self, sum: &Sum, geometry: &Geometry) {
+        self.gathered_at::<W>(sum, self.command.sector, geometry);
+    }
+
+    /// The same for those of a part that begins at another sector than the request.
+    #[inline(always)]
+    pub fn gathered_at<W: Wire<Key = K>>(&mut self, sum: &Sum, sector: u64, geometry: &Geometry) {
         self.count = sum.count;
         self.is_fetched |= sum.is_fetched;
-        self.extent = sum.extent::<W>(&self.command, geometry);
+        self.extent = sum.extent::<W>(&Command { sector, ..self.command }, geometry);
         if self.extent.is_none() {
             self.status = Status::Failed;
         }
@@ -349,6 +404,21 @@ impl<K: Copy + Default> Job<K> {
         let leases = self.leases[..self.count].iter().filter(|lease| **lease != Lease::NONE);
         let leases = leases.map(move |lease| (*lease, filled));
         leases.chain(self.tables.iter().map(|table| (*table, false)))
+    }
+
+    /// What was fetched so far is not wanted after all.
+    pub fn let_go(&mut self, memory: &mut impl PeerMemory) {
+        if self.is_fetched {
+            memory.perform();
+            self.status = Status::Failed;
+            self.fetched().for_each(|(lease, _)| {
+                memory.resolve(lease);
+            });
+            self.give_back(memory);
+            memory.perform();
+            self.release(memory);
+        }
+        self.count = 0;
     }
 
     /// What was fetched goes back.

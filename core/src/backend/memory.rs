@@ -67,6 +67,12 @@ pub unsafe trait PeerMemory {
     /// How many segments can be fetched now.
     fn room(&self) -> usize;
 
+    /// How many bytes of one request can be fetched, in as many segments as there is
+    /// [`room`](Self::room) for, while nothing else is fetched.
+    fn most_bytes(&self) -> u64 {
+        u64::MAX
+    }
+
     /// Begins to fetch a segment (with `Read`, what is in it, too). `None` if there is no
     /// [`room`](Self::room).
     fn fetch(&mut self, segment: &Segment<Self::Handle>, access: Access) -> Option<Lease>;

@@ -23,10 +23,12 @@ use crate::table::{Slots, Tag};
 
 mod job;
 mod memory;
+mod parts;
 mod store;
 mod wire;
 
 use job::{Exchange, InFlight, Job, Steps, Sum};
+use parts::Parts;
 
 pub use memory::{Lease, PeerMemory};
 pub use store::{Completed, Operation, Requests, Store, StoreError, Submitted};
@@ -118,8 +120,11 @@ pub struct Backend<W: Wire, M: PeerMemory<Handle = W::Handle>, S: Store> {
     reserved: usize,
     /// What a table holds, while it is looked at.
     entries: Box<[W::Entry]>,
-    /// The barrier that everything taken before it must go before.
-    barrier: Option<Tag>,
+    /// The request before which everything must be done that was taken before it, and that must be
+    /// done before anything is taken after it: a barrier, or one that is done in parts.
+    alone: Option<Tag>,
+    /// How far that is, if it is done in parts.
+    parts: Option<Parts>,
     round: u32,
     /// Answers that the peer was not shown yet.
     answered: bool,
@@ -135,7 +140,8 @@ where
 {
     /// An engine for requests of up to `longest` segments, at most `capacity` in progress (and not
     /// more than the store takes). `memory` has room for at least that many segments, and a few
-    /// tables.
+    /// tables. A read or write of more segments, or of more memory than can be fetched at a time, is
+    /// done in parts, and alone; but not one whose segments are in tables that the engine fetches.
     ///
     /// This is the only place that allocates.
     pub fn new(wire: W, memory: M, store: S, capacity: u16, longest: usize) -> Self {
@@ -154,7 +160,8 @@ where
             reserved: 0,
             entries: core::iter::repeat_n(W::Entry::default(), PAGE_BYTES / W::ENTRY_BYTES)
                 .collect(),
-            barrier: None,
+            alone: None,
+            parts: None,
             round: 0,
             answered: false,
             violation: None,
@@ -205,7 +212,7 @@ where
     #[inline(always)]
     fn takes(&self) -> bool {
         self.jobs.has_room()
-            && self.barrier.is_none()
+            && self.alone.is_none()
             && self.memory.room() >= self.reserved + self.longest + TABLES_MAX
     }
 
@@ -249,6 +256,10 @@ where
             let job = vacancy.occupy();
             job.begin(incoming, self.round);
             job.steps = Steps::MAIN;
+            if sum.is_cut {
+                (job.count, job.is_fetched) = (sum.count, sum.is_fetched);
+                return self.begin_parts(tag);
+            }
             job.gathered::<W>(&sum, &self.geometry);
             return self.reached(tag);
         };
@@ -294,7 +305,7 @@ where
         job.steps = match job.command.code {
             Code::Flush => Steps::FLUSH_BEFORE,
             Code::Barrier => {
-                self.barrier = Some(tag);
+                self.alone = Some(tag);
                 if flush { Steps::FLUSH_BEFORE } else { Steps::NONE }
             }
             _ => Steps::MAIN,
@@ -413,7 +424,7 @@ where
             return self.finish(tag);
         }
         // A barrier starts when everything before it is done: see `answer`.
-        if self.barrier != Some(tag) || self.jobs.len() == 1 {
+        if self.alone != Some(tag) || self.jobs.len() == 1 {
             self.run(tag);
         }
     }
@@ -472,6 +483,9 @@ where
 
     #[inline(always)]
     fn answer(&mut self, tag: Tag) {
+        if self.parts.is_some() && self.goes_on(tag) {
+            return;
+        }
         let Some(mut tenancy) = self.jobs.tenancy(tag) else { return };
         let job = tenancy.value();
         let (key, status) = (job.key, job.status);
@@ -481,22 +495,25 @@ where
             self.wire.answer(&mut self.memory, key, status, filled);
             self.answered = true;
         }
-        if let Some(barrier) = self.barrier {
-            self.after_answer(tag, barrier);
+        if let Some(alone) = self.alone {
+            self.after_answer(tag, alone);
         }
     }
 
-    /// The barrier itself is over, or it may begin.
+    /// The request that is to be alone is over, or it may begin.
     #[cold]
-    fn after_answer(&mut self, tag: Tag, barrier: Tag) {
-        if tag == barrier {
-            self.barrier = None;
+    fn after_answer(&mut self, tag: Tag, alone: Tag) {
+        if tag == alone {
+            self.alone = None;
         } else if self.jobs.len() == 1
-            && let Some(job) = self.jobs.get(barrier)
-            && !self.exchanging.contains(&barrier)
+            && let Some(job) = self.jobs.get(alone)
+            && !self.exchanging.contains(&alone)
             && job.status == Status::Done
         {
-            self.run(barrier);
+            match self.parts {
+                Some(_) => self.queue_part(alone),
+                None => self.run(alone),
+            }
         }
     }
 
@@ -529,6 +546,7 @@ where
                         job.resolve(&mut self.memory);
                         self.start(tag);
                     }
+                    Exchange::Part => self.begin_part(tag),
                     Exchange::Return => {
                         job.release(&mut self.memory);
                         self.answer(tag);
@@ -553,6 +571,22 @@ where
             return Ok(false);
         }
         self.wire.sleep().inspect_err(|violation| self.violation = Some(*violation))
+    }
+
+    /// Answers everything in progress as failed, although the store may still do it, and ends: for a
+    /// store that does not answer, and a peer that cannot wait. `tell` hears whether the peer wants to
+    /// be notified. After that the store is waited for, as with every drop of an engine: it may still
+    /// reach for the memory of those requests.
+    pub fn abandon(mut self, tell: impl FnOnce(&Self, bool)) {
+        if self.violation.is_none() {
+            for job in self.jobs.tags().filter_map(|tag| self.jobs.get(tag)) {
+                self.wire.answer(&mut self.memory, job.key, Status::Failed, 0);
+                self.statistics.errors += 1;
+                self.answered = true;
+            }
+        }
+        let notify = self.answered && self.wire.commit();
+        tell(&self, notify);
     }
 
     /// Gives up memory of the peer that was kept at hand and is not used, as far as the settings

@@ -118,6 +118,12 @@ pub trait Wire {
     /// [`Malformed`].
     fn segment(entry: Self::Entry) -> Result<Segment<Self::Handle>, Malformed>;
 
+    /// The part of a segment that begins `from` bytes into it and has `bytes` bytes. Segments that
+    /// leave their page may need more than an offset for that.
+    fn part_of(segment: Segment<Self::Handle>, from: u32, bytes: u32) -> Segment<Self::Handle> {
+        Segment { offset: segment.offset + from, bytes, ..segment }
+    }
+
     /// Writes an answer where the peer does not look yet. `filled` is how many bytes of the
     /// request's memory hold data now.
     fn answer(

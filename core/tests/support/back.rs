@@ -85,6 +85,8 @@ pub struct Reached {
     /// Segments of a sector and more have to be fetched.
     fetches: bool,
     slots: Vec<Slot>,
+    /// The most bytes that can be fetched at a time.
+    pub most_bytes: u64,
     pub rounds: u32,
     /// How often something was performed.
     pub batches: u32,
@@ -103,6 +105,7 @@ impl Reached {
             guest: guest.clone(),
             fetches,
             slots: std::iter::repeat_with(empty).take(room).collect(),
+            most_bytes: u64::MAX,
             rounds: 0,
             batches: 0,
             tidied: Vec::new(),
@@ -154,7 +157,16 @@ unsafe impl PeerMemory for Reached {
         self.slots.iter().filter(|slot| matches!(slot.progress, Progress::Free)).count()
     }
 
+    fn most_bytes(&self) -> u64 {
+        self.most_bytes
+    }
+
     fn fetch(&mut self, segment: &Segment<Address>, access: Access) -> Option<Lease> {
+        let in_use = self.slots.iter().filter(|slot| !matches!(slot.progress, Progress::Free));
+        let bytes: u64 = in_use.map(|slot| u64::from(slot.segment.bytes)).sum();
+        if bytes + u64::from(segment.bytes) > self.most_bytes {
+            return None;
+        }
         let free = |slot: &Slot| matches!(slot.progress, Progress::Free);
         let number = self.slots.iter().position(free)?;
         self.slots[number] = Slot { segment: *segment, access, progress: Progress::Begun };

@@ -40,7 +40,8 @@ pub struct DeviceWire<Q> {
 }
 
 impl<Q: DeviceQueue> DeviceWire<Q> {
-    /// Requests of up to `longest` segments (or longer ones, to refuse them) off `queue`.
+    /// Requests off `queue`, of up to `longest` segments, or 1,022 if that is less. A longer one closes
+    /// the queue.
     pub fn new(queue: Q, identity: Identity, longest: usize) -> Self {
         let command = Command { code: Code::Read, sector: 0, sectors: 0 };
         let incoming = Incoming { key: Key::default(), command, list: List::Direct(0) };
@@ -299,6 +300,10 @@ impl<Q: DeviceQueue> Wire for DeviceWire<Q> {
             0 => Err(Malformed),
             bytes => Ok(Address::segment(entry.address, bytes)),
         }
+    }
+
+    fn part_of(segment: Segment<Address>, from: u32, bytes: u32) -> Segment<Address> {
+        Address::segment(Address::of(&segment).wrapping_add(from.into()), bytes)
     }
 
     #[inline(always)]

@@ -152,6 +152,10 @@ unsafe impl<M: PeerMemory<Handle = GrantRef>> PeerMemory for GrantMemory<M> {
         self.inner.room()
     }
 
+    fn most_bytes(&self) -> u64 {
+        self.inner.most_bytes()
+    }
+
     fn fetch(&mut self, segment: &Segment<Address>, access: Access) -> Option<Lease> {
         self.inner.fetch(&granted(segment)?, access)
     }

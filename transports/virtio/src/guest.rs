@@ -163,7 +163,8 @@ impl GuestRam {
 pub struct Bounce {
     /// The most segments of a request, with those that the wire reaches for itself.
     pub segments: usize,
-    /// The most bytes of a request that has to go through this memory. A longer one fails.
+    /// The most bytes of a request that go through this memory at a time. A longer one is done in
+    /// parts.
     pub bytes: usize,
 }
 
@@ -270,6 +271,10 @@ unsafe impl PeerMemory for GuestMemory {
         self.ours.room
     }
 
+    fn most_bytes(&self) -> u64 {
+        self.ours.most
+    }
+
     #[inline(never)]
     fn fetch(&mut self, segment: &Segment<Address>, access: Access) -> Option<Lease> {
         let (address, bytes) = (Address::of(segment), segment.bytes as usize);
@@ -325,8 +330,9 @@ struct Ours {
     pages: Pages,
     /// How many bytes of it were handed out since nobody had any.
     handed_out: usize,
-    /// The most bytes that one request takes of it.
+    /// The most bytes that one request takes of it, and the most that it may have.
     longest: usize,
+    most: u64,
     /// The segments that were copied, in the order in which that was done.
     slots: Vec<Slot>,
     /// How many of them were not released yet.
@@ -356,6 +362,7 @@ impl Ours {
             pages: Pages::new((REQUESTS * longest).div_ceil(PAGE_BYTES)),
             handed_out: 0,
             longest,
+            most: bytes as u64,
             slots: Vec::with_capacity(REQUESTS * segments),
             leased: 0,
             room: segments,

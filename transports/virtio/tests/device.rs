@@ -105,17 +105,25 @@ impl Guest {
     }
 
     fn serve<K: Kind>(&self, queue: K::Device) -> Back<K> {
+        self.serve_on::<K>(queue, self.disk())
+    }
+
+    fn serve_on<K: Kind>(&self, queue: K::Device, disk: MemoryDisk<HostPages>) -> Back<K> {
         let bounce = Bounce { segments: SEGMENTS + 8, bytes: 16 * PAGE_BYTES };
         let memory = GuestMemory::new(self.ram.guest().clone(), bounce);
         let wire = DeviceWire::new(queue, identity(), SEGMENTS);
-        Backend::new(wire, memory, self.disk(), SIZE, SEGMENTS)
+        Backend::new(wire, memory, disk, SIZE, SEGMENTS)
     }
 
     /// A device on a new queue.
     fn split(&self, features: Features) -> Back<Split> {
+        self.split_on(features, self.disk())
+    }
+
+    fn split_on(&self, features: Features, disk: MemoryDisk<HostPages>) -> Back<Split> {
         self.window(self.queue.device, 64).store_u16(2, 0, Ordering::Release);
         let rings = GuestRings::split(self.ram.guest().clone(), self.queue, SIZE).unwrap();
-        self.serve::<Split>(split::DeviceQueue::attach(rings, SIZE, features, 0).unwrap())
+        self.serve_on::<Split>(split::DeviceQueue::attach(rings, SIZE, features, 0).unwrap(), disk)
     }
 }
 
@@ -185,6 +193,50 @@ fn data_in_two_regions_arrive() {
     assert_eq!(guest.read(end, 1), [status::OK]);
     assert_eq!(guest.read(edge - 102, 102), [&[9][..], &[1; 100], &[2]].concat());
     assert_eq!(guest.read(edge, 412), [&[2; 411][..], &[9]].concat());
+}
+
+/// One descriptor of more bytes than are bounced at a time, at an address that is not one of words.
+#[test]
+fn a_descriptor_may_be_longer_than_what_is_bounced_at_a_time() {
+    let mut guest = Guest::new();
+    // Two regions again, with room for more than all that can be bounced: twice 16 pages and some.
+    guest.ram = Ram::new(&[(0x10000, 40), (0x38000, 40)]);
+    let page = || guest.ram.address(guest.ram.allocate_pages(1).unwrap()).unwrap();
+    guest.queue = Addresses { descriptors: page(), driver: page(), device: page() };
+    guest.data = page();
+    let (at, end) = (guest.data, guest.data + 64);
+    let sectors = 330_usize;
+    let disk = {
+        let geometry =
+            Geometry { sectors: 512, logical_bytes: 512, physical_bytes: 512, read_only: false };
+        MemoryDisk::new(HostPages, geometry).unwrap()
+    };
+    let bytes: Vec<u8> = (0..sectors * 512).map(|at| (at / 5 % 251) as u8).collect();
+    for (round, start) in [0x24004, 0x24000 - 1, 0x23c01].into_iter().enumerate() {
+        let mut device = guest.split_on(Setup::ALL, disk.clone());
+        guest.header(at, kind::OUT, 3);
+        let (first, rest) = bytes.split_at(0x38000 - start as usize);
+        guest.write(start, first);
+        guest.write(0x38000, rest);
+        guest.write(end, &[0xee]);
+        let length = bytes.len() as u32;
+        guest.chain(guest.queue.descriptors, &[(at, 16, 0), (start, length, 0), (end, 1, WRITE)]);
+        guest.show(1, 0);
+        device.poll(8).unwrap();
+        assert_eq!((guest.read(end, 1), guest.answered()), (vec![status::OK], (1, 0, 1)));
+
+        guest.write(start, &vec![0; first.len()]);
+        guest.write(0x38000, &vec![0; rest.len()]);
+        guest.header(at, kind::IN, 3);
+        let data = (start, length, WRITE);
+        guest.chain(guest.queue.descriptors, &[(at, 16, 0), data, (end, 1, WRITE)]);
+        guest.show(2, 0);
+        device.poll(8).unwrap();
+        assert_eq!((guest.read(end, 1), guest.answered()), (vec![0], (2, 0, length + 1)));
+        assert!(guest.read(start, first.len()) == first, "round {round}");
+        assert!(guest.read(0x38000, rest.len()) == rest, "round {round}");
+        assert_eq!(device.in_progress(), 0);
+    }
 }
 
 #[test]
@@ -344,7 +396,7 @@ fn what_is_no_chain_closes_the_queue() {
 }
 
 #[test]
-fn a_request_that_is_too_long_fails_and_one_without_end_closes_the_queue() {
+fn a_request_that_is_too_long_is_done_in_parts_and_one_without_end_closes_the_queue() {
     let guest = Guest::new();
     let (at, data, end) = (guest.data, guest.data + 0x200, guest.data + 0x800);
     guest.header(at, kind::IN, 0);
@@ -353,7 +405,9 @@ fn a_request_that_is_too_long_fails_and_one_without_end_closes_the_queue() {
     long.push((end, 1, WRITE));
     guest.chain(guest.table, &long);
     let table = [(guest.table, long.len() as u32 * 16, INDIRECT)];
-    assert_eq!(request(&guest, end, &table), (status::IOERR, 1));
+    // More segments than the device asks for: it is done in parts.
+    let bytes = (SEGMENTS as u32 + 1) * 512;
+    assert_eq!(request(&guest, end, &table), (status::OK, bytes + 1));
     // More than any driver sends, of pages that are all there: 2,048 entries.
     let pages = guest.ram.address(guest.ram.allocate_pages(8).unwrap()).unwrap();
     guest.chain(pages, &vec![(data, 512, WRITE); 2048]);
@@ -427,4 +481,35 @@ fn what_is_no_chain_closes_a_packed_queue() {
     packed_descriptor(&guest, ring, 0, (end, 1, WRITE | NEXT | AVAILABLE), 0);
     packed_descriptor(&guest, ring, 1, (at, 16, AVAILABLE), 0);
     assert_eq!(refused(), Violation::BadChain, "readable after writable");
+}
+
+/// What was taken and not answered is in the ring still: another request has no more descriptors than
+/// there are besides.
+#[test]
+fn no_more_descriptors_are_taken_from_a_packed_queue_than_it_has() {
+    let guest = Guest::new();
+    let (at, data, end) = (guest.data, guest.data + 0x200, guest.data + 0x800);
+    guest.header(at, kind::IN, 3);
+    let taken = 3;
+    for (count, is_taken) in [(SIZE - taken, true), (SIZE - taken + 1, false), (SIZE, false)] {
+        guest.write(end, &[0xee]);
+        for number in 0..count {
+            let place = (taken + number) % SIZE;
+            // The lap after the first one has the other wrap counter.
+            let turn = if taken + number < SIZE { AVAILABLE } else { USED };
+            let words = match number {
+                0 => (at, 16, NEXT | turn),
+                last if last + 1 == count => (end, 1, WRITE | turn),
+                _ => (data, 512, WRITE | NEXT | turn),
+            };
+            packed_descriptor(&guest, guest.queue.descriptors, place, words, 2);
+        }
+        let rings = GuestRings::packed(guest.ram.guest().clone(), guest.queue, SIZE).unwrap();
+        let queue =
+            packed::DeviceQueue::attach(rings, SIZE, Setup::ALL, 0x8000 | taken, 0x8000).unwrap();
+        let mut device = guest.serve::<Packed>(queue);
+        let expected = if is_taken { Ok(()) } else { Err(Violation::TooManyRequests) };
+        assert_eq!(device.poll(8).map(drop), expected, "{count} descriptors");
+        assert_eq!(guest.read(end, 1), [if is_taken { status::OK } else { 0xee }]);
+    }
 }
