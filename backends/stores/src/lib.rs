@@ -20,6 +20,8 @@ pub mod disk;
 pub mod file;
 #[cfg(feature = "nbd")]
 mod fmt;
+#[cfg(any(feature = "file", feature = "nbd"))]
+pub mod format;
 pub mod memory;
 #[cfg(feature = "nbd")]
 pub mod nbd;

@@ -1,12 +1,22 @@
 //! A file or a block device of a Linux host.
 //!
-//! Data goes straight between the medium and the memory that is lent, past the host's page cache
-//! where the file system and the alignment of a request allow that. Each queue has an `io_uring` of
-//! its own; where the host does not permit that, plain system calls do the work, one after another.
+//! Data goes straight between the medium and the memory that is lent, past the host's page cache,
+//! where the file system takes every sector of the disk so; else all of it goes through the page cache.
+//! No request has a say in that: memory that the host cannot access is copied. Each queue has an
+//! `io_uring` of its own; where the host does not permit that, plain system calls do the work, one
+//! after another.
+//!
+//! A disk has its image for itself, by locks that QEMU's programs understand and respect; disks that
+//! are read-only share theirs with each other. They are on every description that does input or output:
+//! who comes after a process that was killed waits until the host has done what that had begun.
+//!
+//! A flush that has failed is failed for every queue, until the disk is opened again.
 
+use core::fmt;
 use std::boxed::Box;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::string::String;
 use std::sync::Arc;
 
 use pvblk::backend::{Completed, Operation, Requests, Store, Submitted};
@@ -15,10 +25,15 @@ use pvblk::extent::Geometry;
 use pvblk::table::Tag;
 
 use crate::Wakeup;
+use crate::format::Format;
 
+mod bounce;
+mod discard;
+mod lock;
 mod ring;
 mod synchronous;
 mod target;
+mod work;
 
 use ring::RingStore;
 use synchronous::SynchronousStore;
@@ -36,24 +51,93 @@ pub enum Method {
     Synchronous,
 }
 
+/// Who else may use the image meanwhile.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Sharing {
+    /// Nothing that writes to it; nothing at all, if the disk is written to.
+    #[default]
+    Exclusive,
+    /// Whatever says the same. The guests keep their writes apart: a file system for clusters does.
+    Shared,
+    /// As `Exclusive`, but not before a queue is made: the disk comes with a guest that moves here, and
+    /// is open where the guest comes from until the guest goes on. Making the queue waits a minute for
+    /// that. A block device is not opened exclusively then.
+    Arriving,
+}
+
+/// What is in an image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Contents {
+    /// A disk, sector for sector. If it has the header of another format, that is an error.
+    #[default]
+    Raw,
+    /// The same, whatever header it has.
+    RawForSure,
+}
+
+/// Who uses an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Holder {
+    /// Another disk of this process.
+    Ourselves,
+    /// Another process.
+    Process {
+        /// Its number.
+        pid: u32,
+        /// Its name.
+        name: String,
+    },
+    /// One that the host does not name: that of another user, or on another host.
+    Unknown,
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ourselves => f.write_str("another disk of this program"),
+            Self::Process { pid, name } => write!(f, "process {pid} ({name})"),
+            Self::Unknown => {
+                f.write_str("another program (see lslocks, fuser; or on another host)")
+            }
+        }
+    }
+}
+
 /// How a file is to be used.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct FileOptions {
     /// Whether writes are refused. Default no.
     pub read_only: bool,
-    /// Whether to go past the host's page cache where possible (`O_DIRECT`). Default yes.
+    /// Whether to go past the host's page cache (`O_DIRECT`), if the host takes single sectors of the
+    /// disk so. Default yes.
     pub direct: bool,
     /// The disk's logical sector in bytes, 512 to 4096; `None`, the default, for 512, or for that of
     /// a block device.
     pub logical_bytes: Option<u32>,
     /// How input and output is done.
     pub method: Method,
+    /// Who else may use the image.
+    pub sharing: Sharing,
+    /// What is in the image.
+    pub contents: Contents,
+    /// Whether a guest uses the disk already, and only the program that serves it is another one. What
+    /// the image holds and how long it is are no reason to refuse it then. Default no.
+    pub in_use: bool,
 }
 
 impl Default for FileOptions {
     fn default() -> Self {
-        Self { read_only: false, direct: true, logical_bytes: None, method: Method::Automatic }
+        Self {
+            read_only: false,
+            direct: true,
+            logical_bytes: None,
+            method: Method::Automatic,
+            sharing: Sharing::Exclusive,
+            contents: Contents::Raw,
+            in_use: false,
+        }
     }
 }
 
@@ -96,6 +180,61 @@ pub enum FileError {
         /// The smallest that is possible.
         smallest: u32,
     },
+    /// It ends in the middle of a sector.
+    #[error(
+        "{} has {bytes} bytes, which is no multiple of its sectors of {sector}: give it {more} \
+         (truncate -s {more}), or the disk smaller sectors",
+        .path.display()
+    )]
+    Length {
+        /// The file.
+        path: PathBuf,
+        /// How long it is.
+        bytes: u64,
+        /// The logical sector.
+        sector: u32,
+        /// The next length that it can have.
+        more: u64,
+    },
+    /// It is an image of a format that is not served.
+    #[error(
+        "{} is an image in the format {format}, and would be served as it is, header and all: convert it \
+         (qemu-img convert -O raw), or say that it is raw (format raw)",
+        .path.display()
+    )]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// Its format.
+        format: Format,
+    },
+    /// Another program uses it.
+    #[error(
+        "{} is in use by {by}: end that first, or share the disk on purpose (share) if every one that \
+         writes to it knows of the others",
+        .path.display()
+    )]
+    InUse {
+        /// The file.
+        path: PathBuf,
+        /// Which one.
+        by: Holder,
+    },
+    /// There are no locks where it is.
+    #[error(
+        "{} cannot be locked against other programs: {source} (share the disk on purpose (share) if no \
+         other uses it)",
+        .path.display()
+    )]
+    Unlockable {
+        /// The file.
+        path: PathBuf,
+        /// What the host says.
+        source: io::Error,
+    },
+    /// The host does not give us memory, or threads.
+    #[error("no queue: {0}")]
+    Queue(#[source] io::Error),
     /// The host does not give us an `io_uring`.
     #[error("no io_uring: {0} (see kernel.io_uring_disabled, or choose the synchronous method)")]
     Ring(#[source] io::Error),
@@ -123,6 +262,9 @@ impl FileDisk {
     /// Opens a file or block device. A block device that is to be written to must not be in use
     /// (mounted, for instance).
     ///
+    /// It waits, for however long that takes, for the input and output of a process that had the image
+    /// and is dead.
+    ///
     /// # Errors
     ///
     /// [`FileError`].
@@ -135,16 +277,19 @@ impl FileDisk {
     ///
     /// # Errors
     ///
-    /// [`FileError::Ring`].
+    /// [`FileError::Ring`], [`FileError::Queue`]; [`FileError::Open`] and [`FileError::Inspect`], as the
+    /// file is opened once more; [`FileError::InUse`] of a disk that [arrives](Sharing::Arriving).
     pub fn queue(&self, depth: u16) -> Result<FileStore, FileError> {
-        let target = self.target.clone();
+        let (target, depth) = (&self.target, depth.max(1));
+        let plain = || {
+            let store = SynchronousStore::new(target.clone(), target.description()?, depth);
+            store.map(Kind::Synchronous).map_err(FileError::Queue)
+        };
         let kind = match self.method {
-            Method::Synchronous => Kind::Synchronous(SynchronousStore::new(target, depth)),
-            method => match RingStore::new(target.clone(), depth) {
+            Method::Synchronous => plain()?,
+            method => match RingStore::new(target.clone(), target.description()?, depth) {
                 Ok(ring) => Kind::Ring(Box::new(ring)),
-                Err(error) if method == Method::Automatic && ring::is_refusal(&error) => {
-                    Kind::Synchronous(SynchronousStore::new(target, depth))
-                }
+                Err(error) if method == Method::Automatic && ring::is_refusal(&error) => plain()?,
                 Err(error) => return Err(FileError::Ring(error)),
             },
         };
@@ -167,7 +312,8 @@ impl FileDisk {
     ///
     /// # Errors
     ///
-    /// [`FileError::Inspect`]; [`FileError::Empty`], and nothing has changed then.
+    /// [`FileError::Inspect`]; [`FileError::Empty`] and [`FileError::Length`], and nothing has changed
+    /// then.
     pub fn refresh(&self) -> Result<Geometry, FileError> {
         self.target.refresh()?;
         Ok(self.target.geometry())

@@ -4,9 +4,10 @@
 //! done in part only, goes on with another entry when that one is complete. So the ring has room
 //! for every operation in flight.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,12 +18,24 @@ use pvblk::memory::Lent;
 use pvblk::table::{Slots, Tag};
 use rustix::io::Errno;
 
-use super::target::{Target, Work};
+use super::bounce::{Bounce, Buffer};
+use super::discard::Discarder;
+use super::target::Target;
+use super::work::Work;
 use crate::Wakeup;
 use crate::vector::{Vector, as_iovec};
 
 /// How long to wait before the host is asked again that had no memory for what was submitted.
 const PATIENCE: Duration = Duration::from_millis(1);
+
+/// What names the completion of the watch for discards: no operation's id.
+const DISCARDS: u64 = u64::MAX;
+
+/// The most entries of a ring (`IORING_MAX_ENTRIES` of Linux).
+const ENTRIES_MAX: u32 = 32768;
+
+/// How many buffers a queue has to copy through; what needs one more waits for it.
+const BUFFERS: u16 = 16;
 
 /// An operation in flight.
 struct Job {
@@ -34,41 +47,47 @@ struct Job {
     bytes: u64,
     /// How much of it is done, in bytes.
     done: u64,
-    /// The file past the page cache; `None` to go through it.
-    direct: Option<Fd>,
+    /// What its data is copied through, if the host cannot access its memory.
+    buffer: Option<Buffer>,
 }
 
 /// What becomes of an operation after a completion.
 enum Next {
     Over(Result<(), StoreError>),
     Again,
+    /// Again, with its data in memory that the host takes.
+    Copy,
 }
 
 impl Job {
     fn empty() -> Self {
-        Self { tag: None, work: Work::Flush, start: 0, bytes: 0, done: 0, direct: None }
+        Self { tag: None, work: Work::Flush, start: 0, bytes: 0, done: 0, buffer: None }
     }
 
-    fn advance(&mut self, result: i32) -> Next {
-        let Ok(count) = u64::try_from(result) else {
-            let error = Errno::from_raw_os_error(-result);
-            if let Some(work) = self.work.instead(error) {
-                self.work = work;
-                return Next::Again;
+    fn advance(&mut self, result: i32, target: &Target) -> Next {
+        let result = u64::try_from(result).map_err(|_| Errno::from_raw_os_error(-result));
+        let count = match result {
+            Err(Errno::INTR | Errno::AGAIN) => return Next::Again,
+            result if matches!(self.work, Work::Flush) => {
+                return Next::Over(target.flushed(result.map(|_| ())));
             }
-            return match error {
-                Errno::INTR | Errno::AGAIN => Next::Again,
-                // It is less aligned than the host lets us know.
-                Errno::INVAL if self.direct.is_some() => {
-                    self.direct = None;
-                    Next::Again
+            Ok(count) => count,
+            Err(error) => {
+                if let Some(work) = self.work.instead(error) {
+                    self.work = work;
+                    return Next::Again;
                 }
-                error => Next::Over(Err(self.work.failure(error))),
-            };
+                let copies = error == Errno::INVAL
+                    && self.work.has_memory()
+                    && self.buffer.is_none()
+                    && target.wants_copy();
+                return if copies { Next::Copy } else { Next::Over(Err(self.work.failure(error))) };
+            }
         };
-        if matches!(self.work, Work::Flush) || self.work.range_mode().is_some() {
+        if self.work.range_mode().is_some() {
             return Next::Over(Ok(()));
         }
+        let count = target.whole(count);
         if count == 0 {
             // The file became shorter.
             return Next::Over(Err(StoreError::Medium));
@@ -79,41 +98,42 @@ impl Job {
 
     /// The entry for what is left of it. `None` if there is no memory for that.
     #[inline]
-    fn entry(&self, buffered: Fd, memory: Option<Lent<'_>>) -> Option<squeue::Entry> {
-        let file = self.direct.unwrap_or(buffered);
+    fn entry(&self, file: Fd, bounce: &Bounce, memory: Option<Lent<'_>>) -> Option<squeue::Entry> {
         let place = self.start + self.done;
         if let Some(mode) = self.work.range_mode() {
-            let entry = opcode::Fallocate::new(buffered, self.bytes).offset(self.start);
+            let entry = opcode::Fallocate::new(file, self.bytes).offset(self.start);
             return Some(entry.mode(mode.bits() as i32).build());
         }
+        if matches!(self.work, Work::Flush) {
+            return Some(opcode::Fsync::new(file).flags(FsyncFlags::DATASYNC).build());
+        }
         let pieces = memory.map_or(&[][..], |memory| memory.pieces());
-        let vector = self.work.memory(pieces, self.bytes, self.done);
-        Some(match self.work {
-            Work::Flush => opcode::Fsync::new(buffered).flags(FsyncFlags::DATASYNC).build(),
-            Work::Read => match vector? {
-                Vector::One(piece) => {
-                    opcode::Read::new(file, piece.base().as_ptr(), length(piece.bytes()))
-                        .offset(place)
-                        .build()
+        let vector = match self.buffer {
+            None => self.work.memory(pieces, self.bytes, self.done)?,
+            Some(buffer) => {
+                if matches!(self.work, Work::Write) {
+                    bounce.load(buffer, memory?, self.done, self.bytes);
                 }
-                Vector::Many(pieces) => {
-                    opcode::Readv::new(file, as_iovec(pieces), pieces.len() as u32)
-                        .offset(place)
-                        .build()
-                }
-            },
-            Work::Write | Work::Discard | Work::Zero(_) => match vector? {
-                Vector::One(piece) => {
-                    opcode::Write::new(file, piece.base().as_ptr(), length(piece.bytes()))
-                        .offset(place)
-                        .build()
-                }
-                Vector::Many(pieces) => {
-                    opcode::Writev::new(file, as_iovec(pieces), pieces.len() as u32)
-                        .offset(place)
-                        .build()
-                }
-            },
+                Vector::One(bounce.piece(buffer, self.bytes - self.done))
+            }
+        };
+        Some(match (self.work, vector) {
+            (Work::Read, Vector::One(piece)) => {
+                let entry = opcode::Read::new(file, piece.base().as_ptr(), length(piece.bytes()));
+                entry.offset(place).build()
+            }
+            (Work::Read, Vector::Many(pieces)) => {
+                let entry = opcode::Readv::new(file, as_iovec(pieces), pieces.len() as u32);
+                entry.offset(place).build()
+            }
+            (_, Vector::One(piece)) => {
+                let entry = opcode::Write::new(file, piece.base().as_ptr(), length(piece.bytes()));
+                entry.offset(place).build()
+            }
+            (_, Vector::Many(pieces)) => {
+                let entry = opcode::Writev::new(file, as_iovec(pieces), pieces.len() as u32);
+                entry.offset(place).build()
+            }
         })
     }
 }
@@ -127,12 +147,18 @@ fn length(bytes: usize) -> u32 {
 pub(super) struct RingStore {
     pub(super) target: Arc<Target>,
     ring: IoUring,
-    /// Through the page cache, and past it.
-    buffered: Fd,
-    direct: Option<Fd>,
+    /// This queue's description.
+    file: OwnedFd,
     jobs: Slots<Job>,
     /// Entries that the host was not shown yet.
     staged: usize,
+    bounce: Bounce,
+    /// Operations that wait for a buffer, in order.
+    waiting: VecDeque<Tag>,
+    /// What discards on a block device.
+    discarder: Option<Discarder>,
+    /// Whether the ring watches for discards that are done.
+    watches: bool,
 }
 
 impl fmt::Debug for RingStore {
@@ -147,8 +173,10 @@ pub(super) fn is_refusal(error: &io::Error) -> bool {
 }
 
 impl RingStore {
-    pub(super) fn new(target: Arc<Target>, depth: u16) -> io::Result<Self> {
-        let ring = IoUring::builder().dontfork().build(u32::from(depth.max(1)))?;
+    pub(super) fn new(target: Arc<Target>, file: OwnedFd, depth: u16) -> io::Result<Self> {
+        // One entry more for the watch, if there can be as many.
+        let entries = (u32::from(depth) + 1).min(ENTRIES_MAX);
+        let ring = IoUring::builder().dontfork().build(entries)?;
         let mut probe = Probe::new();
         ring.submitter().register_probe(&mut probe)?;
         let codes = [
@@ -158,15 +186,29 @@ impl RingStore {
             opcode::Writev::CODE,
             opcode::Fsync::CODE,
             opcode::Fallocate::CODE,
+            opcode::PollAdd::CODE,
         ];
         if !codes.into_iter().all(|code| probe.is_supported(code)) {
             return Err(io::Error::from_raw_os_error(libc::ENOSYS));
         }
-        // The files are not registered: a ring is taken down in the background, and a block device
+        let discards = target.is_device() && target.features().discard.is_some();
+        let discarder = match discards {
+            true => Some(Discarder::new(target.clone(), file.try_clone()?, depth)?),
+            false => None,
+        };
+        // The file is not registered: a ring is taken down in the background, and a block device
         // would stay in use for a while after it was closed.
-        let (buffered, direct) = target.fds();
-        let (buffered, direct) = (Fd(buffered), direct.map(Fd));
-        Ok(Self { target, ring, buffered, direct, jobs: Slots::new(depth, Job::empty), staged: 0 })
+        Ok(Self {
+            target,
+            ring,
+            file,
+            jobs: Slots::new(depth, Job::empty),
+            staged: 0,
+            bounce: Bounce::new(BUFFERS)?,
+            waiting: VecDeque::with_capacity(depth.into()),
+            discarder,
+            watches: false,
+        })
     }
 
     pub(super) fn capacity(&self) -> usize {
@@ -186,7 +228,10 @@ impl RingStore {
         let (work, extent, memory) = match operation {
             Operation::Read { extent, memory } => transfer(Work::Read, extent, memory),
             Operation::Write { extent, memory } => transfer(Work::Write, extent, memory),
-            Operation::Flush => (Work::Flush, None, None),
+            Operation::Flush => match self.target.may_flush() {
+                Ok(()) => (Work::Flush, None, None),
+                failed => return Submitted::Done(failed),
+            },
             Operation::Discard { extent, secure: false } => (Work::Discard, Some(extent), None),
             Operation::WriteZeroes { extent, may_unmap } => {
                 (Work::zeroes(may_unmap), Some(extent), None)
@@ -195,33 +240,67 @@ impl RingStore {
         };
         let start = extent.map_or(0, |extent| extent.first() * u64::from(SECTOR_BYTES));
         let bytes = extent.map_or(0, |extent| extent.bytes());
-        let direct = self.direct.filter(|_| {
-            let pieces = memory.map_or(&[][..], |memory: Lent<'_>| memory.pieces());
-            extent.is_some_and(|extent| self.target.is_direct(extent, pieces))
-        });
-        let job = Job { tag: Some(tag), work, start, bytes, done: 0, direct };
+        let copies = memory.is_some_and(|memory| !self.target.takes(memory.pieces()));
+        let buffer = if copies { self.bounce.take() } else { None };
+        let job = Job { tag: Some(tag), work, start, bytes, done: 0, buffer };
+
         // The caller keeps to the capacity, and memory is as long as the extent.
-        let Some((vacancy, entry)) = self.jobs.vacancy().zip(job.entry(self.buffered, memory))
-        else {
+        let Some(vacancy) = self.jobs.vacancy() else {
             return Submitted::Done(Err(StoreError::Medium));
         };
         let number = vacancy.tag();
+        if matches!(work, Work::Discard) && self.target.is_device() {
+            let Some(discarder) = &mut self.discarder else {
+                return Submitted::Done(Err(StoreError::Unsupported));
+            };
+            *vacancy.occupy() = job;
+            discarder.begin(number.to_id(), start, bytes);
+            self.watch();
+            return Submitted::Pending;
+        }
+        if copies && buffer.is_none() {
+            *vacancy.occupy() = job;
+            self.waiting.push_back(number);
+            return Submitted::Pending;
+        }
+        let Some(entry) = job.entry(Fd(self.file.as_raw_fd()), &self.bounce, memory) else {
+            return Submitted::Done(Err(StoreError::Medium));
+        };
         *vacancy.occupy() = job;
-        self.push(number, entry);
+        self.push(number.to_id(), entry);
         Submitted::Pending
     }
 
     /// Puts an entry into the ring. The host is not shown it yet.
     #[inline]
-    fn push(&mut self, number: Tag, entry: squeue::Entry) {
-        let entry = entry.user_data(number.to_id());
-        // SAFETY: the memory and the list of its pieces stay where they are until the operation is
-        // completed or this store was quiesced (`Lent`), which is after the completion of the entry.
-        // Zeroes stay for good, and are only read.
-        let pushed = unsafe { self.ring.submission().push(&entry) };
-        // The ring has an entry for each operation in flight.
-        debug_assert!(pushed.is_ok(), "an operation with two entries");
+    fn push(&mut self, id: u64, entry: squeue::Entry) {
+        let entry = entry.user_data(id);
+        let push = |ring: &mut IoUring| {
+            // SAFETY: the memory and the list of its pieces stay where they are until the operation is
+            // completed or this store was quiesced (`Lent`), which is after the completion of the
+            // entry. A buffer is the operation's until then, and zeroes stay for good, and are only
+            // read.
+            unsafe { ring.submission().push(&entry) }
+        };
+        if push(&mut self.ring).is_err() {
+            // The largest ring has no room for the watch beside all operations.
+            self.enter(0);
+            let pushed = push(&mut self.ring);
+            debug_assert!(pushed.is_ok(), "an operation with two entries");
+        }
         self.staged += 1;
+    }
+
+    /// Has the ring tell when a discard is done.
+    fn watch(&mut self) {
+        if let Some(discarder) = &self.discarder
+            && !self.watches
+            && discarder.is_busy()
+        {
+            let event = Fd(discarder.event().as_raw_fd());
+            self.watches = true;
+            self.push(DISCARDS, opcode::PollAdd::new(event, libc::POLLIN as u32).build());
+        }
     }
 
     #[inline]
@@ -251,33 +330,96 @@ impl RingStore {
     #[inline]
     pub(super) fn complete(&mut self, requests: &dyn Requests) -> Option<Completed> {
         loop {
+            if let Some((id, result)) = self.discarder.as_mut().and_then(Discarder::finished)
+                && let Some(completed) = self.finish(id, result)
+            {
+                return Some(completed);
+            }
+            if !self.waiting.is_empty()
+                && let Some(completed) = self.serve_waiting(requests)
+            {
+                return Some(completed);
+            }
             let completion = self.ring.completion().next();
             let Some(completion) = completion else {
                 self.commit();
                 return None;
             };
-            let Some(mut tenancy) = self.jobs.tenancy_of_id(completion.user_data()) else {
+            let id = completion.user_data();
+            if id == DISCARDS {
+                self.watches = false;
+                if let Some(discarder) = &self.discarder {
+                    discarder.quiet();
+                }
+                self.watch();
                 continue;
-            };
+            }
+            let Some(mut tenancy) = self.jobs.tenancy_of_id(id) else { continue };
             let job = tenancy.value();
-            let mut next = job.advance(completion.result());
-            if let Next::Again = next {
-                let memory = job.tag.and_then(|tag| requests.memory(tag));
-                match job.entry(self.buffered, memory) {
+            let before = job.done;
+            let next = job.advance(completion.result(), &self.target);
+            let memory = match (job.buffer, &next) {
+                (None, Next::Over(_)) => None,
+                _ => job.tag.and_then(|tag| requests.memory(tag)),
+            };
+            if let (Work::Read, Some(buffer), Some(memory)) = (job.work, job.buffer, memory) {
+                self.bounce.store(buffer, memory, before, job.done - before);
+            }
+            let result = match next {
+                Next::Over(result) => result,
+                Next::Again => match job.entry(Fd(self.file.as_raw_fd()), &self.bounce, memory) {
                     Some(entry) => {
-                        let number = Tag::from_id(completion.user_data())?;
-                        self.push(number, entry);
+                        self.push(id, entry);
                         continue;
                     }
-                    None => next = Next::Over(Err(StoreError::Medium)),
+                    None => Err(StoreError::Medium),
+                },
+                Next::Copy => {
+                    self.waiting.extend(Tag::from_id(id));
+                    continue;
                 }
-            }
-            let tag = job.tag;
-            tenancy.vacate();
-            if let (Next::Over(result), Some(tag)) = (next, tag) {
-                return Some(Completed { tag, result });
+            };
+            if let Some(completed) = self.finish(id, result) {
+                return Some(completed);
             }
         }
+    }
+
+    /// An operation is over.
+    #[inline]
+    fn finish(&mut self, id: u64, result: Result<(), StoreError>) -> Option<Completed> {
+        let mut tenancy = self.jobs.tenancy_of_id(id)?;
+        let job = tenancy.value();
+        if let Some(buffer) = job.buffer.take() {
+            self.bounce.put_back(buffer);
+        }
+        let tag = job.tag;
+        tenancy.vacate();
+        tag.map(|tag| Completed { tag, result })
+    }
+
+    /// Gives buffers to those that wait for one. One of them may be over at once: its memory is gone.
+    #[cold]
+    fn serve_waiting(&mut self, requests: &dyn Requests) -> Option<Completed> {
+        while let Some(number) = self.waiting.front().copied() {
+            let buffer = self.bounce.take()?;
+            self.waiting.pop_front();
+            let Some(job) = self.jobs.get_mut(number) else {
+                self.bounce.put_back(buffer);
+                continue;
+            };
+            job.buffer = Some(buffer);
+            let memory = job.tag.and_then(|tag| requests.memory(tag));
+            // Without memory there is nothing to read for.
+            let entry = memory.and_then(|memory| {
+                job.entry(Fd(self.file.as_raw_fd()), &self.bounce, Some(memory))
+            });
+            match entry {
+                Some(entry) => self.push(number.to_id(), entry),
+                None => return self.finish(number.to_id(), Err(StoreError::Medium)),
+            }
+        }
+        None
     }
 
     pub(super) fn quiesce(&mut self, requests: &dyn Requests) {

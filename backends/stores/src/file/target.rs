@@ -1,148 +1,108 @@
-//! An opened file or block device: what it is, and how it may be accessed.
+//! An opened file or block device: what it is, and how it is accessed.
 
 use std::format;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::string::ToString;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
 
 use pvblk::backend::StoreError;
 use pvblk::command::{DiscardUnits, Features};
-use pvblk::extent::{Extent, Geometry, SECTOR_BYTES};
+use pvblk::extent::{Geometry, SECTOR_BYTES};
 use pvblk::memory::Piece;
 use rustix::fs::{
-    AtFlags, FallocateFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags, fcntl_setfl, fstat,
+    AtFlags, FileType, Mode, OFlags, SeekFrom, Stat, StatxFlags, fcntl_setfl, fstat,
     ioctl_blkpbszget, ioctl_blksszget, major, minor, open, seek, statx,
 };
 use rustix::io::Errno;
 
-use super::{FileError, FileOptions};
-use crate::vector::{Vector, rest};
-use crate::zeroes::zeroes;
+use super::bounce::{BUFFER_BYTES, Bounce};
+use super::lock::{Claim, Refusal};
+use super::{Contents, FileError, FileOptions, Sharing};
+use crate::format::{HEAD_BYTES, TAIL_BYTES, probe};
 
 /// The largest logical sector that a disk may have, and what every direct access may be aligned to.
 const SECTOR_MAX: u32 = 4096;
 
-/// What there is to do.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Work {
-    Read,
-    Write,
-    Flush,
-    Discard,
-    Zero(Zeroing),
-}
-
-/// How sectors are made to read as zeroes, in the order in which that is tried.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Zeroing {
-    /// By making a hole.
-    Hole,
-    /// By marking them.
-    Mark,
-    /// By writing.
-    Write,
-}
-
-impl Work {
-    pub(super) fn zeroes(may_unmap: bool) -> Self {
-        Self::Zero(if may_unmap { Zeroing::Hole } else { Zeroing::Mark })
-    }
-
-    /// What to do instead where the host does not do this.
-    pub(super) fn instead(self, error: Errno) -> Option<Self> {
-        match (self, error) {
-            (Self::Zero(how), Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV) => match how {
-                Zeroing::Hole => Some(Self::Zero(Zeroing::Mark)),
-                Zeroing::Mark => Some(Self::Zero(Zeroing::Write)),
-                Zeroing::Write => None,
-            },
-            _ => None,
-        }
-    }
-
-    /// How the host is to change the range, if it is asked for that.
-    pub(super) fn range_mode(self) -> Option<FallocateFlags> {
-        let mode = match self {
-            Self::Discard | Self::Zero(Zeroing::Hole) => FallocateFlags::PUNCH_HOLE,
-            Self::Zero(Zeroing::Mark) => FallocateFlags::ZERO_RANGE,
-            Self::Zero(Zeroing::Write) | Self::Read | Self::Write | Self::Flush => return None,
-        };
-        Some(mode | FallocateFlags::KEEP_SIZE)
-    }
-
-    /// The memory for one call, of the operation's `pieces` if it has any, when `done` of its `bytes`
-    /// bytes are done. `None` if none is left.
-    #[inline]
-    pub(super) fn memory(self, pieces: &[Piece], bytes: u64, done: u64) -> Option<Vector<'_>> {
-        match self {
-            Self::Zero(_) => zeroes(bytes - done),
-            _ => rest(pieces, done),
-        }
-    }
-
-    /// What an error of the host means for an operation.
-    pub(super) fn failure(self, error: Errno) -> StoreError {
-        match (self, error) {
-            (Self::Discard, Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV) => {
-                StoreError::Unsupported
-            }
-            _ => StoreError::Medium,
-        }
-    }
-}
-
-/// Access past the page cache, and what it demands.
-#[derive(Debug)]
-struct Direct {
-    fd: OwnedFd,
-    /// What places and lengths are multiples of, less one.
-    place_mask: u64,
-    /// What addresses are multiples of, less one.
-    address_mask: usize,
-}
+/// How long a disk that arrives with its guest waits for where it came from.
+const ARRIVAL: Duration = Duration::from_secs(60);
 
 /// An opened file or block device.
+///
+/// All input and output goes one way: past the page cache (`O_DIRECT`) or through it. That is decided
+/// here, once. A request takes no part in it: two neighbouring sectors of one page, one written each
+/// way, would each be lost to the other's page.
 #[derive(Debug)]
 pub(super) struct Target {
     path: PathBuf,
-    buffered: OwnedFd,
-    direct: Option<Direct>,
+    stat: Stat,
+    /// The description that was opened first, exclusively if it is a block device to be written to.
+    first: OwnedFd,
+    claim: Mutex<Claim>,
+    /// What it is to claim when it is used.
+    wanted: Claim,
+    direct: bool,
+    /// What addresses and lengths of memory are multiples of, less one, with direct access.
+    memory_mask: AtomicUsize,
     /// In units of 512 bytes, whole logical sectors.
     sectors: AtomicU64,
     logical_bytes: u32,
     physical_bytes: u32,
     read_only: bool,
     discard: Option<DiscardUnits>,
+    /// Its number, if it is a block device.
+    device: Option<(u32, u32)>,
+    /// Whether a flush has failed. What it covered may be lost, and the host tells that once.
+    flush_failed: AtomicBool,
 }
 
 impl Target {
     pub(super) fn open(path: &Path, options: &FileOptions) -> Result<Self, FileError> {
         let access = if options.read_only { OFlags::RDONLY } else { OFlags::RDWR };
-        let open = |flags| open(path, access | OFlags::CLOEXEC | flags, Mode::empty());
+        let access = access | OFlags::CLOEXEC;
         let cannot_open =
             |error: Errno| FileError::Open { path: path.into(), source: error.into() };
         let inspect = |error: Errno| FileError::Inspect { path: path.into(), source: error.into() };
 
         // Without waiting for the other end of a pipe.
-        let mut buffered = open(OFlags::NONBLOCK).map_err(cannot_open)?;
-        let stat = fstat(&buffered).map_err(inspect)?;
+        let mut first =
+            open(path, access | OFlags::NONBLOCK, Mode::empty()).map_err(cannot_open)?;
+        let stat = fstat(&first).map_err(inspect)?;
         let device = match FileType::from_raw_mode(stat.st_mode) {
             FileType::RegularFile => None,
             FileType::BlockDevice => Some((major(stat.st_rdev), minor(stat.st_rdev))),
             _ => return Err(FileError::NotADisk(path.into())),
         };
-        if device.is_some() && !options.read_only {
-            // Nobody else mounts it, or writes to it, as long as we have it.
-            buffered = open(OFlags::EXCL).map_err(cannot_open)?;
-        } else {
-            fcntl_setfl(&buffered, OFlags::empty()).map_err(inspect)?;
+        fcntl_setfl(&first, OFlags::empty()).map_err(inspect)?;
+
+        let wanted = match options.sharing {
+            Sharing::Arriving => Claim::new(options.read_only, Sharing::Exclusive),
+            sharing => Claim::new(options.read_only, sharing),
+        };
+        let claim = Claim::new(options.read_only, options.sharing);
+        let name = path.display().to_string();
+        let taken = claim.take(first.as_fd(), &stat, &name);
+        match taken {
+            // Where there are no locks, no other program can have been kept out.
+            Err(Refusal::Unlockable(_)) if options.sharing == Sharing::Shared => {}
+            taken => taken.map_err(|refusal| refused(path, refusal))?,
         }
+        if device.is_some() && !options.read_only && options.sharing == Sharing::Exclusive {
+            // It is not mounted, and will not be as long as we have it.
+            let exclusive = open_exclusively(&first, path, access).map_err(cannot_open)?;
+            claim.extend(exclusive.as_fd()).map_err(|source| inspect_io(path, source))?;
+            first = exclusive;
+        }
+
         let (smallest, physical_bytes) = match device {
             Some(_) => (
-                ioctl_blksszget(&buffered).map_err(inspect)?,
-                ioctl_blkpbszget(&buffered).map_err(inspect)?,
+                ioctl_blksszget(&first).map_err(inspect)?,
+                ioctl_blkpbszget(&first).map_err(inspect)?,
             ),
             None => (SECTOR_BYTES, SECTOR_MAX),
         };
@@ -151,51 +111,173 @@ impl Target {
             let (path, wanted) = (path.into(), logical_bytes);
             return Err(FileError::Sector { path, wanted, smallest });
         }
-        let direct = if options.direct {
-            match open(OFlags::DIRECT) {
-                Ok(fd) => Direct::new(fd),
-                // A file system that does not do this.
-                Err(Errno::INVAL | Errno::OPNOTSUPP) => None,
-                Err(error) => return Err(cannot_open(error)),
-            }
-        } else {
-            None
-        };
         let discard = match device {
             _ if options.read_only => None,
-            Some((major, minor)) => device_units(major, minor),
+            Some((major, minor)) => device_units(&device_folder(major, minor)),
             None => {
                 let block = u32::try_from(stat.st_blksize).unwrap_or(SECTOR_MAX);
                 let granularity = block.max(logical_bytes).div_ceil(SECTOR_BYTES);
                 Some(DiscardUnits { granularity, alignment: 0 })
             }
         };
-        let target = Self {
+        let mut target = Self {
             path: path.into(),
-            buffered,
-            direct,
+            stat,
+            first,
+            claim: Mutex::new(claim),
+            wanted,
+            direct: false,
+            memory_mask: AtomicUsize::new(0),
             sectors: AtomicU64::new(0),
             logical_bytes,
             physical_bytes: physical_bytes.max(logical_bytes),
             read_only: options.read_only,
             discard,
+            device,
+            flush_failed: AtomicBool::new(false),
         };
-        target.refresh()?;
+        target.measure(options.in_use)?;
+        if options.direct {
+            target.go_direct().map_err(|source| inspect_io(path, source))?;
+        }
+        if options.contents == Contents::Raw {
+            target.check_contents(options.in_use)?;
+        }
         Ok(target)
     }
 
+    /// One more description, for the input and output of one queue. The host tells an error that it
+    /// finds when it writes back to each description that there is, so that each queue's flush learns of
+    /// it.
+    pub(super) fn description(&self) -> Result<OwnedFd, FileError> {
+        let claim = self.claim()?;
+        let access = if self.read_only { OFlags::RDONLY } else { OFlags::RDWR };
+        let direct = if self.direct { OFlags::DIRECT } else { OFlags::empty() };
+        let file = reopen(&self.first, &self.path, access | OFlags::CLOEXEC | direct)
+            .map_err(|error| FileError::Open { path: self.path.clone(), source: error.into() })?;
+        let locked = claim.extend(file.as_fd());
+        // Where there are no locks, a disk that is shared is opened all the same.
+        if claim != Claim::new(self.read_only, Sharing::Shared) {
+            locked.map_err(|source| inspect_io(&self.path, source))?;
+        }
+        Ok(file)
+    }
+
+    /// The claim of a disk that is used. One that has arrived with its guest waits for the place where
+    /// the guest came from.
+    fn claim(&self) -> Result<Claim, FileError> {
+        // Nothing panics while it is locked.
+        let mut claim = self.claim.lock().unwrap_or_else(PoisonError::into_inner);
+        if *claim != self.wanted {
+            let name = self.path.display().to_string();
+            self.wanted
+                .take_within(self.first.as_fd(), &self.stat, &name, ARRIVAL)
+                .map_err(|refusal| refused(&self.path, refusal))?;
+            *claim = self.wanted;
+        }
+        Ok(*claim)
+    }
+
+    /// Asks the host once more how large the file is.
     pub(super) fn refresh(&self) -> Result<(), FileError> {
-        // It serves files and block devices, and moves a position that nobody uses.
-        let bytes = seek(&self.buffered, SeekFrom::End(0)).map_err(|error| FileError::Inspect {
-            path: self.path.clone(),
-            source: error.into(),
-        })?;
+        self.measure(false)
+    }
+
+    /// Asks the host how large the file is. What is left over is an error unless a guest uses the disk
+    /// already.
+    fn measure(&self, in_use: bool) -> Result<(), FileError> {
+        // It serves files and block devices, and moves a position that no other call uses.
+        let bytes = seek(&self.first, SeekFrom::End(0))
+            .map_err(|error| inspect_io(&self.path, error.into()))?;
         let logical = u64::from(self.logical_bytes);
-        let sectors = bytes / logical * (logical / u64::from(SECTOR_BYTES));
-        if sectors == 0 {
+        let whole = bytes / logical * logical;
+        if bytes == 0 {
             return Err(FileError::Empty(self.path.clone()));
         }
-        self.sectors.store(sectors, Ordering::Relaxed);
+        if whole < bytes {
+            let error = FileError::Length {
+                path: self.path.clone(),
+                bytes,
+                sector: self.logical_bytes,
+                more: whole + logical,
+            };
+            if !in_use || whole == 0 {
+                return Err(error);
+            }
+            warn(&error);
+        }
+        self.sectors.store(whole / u64::from(SECTOR_BYTES), Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Goes past the page cache if the host takes every sector of the disk so.
+    fn go_direct(&mut self) -> io::Result<()> {
+        match fcntl_setfl(&self.first, OFlags::DIRECT) {
+            // A file system that does not do this.
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(()),
+            result => result?,
+        }
+        let status = statx(&self.first, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok();
+        let told = status
+            .filter(|status| status.stx_mask & StatxFlags::DIOALIGN.bits() != 0)
+            .map(|status| (status.stx_dio_offset_align, status.stx_dio_mem_align));
+        let (place, memory) = match told {
+            Some((place, memory)) if place.is_power_of_two() && memory.is_power_of_two() => {
+                (place, memory)
+            }
+            // There is no direct access to this file.
+            Some(_) => (u32::MAX, 1),
+            // An old host does not say. A page is enough for every memory.
+            None => (self.smallest_direct(), SECTOR_MAX),
+        };
+        self.direct = place <= self.logical_bytes;
+        // A piece holds whole units of the place, too.
+        self.memory_mask = AtomicUsize::new(memory as usize - 1);
+        if self.direct {
+            return Ok(());
+        }
+        fcntl_setfl(&self.first, OFlags::empty())?;
+        Ok(())
+    }
+
+    /// The smallest access past the page cache that the host does.
+    fn smallest_direct(&self) -> u32 {
+        let Ok(memory) = Bounce::new(1).map(|mut it| (it.take(), it)) else {
+            return u32::MAX;
+        };
+        let sizes = [512, 1024, 2048, SECTOR_MAX];
+        let works = |bytes: &u32| match &memory {
+            (Some(buffer), bounce) => {
+                bounce.read(self.first.as_fd(), *buffer, 0, *bytes as usize).is_ok()
+            }
+            _ => false,
+        };
+        sizes.into_iter().find(works).unwrap_or(u32::MAX)
+    }
+
+    /// Refuses an image that is not raw. What a guest has written to its disk is its own affair, and no
+    /// reason to take the disk from it.
+    fn check_contents(&self, in_use: bool) -> Result<(), FileError> {
+        let failed = |source| inspect_io(&self.path, source);
+        let bytes = self.sectors.load(Ordering::Relaxed) * u64::from(SECTOR_BYTES);
+        let mut bounce = Bounce::new(1).map_err(failed)?;
+        let Some(buffer) = bounce.take() else { return Ok(()) };
+        let read = |place, count: u64| {
+            let count = count.min(BUFFER_BYTES as u64) as usize;
+            let count = bounce.read(self.first.as_fd(), buffer, place, count)?;
+            Ok(bounce.copy(buffer, count))
+        };
+        let head = read(0, bytes.min(HEAD_BYTES as u64)).map_err(failed)?;
+        let logical = u64::from(self.logical_bytes);
+        let last = read(bytes - logical, logical).map_err(failed)?;
+        let tail = &last[last.len().saturating_sub(TAIL_BYTES)..];
+        if let Some(format) = probe(&head, tail) {
+            let error = FileError::Format { path: self.path.clone(), format };
+            if !in_use {
+                return Err(error);
+            }
+            warn(&error);
+        }
         Ok(())
     }
 
@@ -218,55 +300,123 @@ impl Target {
         }
     }
 
-    /// Whether an access can go past the page cache. Those that cannot may be mixed with those that
-    /// can: the host keeps the page cache up to date.
+    /// Whether the host can access this memory. If not, the data is copied: the way into the file is
+    /// the same.
     #[inline]
-    pub(super) fn is_direct(&self, extent: Extent, pieces: &[Piece]) -> bool {
-        let Some(direct) = &self.direct else { return false };
-        let (mut lengths, mut addresses) = (extent.bytes(), 0);
+    pub(super) fn takes(&self, pieces: &[Piece]) -> bool {
+        if !self.direct {
+            return true;
+        }
+        let (mut lengths, mut addresses) = (0, 0);
         for piece in pieces {
-            lengths |= piece.bytes() as u64;
+            lengths |= piece.bytes();
             addresses |= piece.base().as_ptr() as usize;
         }
-        let place = extent.first().wrapping_mul(u64::from(SECTOR_BYTES));
-        (place | lengths) & direct.place_mask == 0 && addresses & direct.address_mask == 0
+        let mask = self.memory_mask.load(Ordering::Relaxed);
+        lengths & (self.logical_bytes as usize - 1) == 0 && addresses & mask == 0
     }
 
-    /// The file descriptors: through the page cache, and past it if there is one for that.
-    pub(super) fn fds(&self) -> (RawFd, Option<RawFd>) {
-        (self.buffered.as_raw_fd(), self.direct.as_ref().map(|direct| direct.fd.as_raw_fd()))
+    /// Whether an operation that the host has refused for its memory (`EINVAL`) is worth another attempt
+    /// with a copy. From now on all memory is to be aligned to pages.
+    pub(super) fn wants_copy(&self) -> bool {
+        self.memory_mask.fetch_max(SECTOR_MAX as usize - 1, Ordering::Relaxed);
+        self.direct
     }
 
-    pub(super) fn buffered(&self) -> &impl AsFd {
-        &self.buffered
+    /// How much of what the host has done counts: whole sectors, so that what is left can be done.
+    #[inline]
+    pub(super) fn whole(&self, count: u64) -> u64 {
+        if self.direct { count & !(u64::from(self.logical_bytes) - 1) } else { count }
+    }
+
+    /// What a flush has come to. One that has failed is failed for all queues, until the disk is opened
+    /// again: the host has told what it knows, and drops the data.
+    pub(super) fn flushed(&self, result: Result<(), Errno>) -> Result<(), StoreError> {
+        if result.is_err() {
+            self.flush_failed.store(true, Ordering::SeqCst);
+        }
+        self.may_flush()
+    }
+
+    /// Whether a flush can say that all is well.
+    pub(super) fn may_flush(&self) -> Result<(), StoreError> {
+        match self.flush_failed.load(Ordering::SeqCst) {
+            true => Err(StoreError::Medium),
+            false => Ok(()),
+        }
+    }
+
+    /// Whether it is a block device, which discards by a command of its own.
+    pub(super) fn is_device(&self) -> bool {
+        self.device.is_some()
+    }
+
+    /// Whether the device says now that it discards.
+    pub(super) fn device_discards(&self) -> bool {
+        let units = |(major, minor)| device_units(&device_folder(major, minor));
+        self.device.and_then(units).is_some()
     }
 }
 
-impl Direct {
-    fn new(fd: OwnedFd) -> Option<Self> {
-        let status = statx(&fd, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok();
-        let status = status
-            .filter(|status| status.stx_mask & StatxFlags::DIOALIGN.bits() != 0)
-            .map(|status| (status.stx_dio_offset_align, status.stx_dio_mem_align));
-        match status {
-            Some((place, address)) if place.is_power_of_two() && address.is_power_of_two() => {
-                let (place_mask, address_mask) = (u64::from(place) - 1, address as usize - 1);
-                Some(Self { fd, place_mask, address_mask })
+fn inspect_io(path: &Path, source: io::Error) -> FileError {
+    FileError::Inspect { path: path.into(), source }
+}
+
+fn refused(path: &Path, refusal: Refusal) -> FileError {
+    let path = path.into();
+    match refusal {
+        Refusal::InUse(by) => FileError::InUse { path, by },
+        Refusal::Unlockable(source) => FileError::Unlockable { path, source },
+    }
+}
+
+#[cfg(feature = "log")]
+fn warn(error: &FileError) {
+    log::warn!("{error}. A guest uses it already, so that it is served all the same");
+}
+
+#[cfg(not(feature = "log"))]
+fn warn(_error: &FileError) {}
+
+/// Opens the same file once more. Its name may be another one's by now.
+fn reopen(file: &OwnedFd, path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
+    let own = format!("/proc/self/fd/{}", file.as_raw_fd());
+    match open(own, flags, Mode::empty()) {
+        // There is no `/proc`.
+        Err(Errno::NOENT) => {
+            let again = open(path, flags, Mode::empty())?;
+            let (one, other) = (fstat(file)?, fstat(&again)?);
+            match (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino) {
+                true => Ok(again),
+                false => Err(Errno::STALE),
             }
-            // It says that there is no direct access to this file.
-            Some(_) => None,
-            // It does not say: a page is enough for every medium that a disk can be on.
-            None => {
-                let mask = SECTOR_MAX - 1;
-                Some(Self { fd, place_mask: mask.into(), address_mask: mask as usize })
+        }
+        result => result,
+    }
+}
+
+/// Opens a block device exclusively. A description that was just closed keeps the device for a moment
+/// after its locks are gone.
+fn open_exclusively(file: &OwnedFd, path: &Path, access: OFlags) -> Result<OwnedFd, Errno> {
+    let mut attempts = 0;
+    loop {
+        match reopen(file, path, access | OFlags::EXCL) {
+            Err(Errno::BUSY) if attempts < 20 => {
+                attempts += 1;
+                thread::sleep(Duration::from_millis(50));
             }
+            result => return result,
         }
     }
 }
 
-/// The units in which a block device discards, if it does: what `sysfs` says of it.
-fn device_units(major: u32, minor: u32) -> Option<DiscardUnits> {
-    let device = PathBuf::from(format!("/sys/dev/block/{major}:{minor}"));
+/// Where the host tells about a block device.
+fn device_folder(major: u32, minor: u32) -> PathBuf {
+    PathBuf::from(format!("/sys/dev/block/{major}:{minor}"))
+}
+
+/// The units in which a block device discards, if it does: what its folder of `sysfs` says.
+fn device_units(device: &Path) -> Option<DiscardUnits> {
     let number = |path: PathBuf| -> io::Result<u64> {
         fs::read_to_string(path)?.trim().parse().map_err(io::Error::other)
     };
@@ -276,13 +426,46 @@ fn device_units(major: u32, minor: u32) -> Option<DiscardUnits> {
             .or_else(|_| number(device.join("../queue").join(name)))
             .unwrap_or(0)
     };
-    // The host discards by writing zeroes that need not be stored.
-    let does = queue("write_zeroes_max_bytes") > 0 && queue("discard_max_bytes") > 0;
     let sector = u64::from(SECTOR_BYTES);
     let granularity = u32::try_from(queue("discard_granularity").div_ceil(sector)).ok()?;
-    if !does || granularity == 0 {
+    if queue("discard_max_bytes") == 0 || granularity == 0 {
         return None;
     }
     let alignment = number(device.join("discard_alignment")).unwrap_or(0) / sector;
     Some(DiscardUnits { granularity, alignment: (alignment % u64::from(granularity)) as u32 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A folder as `sysfs` has it of a device.
+    fn folder(numbers: &[(&str, &str)]) -> PathBuf {
+        let name = format!("pvblk-sysfs-{}-{}", std::process::id(), numbers.len());
+        let folder = std::env::temp_dir().join(name);
+        fs::create_dir_all(folder.join("queue")).unwrap();
+        for (name, number) in numbers {
+            fs::write(folder.join(name), number).unwrap();
+        }
+        folder
+    }
+
+    #[test]
+    fn a_device_discards_that_writes_no_zeroes() {
+        let there = folder(&[
+            ("queue/discard_max_bytes", "4294966784\n"),
+            ("queue/discard_granularity", "4096\n"),
+            ("queue/write_zeroes_max_bytes", "0\n"),
+            ("discard_alignment", "512\n"),
+        ]);
+        assert_eq!(device_units(&there), Some(DiscardUnits { granularity: 8, alignment: 1 }));
+        fs::remove_dir_all(there).unwrap();
+        let none = folder(&[
+            ("queue/discard_max_bytes", "0\n"),
+            ("queue/discard_granularity", "4096\n"),
+            ("queue/write_zeroes_max_bytes", "4294966784\n"),
+        ]);
+        assert_eq!(device_units(&none), None);
+        fs::remove_dir_all(none).unwrap();
+    }
 }
