@@ -414,31 +414,6 @@ fn a_barrier_comes_after_everything_before_it_and_before_everything_after_it() {
     }
 }
 
-#[test]
-fn what_is_abandoned_fails_and_is_answered_once() {
-    for fetches in [false, true] {
-        let disk = Disk::new(SECTORS);
-        disk.0.borrow_mut().by_hand = true;
-        let mut device = Device::new(&disk, fetches);
-        let write = device.request(kind::OUT, 0, &[(DATA, 4096)]);
-        let read = device.request(kind::IN, 100, &[(DATA + 8192, 4096)]);
-        let flush = device.request(kind::FLUSH, 24, &[(DATA, 2048)]);
-        let barrier = device.request(kind::BARRIER, 200, &[(DATA, 4096)]);
-        assert_eq!(device.settle(), []);
-        device.engine.abandon();
-        assert_eq!(disk.0.borrow().quiesced, 1);
-        let mut used: Vec<_> = device.settle().iter().map(|(head, _)| *head).collect();
-        used.sort_unstable();
-        assert_eq!(used, [write, read, flush, barrier]);
-        assert_eq!([write, read, flush, barrier].map(|head| device.status(head)), [FAILED; 4]);
-        assert_eq!(device.engine.in_progress(), 0);
-        // And it goes on.
-        disk.0.borrow_mut().by_hand = false;
-        let head = device.request(kind::IN, 0, &[(DATA, 4096)]);
-        assert_eq!(device.ask(head), (DONE, 4097));
-    }
-}
-
 /// Without a store that is slow, and alone: there is nothing to wait for.
 #[test]
 fn a_barrier_alone_starts_at_once() {

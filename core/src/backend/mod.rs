@@ -601,19 +601,6 @@ where
         self.memory.tidy(oldest, now);
     }
 
-    /// Fails what the store has in flight, after [quiescing](Store::quiesce) it. Whether it was done is
-    /// not known. It is answered by the next [`poll`](Self::poll), like what waits for the peer's memory.
-    #[cold]
-    pub fn abandon(&mut self) {
-        self.store.quiesce(&InFlight(&self.jobs));
-        loop {
-            let tag = self.jobs.tags().find(|tag| !self.exchanging.contains(tag));
-            let Some(tag) = tag else { return };
-            self.note(tag, Err(StoreError::Medium));
-            self.finish(tag);
-        }
-    }
-
     /// How many requests are in progress.
     pub fn in_progress(&self) -> usize {
         self.jobs.len()

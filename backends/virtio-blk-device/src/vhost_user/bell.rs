@@ -63,13 +63,11 @@ impl Drop for Bell {
     }
 }
 
-/// Sleeps until the store wants to be called, but not longer than until `end`.
-pub(super) fn wait_for_store(wakeup: &Wakeup<'_>, end: Instant) {
-    let deadline = wakeup.deadline.map_or(end, |deadline| deadline.min(end));
-    let mut store = of_store(wakeup).map(|store| [store]);
-    // A store without a descriptor waits for its deadline only.
-    let fds = store.as_mut().map_or(&mut [][..], |store| &mut store[..]);
-    let _ = poll(fds, Some(&until(deadline)));
+/// Sleeps until the store wants to be called.
+pub(super) fn wait_for_store(wakeup: &Wakeup<'_>) {
+    if let Some(store) = of_store(wakeup) {
+        let _ = poll(&mut [store], timeout(wakeup).as_ref());
+    }
 }
 
 fn of_store<'a>(wakeup: &Wakeup<'a>) -> Option<PollFd<'a>> {
@@ -78,37 +76,7 @@ fn of_store<'a>(wakeup: &Wakeup<'a>) -> Option<PollFd<'a>> {
 }
 
 fn timeout(wakeup: &Wakeup<'_>) -> Option<Timespec> {
-    wakeup.deadline.map(until)
-}
-
-fn until(deadline: Instant) -> Timespec {
-    let left = deadline.saturating_duration_since(Instant::now());
+    let left = wakeup.deadline?.saturating_duration_since(Instant::now());
     let tv_sec = i64::try_from(left.as_secs()).unwrap_or(i64::MAX);
-    Timespec { tv_sec, tv_nsec: left.subsec_nanos().into() }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use super::*;
-
-    #[test]
-    fn a_store_without_a_descriptor_is_slept_for() {
-        let sleeps = |deadline: Option<u64>, end: u64| {
-            let start = Instant::now();
-            let after = |millis| start + Duration::from_millis(millis);
-            let wakeup = Wakeup { fd: None, writable: false, deadline: deadline.map(after) };
-            wait_for_store(&wakeup, after(end));
-            start.elapsed()
-        };
-        // Whichever comes first. How much later than that is up to the machine.
-        for (deadline, end, least) in
-            [(Some(40), 60_000, 40), (None, 40, 40), (Some(60_000), 40, 40)]
-        {
-            let slept = sleeps(deadline, end);
-            assert!(slept >= Duration::from_millis(least), "{slept:?}");
-            assert!(slept < Duration::from_secs(30), "{slept:?}");
-        }
-    }
+    Some(Timespec { tv_sec, tv_nsec: left.subsec_nanos().into() })
 }

@@ -83,10 +83,6 @@ const BUSY_ROUNDS: u32 = 16;
 /// Pauses of the processor between two looks.
 const LOOK_EVERY: u32 = 8;
 
-/// How long what is in progress may take when a queue is to stop. QEMU waits for that, and its guest
-/// stands still meanwhile.
-const FINISH: Duration = Duration::from_secs(5);
-
 /// The longest request whose memory has to be bounced, in bytes.
 const BOUNCE_BYTES: usize = 4 << 20;
 
@@ -270,20 +266,14 @@ impl<D: Disk> Running<'_, D> {
         self.looks_again = start.elapsed() < self.task.look_again;
     }
 
-    /// Finishes what is in progress, and takes nothing any more. What takes too long is failed.
+    /// Finishes what is in progress, and takes nothing any more.
     fn finish<Q: GuestQueue>(&self, engine: &mut Engine<Q, D>) -> Result<(), Violation> {
-        let end = Instant::now() + FINISH;
         loop {
             self.work(engine, 0)?;
             if engine.in_progress() == 0 {
                 return Ok(());
             }
-            if Instant::now() >= end {
-                // What is left is answered in the next round.
-                engine.abandon();
-                continue;
-            }
-            wait_for_store(&engine.store().inner().wakeup(), end);
+            wait_for_store(&engine.store().inner().wakeup());
         }
     }
 
