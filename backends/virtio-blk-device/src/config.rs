@@ -21,7 +21,8 @@ pub struct Settings {
     /// The most descriptors in a queue.
     pub queue_size: u16,
     /// The most segments in a request. A driver makes no chain that is longer than its queue, the
-    /// header and the status included.
+    /// header and the status included: so this should be two less than the descriptors of the queues
+    /// that the monitor has, which it does not tell before the driver has read this.
     pub segments: u16,
     /// The most bytes in a segment; as many as can be written down if not set.
     pub segment_bytes: Option<u32>,
@@ -33,6 +34,9 @@ pub struct Settings {
     /// How long a queue is looked at before its server sleeps, in microseconds, if there were requests
     /// lately. It answers the next one sooner, and takes processor time.
     pub look_again: u32,
+    /// How long a queue that is to stop waits for its store, in milliseconds. The monitor stands still
+    /// for that time. What is in progress afterwards is answered as failed.
+    pub patience: u32,
 }
 
 impl Default for Settings {
@@ -40,11 +44,13 @@ impl Default for Settings {
         Self {
             queues: 1,
             queue_size: 256,
-            segments: 254,
+            // QEMU's `vhost-user-blk-pci` has queues of 128 descriptors, unless it is told otherwise.
+            segments: 126,
             segment_bytes: None,
             packed: false,
             write_back: true,
             look_again: 0,
+            patience: 10_000,
         }
     }
 }

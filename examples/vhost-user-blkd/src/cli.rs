@@ -99,7 +99,8 @@ pub struct DeviceArgs {
     /// The most descriptors in a queue, a power of two: 4 to 32768
     #[arg(long, value_name = "COUNT", default_value_t = 256)]
     pub queue_size: u16,
-    /// The most segments in a request [default: two less than the descriptors in a queue]
+    /// The most segments in a request: two less than the descriptors that QEMU's queues have
+    /// (queue-size=), but at most two less than --queue-size [default: 126, or that if it is less]
     #[arg(long, value_name = "COUNT")]
     pub segments: Option<u16>,
     /// Offer packed queues
@@ -112,6 +113,10 @@ pub struct DeviceArgs {
     /// answers sooner, and the host less processor time for others; 0 to sleep at once
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 0)]
     pub poll: u32,
+    /// When a queue is to stop, wait so long for requests that the disk has not done; then they fail.
+    /// QEMU stands still meanwhile. 0 to 3600
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    pub stop_within: u32,
     /// The disk's serial number: up to 20 bytes
     #[arg(long, value_name = "TEXT", default_value = "pvblk")]
     pub serial: String,
@@ -174,7 +179,7 @@ impl Cli {
     pub fn settings(&self) -> Result<Settings> {
         let DeviceArgs { sector, queues, queue_size, segments, serial, .. } = &self.device;
         let longest = queue_size.saturating_sub(2);
-        let segments = segments.unwrap_or(longest);
+        let segments = segments.unwrap_or(longest.min(Settings::default().segments));
         if sector.is_some_and(|sector| !matches!(sector, 512 | 1024 | 2048 | 4096)) {
             bail!("--sector: 512, 1024, 2048 or 4096 is expected");
         }
@@ -187,6 +192,10 @@ impl Cli {
         if !(1..=longest).contains(&segments) {
             bail!("--segments: 1 to {longest} is expected with queues of {queue_size} descriptors");
         }
+        let stop_within = self.device.stop_within;
+        if stop_within > 3600 {
+            bail!("--stop-within: 0 to 3600 seconds are expected");
+        }
         if serial.len() > ID_BYTES {
             bail!("--serial: at most {ID_BYTES} bytes are expected");
         }
@@ -197,6 +206,7 @@ impl Cli {
         settings.packed = self.device.packed;
         settings.write_back = !self.device.write_through;
         settings.look_again = self.device.poll;
+        settings.patience = stop_within * 1000;
         Ok(settings)
     }
 }
@@ -226,12 +236,13 @@ mod tests {
         let cli = parse(
             "--socket /run/x --memory 64M --read-only --sector 4096 --queues 2 --queue-size 128 \
              --segments 32 --packed --write-through --serial abc --buffered --synchronous \
-             --socket-mode 660",
+             --socket-mode 660 --stop-within 3",
         );
         let cli = cli.unwrap();
         let settings = cli.settings().unwrap();
         assert_eq!((settings.queues, settings.queue_size, settings.segments), (2, 128, 32));
         assert!(settings.packed && !settings.write_back);
+        assert_eq!(settings.patience, 3000);
         assert_eq!(cli.socket_mode, 0o660);
         assert_eq!(cli.memory_file(), Path::new("/run/x.memory"));
         assert_eq!(cli.source().unwrap().to_string(), "memory:64M");
@@ -248,6 +259,21 @@ mod tests {
             (folder(&cli.socket), folder(Path::new("/a/b"))),
             (Path::new("."), Path::new("/a"))
         );
+    }
+
+    #[test]
+    fn requests_are_no_longer_than_the_queues_of_qemu() {
+        for (line, expected) in [
+            ("", 126),
+            ("--queue-size 1024", 126),
+            ("--queue-size 128", 126),
+            ("--queue-size 64", 62),
+            ("--queue-size 4", 2),
+            ("--queue-size 1024 --segments 1022", 1022),
+        ] {
+            let cli = parse(&format!("--socket x --memory 1M {line}")).unwrap();
+            assert_eq!(cli.settings().unwrap().segments, expected, "{line}");
+        }
     }
 
     #[test]
@@ -269,6 +295,7 @@ mod tests {
             ("--queue-size 100", "--queue-size"),
             ("--queue-size 65535", "--queue-size"),
             ("--segments 255", "--segments"),
+            ("--stop-within 3601", "--stop-within"),
             ("--serial 123456789012345678901", "--serial"),
         ] {
             let cli = parse(&format!("--socket x --memory 1M {line}")).unwrap();

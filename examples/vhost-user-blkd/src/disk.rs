@@ -76,6 +76,11 @@ impl Disk for Served {
                 log::info!("queue {queue}: open");
             }
             Report::Progress(progress) => figures.publish(&progress),
+            Report::Unfinished { requests, is_left } => log::error!(
+                "queue {queue}: {requests} requests were not done in the time that --stop-within allows: \
+                 {}",
+                if is_left { "left to the next daemon" } else { "they have failed" }
+            ),
             Report::Closed => log::info!("queue {queue}: closed"),
             Report::NotOpened(error) => log::error!("queue {queue}: cannot be served: {error}"),
             Report::Violation(violation) => {

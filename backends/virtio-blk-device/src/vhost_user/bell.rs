@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use pvblk_stores::Wakeup;
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
@@ -63,11 +63,21 @@ impl Drop for Bell {
     }
 }
 
-/// Sleeps until the store wants to be called.
-pub(super) fn wait_for_store(wakeup: &Wakeup<'_>) {
-    if let Some(store) = of_store(wakeup) {
-        let _ = poll(&mut [store], timeout(wakeup).as_ref());
-    }
+/// Sleeps until the store wants to be called, or `until`. A store that does not say when it wants to be
+/// called is called again soon, but never at once.
+pub(super) fn wait_for_store(wakeup: &Wakeup<'_>, until: Instant) {
+    const SOON: Duration = Duration::from_millis(10);
+    const LEAST: Duration = Duration::from_millis(1);
+    let store = of_store(wakeup);
+    let now = Instant::now();
+    let soon = if store.is_some() { until } else { now + SOON };
+    let deadline = wakeup.deadline.unwrap_or(soon).min(until).max(now + LEAST);
+    let timeout = timeout(&Wakeup { deadline: Some(deadline), ..*wakeup });
+    // Interrupted is early: everything is looked at anyway.
+    let _ = match store {
+        Some(store) => poll(&mut [store], timeout.as_ref()),
+        None => poll(&mut [], timeout.as_ref()),
+    };
 }
 
 fn of_store<'a>(wakeup: &Wakeup<'a>) -> Option<PollFd<'a>> {

@@ -1,7 +1,6 @@
 //! What the monitor asks for, message by message.
 
 use std::fs::File;
-use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,10 +20,12 @@ use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut
 use zerocopy::IntoBytes;
 
 use super::disk::Disk;
+use super::lingering::Lingering;
 use super::log::Logs;
 use super::memory::Memory;
+use super::refusal::Refusal;
 use super::ring::Ring;
-use super::worker::{Task, Worker};
+use super::worker::{Stuck, Task, Unfinished, Worker};
 use crate::cache::WriteBack;
 use crate::config::{Settings, is_write_back};
 use crate::fmt::message;
@@ -41,13 +42,14 @@ pub(super) struct Device<D: Disk> {
     settings: Settings,
     /// What the driver accepted.
     features: Features,
-    protocol: VhostUserProtocolFeatures,
     memory: Memory,
     rings: Vec<Ring>,
     logs: Option<Logs>,
     /// What the driver has written to the configuration.
     wants_cache: bool,
     write_back: WriteBack,
+    /// Queues that were stopped and are not over. They outlive their monitor.
+    lingering: Lingering,
 }
 
 impl<D: Disk> Device<D> {
@@ -56,19 +58,24 @@ impl<D: Disk> Device<D> {
             disk,
             settings,
             features: Features::empty(),
-            protocol: VhostUserProtocolFeatures::empty(),
             memory: Memory::default(),
             rings: (0..settings.queues).map(|_| Ring::default()).collect(),
             logs: None,
             wants_cache: settings.write_back,
             write_back: WriteBack::new(settings.write_back),
+            lingering: Lingering::default(),
         }
     }
 
     /// The monitor has gone: everything is as it was before it came.
     pub fn disconnect(&mut self) {
-        self.rings.iter_mut().for_each(Ring::stop);
-        *self = Self::new(self.disk.clone(), self.settings);
+        let lingering = self.lingering.clone();
+        for (index, ring) in self.rings.iter_mut().enumerate() {
+            if ring.stop(Unfinished::Leave, &lingering).is_err() {
+                message!(error, "{}", Refusal::Stuck(index));
+            }
+        }
+        *self = Self { lingering, ..Self::new(self.disk.clone(), self.settings) };
     }
 
     /// The disk has another shape.
@@ -91,7 +98,17 @@ impl<D: Disk> Device<D> {
     }
 
     fn ring(&mut self, index: usize) -> Result<&mut Ring> {
-        self.rings.get_mut(index).ok_or(Error::InvalidParam)
+        let count = self.rings.len();
+        Ok(self.rings.get_mut(index).ok_or(Refusal::Queue(index, count))?)
+    }
+
+    /// The same, when nothing serves it any more.
+    fn stopped(&mut self, index: usize) -> Result<&mut Ring> {
+        let lingering = self.lingering.clone();
+        let ring = self.ring(index)?;
+        let stopped = ring.stop(Unfinished::Fail, &lingering);
+        stopped.map_err(|Stuck| Refusal::Stuck(index))?;
+        Ok(ring)
     }
 
     /// Serves a queue, or not, as the monitor wants it now.
@@ -99,10 +116,7 @@ impl<D: Disk> Device<D> {
         let ring = self.ring(index)?;
         match (ring.is_wanted(), ring.worker.is_some()) {
             (true, false) => self.start(index),
-            (false, true) => {
-                ring.stop();
-                Ok(())
-            }
+            (false, true) => self.stopped(index).map(drop),
             _ => Ok(()),
         }
     }
@@ -111,12 +125,23 @@ impl<D: Disk> Device<D> {
         let Some(ram) = self.memory.ram().cloned() else { return Ok(()) };
         let Some(ring) = self.rings.get(index) else { return Ok(()) };
         let (Some(kick), Some(addresses)) = (&ring.kick, ring.addresses) else { return Ok(()) };
-        let of_guest = |address| self.memory.guest_address(address).ok_or(Error::InvalidParam);
+        let of_guest = |address| self.memory.guest_address(address).ok_or(Refusal::Address(index));
         let addresses = Addresses {
             descriptors: of_guest(addresses.descriptors)?,
             driver: of_guest(addresses.driver)?,
             device: of_guest(addresses.device)?,
         };
+        if ring.size < self.settings.segments.saturating_add(2) {
+            message!(
+                warn,
+                "queue {}: {} descriptors are too few for the requests of {} segments that were \
+                 announced: have it announce {} at most, or give the device longer queues",
+                index,
+                ring.size,
+                self.settings.segments,
+                ring.size.saturating_sub(2).max(1),
+            );
+        }
         let task = Task {
             disk: self.disk.clone(),
             number: index,
@@ -129,6 +154,8 @@ impl<D: Disk> Device<D> {
             segments: self.settings.segments,
             write_back: self.write_back.clone(),
             look_again: Duration::from_micros(self.settings.look_again.into()),
+            patience: Duration::from_millis(self.settings.patience.into()),
+            lingering: self.lingering.clone(),
             kick: kick.clone(),
             call: ring.call.clone(),
             error: ring.error.clone(),
@@ -138,17 +165,16 @@ impl<D: Disk> Device<D> {
         Ok(())
     }
 
-    /// Does something that nobody may use a queue during, and goes on.
+    /// Does something that no queue may be in use during, and goes on.
     fn paused(&mut self, work: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
-        self.rings.iter_mut().for_each(Ring::stop);
+        (0..self.rings.len()).try_for_each(|index| self.stopped(index).map(drop))?;
         let result = work(self);
         (0..self.rings.len()).try_for_each(|index| self.update(index)).and(result)
     }
 }
 
-/// What a message is not for that nobody should have sent.
 fn unsupported<T>() -> Result<T> {
-    Err(Error::ReqHandlerError(io::ErrorKind::Unsupported.into()))
+    Err(Refusal::Unsupported.into())
 }
 
 impl<D: Disk> VhostUserBackendReqHandlerMut for Device<D> {
@@ -162,9 +188,8 @@ impl<D: Disk> VhostUserBackendReqHandlerMut for Device<D> {
     }
 
     fn reset_device(&mut self) -> Result<()> {
-        for ring in &mut self.rings {
-            ring.stop();
-            ring.is_enabled = false;
+        for index in 0..self.rings.len() {
+            self.stopped(index)?.is_enabled = false;
         }
         self.features = Features::empty();
         Ok(())
@@ -175,8 +200,9 @@ impl<D: Disk> VhostUserBackendReqHandlerMut for Device<D> {
     }
 
     fn set_features(&mut self, features: u64) -> Result<()> {
-        if features & !self.offer() != 0 {
-            return Err(Error::InvalidParam);
+        let more = features & !self.offer();
+        if more != 0 {
+            return Err(Refusal::Features(more).into());
         }
         self.paused(|device| {
             device.features = Features::from_bits_retain(features);
@@ -199,8 +225,10 @@ impl<D: Disk> VhostUserBackendReqHandlerMut for Device<D> {
     }
 
     fn set_protocol_features(&mut self, features: u64) -> Result<()> {
-        let features = VhostUserProtocolFeatures::from_bits(features);
-        self.protocol = features.ok_or(Error::InvalidParam)?;
+        let more = features & !self.get_protocol_features()?.bits();
+        if more != 0 {
+            return Err(Refusal::ProtocolFeatures(more).into());
+        }
         Ok(())
     }
 
@@ -230,8 +258,9 @@ impl<D: Disk> VhostUserBackendReqHandlerMut for Device<D> {
         _flags: VhostUserConfigFlags,
     ) -> Result<()> {
         // QEMU may write all of it, of which only one byte can be written to.
-        let place = WRITE_BACK.checked_sub(offset).ok_or(Error::InvalidParam)?;
-        let wanted = *bytes.get(place as usize).ok_or(Error::InvalidParam)?;
+        let place = WRITE_BACK.checked_sub(offset);
+        let wanted = place.and_then(|place| bytes.get(place as usize));
+        let wanted = *wanted.ok_or(Refusal::Config(WRITE_BACK))?;
         self.wants_cache = wanted != 0;
         self.switch_cache();
         Ok(())
@@ -265,11 +294,9 @@ impl<D: Disk> VhostUserBackendReqHandlerMut for Device<D> {
 
     fn set_vring_num(&mut self, index: u32, size: u32) -> Result<()> {
         let most = self.settings.queue_size;
-        let size = u16::try_from(size).ok().filter(|size| (1..=most).contains(size));
-        let size = size.ok_or(Error::InvalidParam)?;
-        let ring = self.ring(index as usize)?;
-        ring.stop();
-        ring.size = size;
+        let fitting = u16::try_from(size).ok().filter(|size| (1..=most).contains(size));
+        let size = fitting.ok_or(Refusal::Size(index, size, most))?;
+        self.stopped(index as usize)?.size = size;
         self.update(index as usize)
     }
 
@@ -282,37 +309,29 @@ impl<D: Disk> VhostUserBackendReqHandlerMut for Device<D> {
         driver: u64,
         _log: u64,
     ) -> Result<()> {
-        let ring = self.ring(index as usize)?;
         let addresses = Some(Addresses { descriptors, driver, device });
-        if ring.addresses != addresses {
-            ring.stop();
-            ring.addresses = addresses;
+        if self.ring(index as usize)?.addresses != addresses {
+            self.stopped(index as usize)?.addresses = addresses;
         }
         self.update(index as usize)
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
-        let ring = self.ring(index as usize)?;
-        ring.stop();
-        ring.base = base;
+        self.stopped(index as usize)?.base = base;
         self.update(index as usize)
     }
 
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
-        let ring = self.ring(index as usize)?;
-        ring.stop();
+        let ring = self.stopped(index as usize)?;
         (ring.kick, ring.call) = (None, None);
         Ok(VhostUserVringState::new(index, ring.base))
     }
 
     fn set_vring_kick(&mut self, index: u8, file: Option<File>) -> Result<()> {
         let Some(file) = file else {
-            message!(error, "queue {}: the monitor would have it polled", index);
-            return unsupported();
+            return Err(Refusal::NoKick(index).into());
         };
-        let ring = self.ring(index.into())?;
-        ring.stop();
-        ring.kick = Some(Arc::new(file.into()));
+        self.stopped(index.into())?.kick = Some(Arc::new(file.into()));
         self.update(index.into())
     }
 
@@ -337,8 +356,9 @@ impl<D: Disk> VhostUserBackendReqHandlerMut for Device<D> {
 
     fn get_inflight_fd(&mut self, wanted: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
         let (queues, queue_size) = (wanted.num_queues, wanted.queue_size);
-        if usize::from(queues) > self.rings.len() || queue_size > self.settings.queue_size {
-            return Err(Error::InvalidParam);
+        let (most, longest) = (self.rings.len(), self.settings.queue_size);
+        if !(1..=most).contains(&queues.into()) || !(1..=longest).contains(&queue_size) {
+            return Err(Refusal::Inflight(queues, queue_size, most, longest).into());
         }
         let file = Logs::create(queues, queue_size).map_err(Error::ReqHandlerError)?;
         let bytes = Logs::bytes(queues, queue_size);
@@ -348,11 +368,15 @@ impl<D: Disk> VhostUserBackendReqHandlerMut for Device<D> {
     fn set_inflight_fd(&mut self, there: &VhostUserInflight, file: File) -> Result<()> {
         let VhostUserInflight { mmap_size, mmap_offset, num_queues, queue_size } = *there;
         if mmap_size < Logs::bytes(num_queues, queue_size) {
-            return Err(Error::InvalidParam);
+            return Err(Refusal::Log(num_queues, queue_size, mmap_size).into());
         }
         let logs = Logs::open(file, mmap_offset, num_queues, queue_size);
-        self.logs = Some(logs.map_err(Error::ReqHandlerError)?);
-        Ok(())
+        let logs = logs.map_err(Error::ReqHandlerError)?;
+        // What a queue has in progress is not in a log that it did not have when it took it.
+        self.paused(|device| {
+            device.logs = Some(logs);
+            Ok(())
+        })
     }
 
     fn set_gpu_socket(&mut self, _gpu: GpuBackend) -> Result<()> {

@@ -59,6 +59,13 @@ pub enum Report {
     NotOpened(Box<dyn Error + Send + Sync>),
     /// The driver broke the rules of the queue. It is served again when the driver has reset it.
     Violation(Violation),
+    /// It is to stop, and its store has not done everything in time.
+    Unfinished {
+        /// How many requests are in progress.
+        requests: usize,
+        /// Whether they are left to the log, for a successor. If not, they are answered as failed.
+        is_left: bool,
+    },
     /// It is not served any more, as the driver or the monitor wants it.
     Closed,
     /// The program has a fault.

@@ -12,6 +12,8 @@ use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vhost::vhost_user::{Error, Result};
 use vm_memory::MmapRegion;
 
+use super::refusal::Refusal;
+
 /// A region that is mapped.
 #[derive(Clone)]
 struct Mapping {
@@ -63,7 +65,7 @@ impl Memory {
         let mut mappings = self.mappings.clone();
         mappings.retain(|mapping| (mapping.guest, mapping.bytes) != (guest, bytes));
         if mappings.len() == self.mappings.len() {
-            return Err(Error::InvalidParam);
+            return Err(Refusal::Region.into());
         }
         self.set(mappings)
     }

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use pvblk_virtio::queue::Addresses;
 
-use super::worker::Worker;
+use super::lingering::Lingering;
+use super::worker::{Stuck, Unfinished, Worker};
 
 /// One queue, and what serves it while it runs.
 #[derive(Default)]
@@ -30,10 +31,15 @@ impl Ring {
         self.is_enabled && self.kick.is_some() && self.addresses.is_some() && self.size > 0
     }
 
-    /// Stops whoever serves it, when all that was taken is answered.
-    pub fn stop(&mut self) {
+    /// Stops what serves it, when all that was taken is answered, or as `unfinished` says.
+    ///
+    /// # Errors
+    ///
+    /// [`Stuck`] if the worker does not even hear of it.
+    pub fn stop(&mut self, unfinished: Unfinished, lingering: &Lingering) -> Result<(), Stuck> {
         if let Some(worker) = self.worker.take() {
-            self.base = worker.stop(self.base);
+            self.base = worker.stop(self.base, unfinished, lingering)?;
         }
+        Ok(())
     }
 }

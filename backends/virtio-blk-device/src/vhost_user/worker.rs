@@ -6,12 +6,13 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use pvblk::backend::{Backend, Violation};
 use pvblk::plan::TABLES_MAX;
+use pvblk_stores::Wakeup;
 use pvblk_virtio::DeviceWire;
 use pvblk_virtio::feature::Features;
 use pvblk_virtio::guest::{Bounce, GuestMemory, GuestRam};
@@ -21,6 +22,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use super::bell::{Bell, wait_for_store};
 use super::disk::{Disk, Progress, Report, Waits};
 use super::guest_queue::GuestQueue;
+use super::lingering::Lingering;
 use super::log::Log;
 use super::packed::PackedQueue;
 use super::split::SplitQueue;
@@ -45,6 +47,10 @@ pub(super) struct Task<D> {
     pub write_back: WriteBack,
     /// How long it looks for work before it sleeps, if there was some lately.
     pub look_again: Duration,
+    /// How long it waits for its store when it is to stop.
+    pub patience: Duration,
+    /// What must be over before it begins.
+    pub lingering: Lingering,
     /// Readable when the driver has notified the device.
     pub kick: Arc<OwnedFd>,
     /// Written to, to notify the driver.
@@ -53,10 +59,23 @@ pub(super) struct Task<D> {
     pub error: Option<Arc<OwnedFd>>,
 }
 
+/// What becomes of requests that the store has not done in time when a queue is stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Unfinished {
+    /// They are answered as failed: the driver is there, and asks for its queue.
+    Fail,
+    /// They are left to the log for a successor; without a log they are answered as failed.
+    Leave,
+}
+
+/// A worker that does not hear what it is told: its store has not returned from a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stuck;
+
 /// What a worker is told.
 enum Order {
     /// Finish what is in progress, and end.
-    Stop,
+    Stop(Unfinished),
     /// The disk has another shape.
     Refresh,
     /// The driver is notified by this from now on.
@@ -67,9 +86,22 @@ enum Order {
 pub(super) struct Worker {
     orders: Sender<Order>,
     wake: Arc<OwnedFd>,
-    /// It says where the queue is in the end.
-    thread: JoinHandle<u32>,
+    /// What it says in the end.
+    ended: Receiver<Ended>,
+    patience: Duration,
+    thread: JoinHandle<()>,
 }
+
+/// A worker that does not touch its queue any more.
+struct Ended {
+    /// Where the queue is.
+    base: u32,
+    /// Whether its store has let go of everything, so that the thread ends.
+    is_over: bool,
+}
+
+/// How much longer than its own patience a worker is waited for.
+const GRACE: Duration = Duration::from_secs(5);
 
 /// A worker has little on its stack.
 const STACK_BYTES: usize = 256 << 10;
@@ -83,7 +115,7 @@ const BUSY_ROUNDS: u32 = 16;
 /// Pauses of the processor between two looks.
 const LOOK_EVERY: u32 = 8;
 
-/// The longest request whose memory has to be bounced, in bytes.
+/// How much of a request's memory is bounced at a time, in bytes. A longer one is done in parts.
 const BOUNCE_BYTES: usize = 4 << 20;
 
 impl Worker {
@@ -91,7 +123,8 @@ impl Worker {
     pub fn start<D: Disk>(task: Task<D>) -> io::Result<Self> {
         let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let (orders, inbox) = channel();
-        let waker = wake.clone();
+        let (ends, ended) = channel();
+        let (waker, patience) = (wake.clone(), task.patience);
         let name = std::format!("queue {}", task.number);
         let builder = std::thread::Builder::new().name(name).stack_size(STACK_BYTES);
         let thread = builder.spawn(move || {
@@ -100,17 +133,18 @@ impl Worker {
             let is_packed = task.features.contains(Features::PACKED);
             // What it leaves behind is dropped, and looked at by nobody.
             let result = catch_unwind(AssertUnwindSafe(|| match is_packed {
-                true => run::<PackedQueue, D>(task, &inbox, waker),
-                false => run::<SplitQueue, D>(task, &inbox, waker),
+                true => run::<PackedQueue, D>(task, &inbox, waker, &ends),
+                false => run::<SplitQueue, D>(task, &inbox, waker, &ends),
             }));
             let (base, report) = result.unwrap_or((base, Report::Panicked));
             if let (false, Some(error)) = (matches!(report, Report::Closed), &error) {
                 signal(error);
             }
             disk.report(number, report);
-            base
+            // It is not heard if that was said before.
+            let _ = ends.send(Ended { base, is_over: true });
         })?;
-        Ok(Self { orders, wake, thread })
+        Ok(Self { orders, wake, ended, patience, thread })
     }
 
     fn tell(&self, order: Order) {
@@ -130,10 +164,35 @@ impl Worker {
         self.tell(Order::Call(call));
     }
 
-    /// Has it finish what is in progress, and end. Says where the queue is then.
-    pub fn stop(self, base: u32) -> u32 {
-        self.tell(Order::Stop);
-        self.thread.join().unwrap_or(base)
+    /// Has it finish what is in progress, and end. Says where the queue is then. A thread whose store
+    /// still has requests is one of the `lingering`.
+    ///
+    /// # Errors
+    ///
+    /// [`Stuck`]; the thread ends as it was told to as soon as its store returns.
+    pub fn stop(
+        self,
+        base: u32,
+        unfinished: Unfinished,
+        lingering: &Lingering,
+    ) -> Result<u32, Stuck> {
+        self.tell(Order::Stop(unfinished));
+        let ended = self.ended.recv_timeout(self.patience + GRACE);
+        match ended {
+            Ok(Ended { base, is_over: false }) => {
+                lingering.add(self.thread);
+                Ok(base)
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                lingering.add(self.thread);
+                Err(Stuck)
+            }
+            Ok(Ended { base, .. }) => {
+                let _ = self.thread.join();
+                Ok(base)
+            }
+            Err(RecvTimeoutError::Disconnected) => Ok(base),
+        }
     }
 }
 
@@ -146,23 +205,50 @@ fn open<Q: GuestQueue, D: Disk>(
     let (ram, log) = (task.ram.clone(), task.log.take());
     let queue = Q::open(ram.clone(), task.addresses, task.size, task.features, task.base, log)?;
     let longest = usize::from(task.segments);
-    let wire = DeviceWire::new(queue, task.disk.identity(), longest);
+    // A driver that takes no notice of the limit is held to what the queue has room for.
+    let wire = DeviceWire::new(queue, task.disk.identity(), longest.max(task.size.into()));
     let bounce = Bounce { segments: longest + TABLES_MAX, bytes: BOUNCE_BYTES };
     let memory = GuestMemory::new(ram, bounce);
     Ok(Backend::new(wire, memory, store, task.size, longest))
 }
 
+/// Waits until no queue lingers that was stopped before. `false` if this one is to stop before that.
+fn wait_for_others<D>(task: &mut Task<D>, bell: &Bell, orders: &Receiver<Order>) -> bool {
+    const LONGEST: Duration = Duration::from_millis(50);
+    let mut pause = Duration::from_millis(1);
+    while !task.lingering.is_over() {
+        let deadline = Some(Instant::now() + pause);
+        bell.wait(&Wakeup { fd: None, writable: false, deadline });
+        pause = (2 * pause).min(LONGEST);
+        while let Ok(order) = orders.try_recv() {
+            match order {
+                Order::Stop(_) => return false,
+                Order::Call(call) => task.call = call,
+                Order::Refresh => {}
+            }
+        }
+    }
+    true
+}
+
 /// Serves a queue until it is told to stop, or the driver breaks the rules. Says where the queue is
-/// then, and what has become of it.
+/// then, and what has become of it; and to `ends` before that, if its store lets it wait.
 fn run<Q: GuestQueue, D: Disk>(
     mut task: Task<D>,
     orders: &Receiver<Order>,
     wake: Arc<OwnedFd>,
+    ends: &Sender<Ended>,
 ) -> (u32, Report) {
-    let bell = Bell::new(task.kick.clone(), wake);
-    let opened = bell.map_err(Into::into).and_then(|bell| Ok((bell, open::<Q, D>(&mut task)?)));
-    let (bell, mut engine) = match opened {
-        Ok(opened) => opened,
+    let bell = match Bell::new(task.kick.clone(), wake) {
+        Ok(bell) => bell,
+        Err(error) => return (task.base, Report::NotOpened(error.into())),
+    };
+    if !wait_for_others(&mut task, &bell, orders) {
+        return (task.base, Report::Closed);
+    }
+    let has_log = task.log.is_some();
+    let mut engine = match open::<Q, D>(&mut task) {
+        Ok(engine) => engine,
         Err(error) => return (task.base, Report::NotOpened(error)),
     };
     let (disk, number) = (task.disk.clone(), task.number);
@@ -170,12 +256,31 @@ fn run<Q: GuestQueue, D: Disk>(
     // The driver may wait for answers of which a device before this one could not notify it.
     notify(&task.call);
     let mut worker = Running { task, bell, orders, sleeps: 0, looks_again: false };
-    let report = match worker.serve(&mut engine) {
-        Ok(()) => Report::Closed,
-        Err(violation) => Report::Violation(violation),
-    };
+    let served = worker.serve(&mut engine);
     worker.report(&engine);
-    (engine.wire().queue().base(), report)
+    let base = engine.wire().queue().base();
+    let unfinished = match served {
+        Ok(None) => return (base, Report::Closed),
+        Err(violation) => return (base, Report::Violation(violation)),
+        Ok(Some(unfinished)) => unfinished,
+    };
+    let requests = engine.in_progress();
+    let is_left = unfinished == Unfinished::Leave && has_log;
+    disk.report(number, Report::Unfinished { requests, is_left });
+    let is_over = false;
+    if is_left {
+        let _ = ends.send(Ended { base, is_over });
+        // The store is waited for, here as there.
+        drop(engine);
+    } else {
+        engine.abandon(|engine, wanted| {
+            if wanted {
+                notify(&worker.task.call);
+            }
+            let _ = ends.send(Ended { base: engine.wire().queue().base(), is_over });
+        });
+    }
+    (base, Report::Closed)
 }
 
 /// A worker at work.
@@ -189,12 +294,19 @@ struct Running<'a, D> {
 }
 
 impl<D: Disk> Running<'_, D> {
-    fn serve<Q: GuestQueue>(&mut self, engine: &mut Engine<Q, D>) -> Result<(), Violation> {
+    /// Returns when it is told to stop; with what becomes of the rest if something is left.
+    fn serve<Q: GuestQueue>(
+        &mut self,
+        engine: &mut Engine<Q, D>,
+    ) -> Result<Option<Unfinished>, Violation> {
         let mut busy = 0;
         loop {
             while let Ok(order) = self.orders.try_recv() {
                 match order {
-                    Order::Stop => return self.finish(engine),
+                    Order::Stop(unfinished) => {
+                        let is_finished = self.finish(engine)?;
+                        return Ok((!is_finished).then_some(unfinished));
+                    }
                     Order::Refresh => drop(engine.refresh()),
                     Order::Call(call) => {
                         self.task.call = call;
@@ -266,14 +378,19 @@ impl<D: Disk> Running<'_, D> {
         self.looks_again = start.elapsed() < self.task.look_again;
     }
 
-    /// Finishes what is in progress, and takes nothing any more.
-    fn finish<Q: GuestQueue>(&self, engine: &mut Engine<Q, D>) -> Result<(), Violation> {
+    /// Finishes what is in progress, and takes nothing any more. `false` if the store does not do it in
+    /// time.
+    fn finish<Q: GuestQueue>(&self, engine: &mut Engine<Q, D>) -> Result<bool, Violation> {
+        let until = Instant::now() + self.task.patience;
         loop {
             self.work(engine, 0)?;
             if engine.in_progress() == 0 {
-                return Ok(());
+                return Ok(true);
             }
-            wait_for_store(&engine.store().inner().wakeup());
+            if Instant::now() >= until {
+                return Ok(false);
+            }
+            wait_for_store(&engine.store().inner().wakeup(), until);
         }
     }
 

@@ -1,12 +1,13 @@
 //! A machine monitor with a driver in its guest, and a disk that is watched.
+#![allow(dead_code, reason = "every test file uses a part of it")]
 
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -94,11 +95,43 @@ unsafe impl Share for GuestFile {
 }
 
 /// A disk in memory that is watched. Clones are the same.
-#[derive(Clone)]
 pub struct Watched {
     disk: MemoryDisk<HostPages>,
     pub sectors: Arc<AtomicU64>,
     pub flushes: Arc<AtomicU64>,
+    /// As long as it is set, flushes are begun and not done.
+    pub stuck: Arc<AtomicBool>,
+    /// How often it was asked what is done while it was stuck.
+    pub asked: Arc<AtomicU64>,
+    /// What has happened, in order.
+    pub events: Arc<Mutex<Vec<Event>>>,
+    /// What this one has begun and not done. (A clone is another queue's.)
+    begun: Vec<Tag>,
+}
+
+/// What has happened to a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A flush was begun while the disk was stuck.
+    Begun,
+    /// The disk has let go of what it had begun.
+    LetGo,
+    /// Something was read or written.
+    Moved,
+}
+
+impl Clone for Watched {
+    fn clone(&self) -> Self {
+        Self {
+            disk: self.disk.clone(),
+            sectors: self.sectors.clone(),
+            flushes: self.flushes.clone(),
+            stuck: self.stuck.clone(),
+            asked: self.asked.clone(),
+            events: self.events.clone(),
+            begun: Vec::new(),
+        }
+    }
 }
 
 pub const SECTORS: u64 = 8192;
@@ -112,7 +145,23 @@ impl Watched {
             read_only: false,
         };
         let disk = MemoryDisk::new(HostPages, geometry).unwrap();
-        Self { disk, sectors: Arc::new(SECTORS.into()), flushes: Arc::default() }
+        Self {
+            disk,
+            sectors: Arc::new(SECTORS.into()),
+            flushes: Arc::default(),
+            stuck: Arc::default(),
+            asked: Arc::default(),
+            events: Arc::default(),
+            begun: Vec::new(),
+        }
+    }
+
+    pub fn is_stuck(&self) -> bool {
+        self.stuck.load(Ordering::SeqCst)
+    }
+
+    fn note(&self, event: Event) {
+        self.events.lock().unwrap().push(event);
     }
 }
 
@@ -164,6 +213,12 @@ impl Store for Watched {
     }
 
     fn submit(&mut self, tag: Tag, operation: Operation<'_>) -> Submitted {
+        if matches!(operation, Operation::Flush) && self.is_stuck() {
+            self.note(Event::Begun);
+            self.begun.push(tag);
+            return Submitted::Pending;
+        }
+        self.note(Event::Moved);
         if matches!(operation, Operation::Flush) {
             self.flushes.fetch_add(1, Ordering::Relaxed);
             return Submitted::Done(Ok(()));
@@ -172,7 +227,21 @@ impl Store for Watched {
     }
 
     fn complete(&mut self, _requests: &dyn Requests) -> Option<Completed> {
-        None
+        if self.is_stuck() {
+            self.asked.fetch_add(1, Ordering::Relaxed);
+            return None;
+        }
+        self.begun.pop().map(|tag| Completed { tag, result: Ok(()) })
+    }
+
+    fn quiesce(&mut self, _requests: &dyn Requests) {
+        if std::mem::take(&mut self.begun).is_empty() {
+            return;
+        }
+        while self.is_stuck() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.note(Event::LetGo);
     }
 }
 
@@ -187,10 +256,13 @@ pub struct Served {
 
 impl Served {
     pub fn new(settings: Settings) -> Self {
+        Self::of(Watched::new(), settings)
+    }
+
+    pub fn of(disk: Watched, settings: Settings) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
         let listener = UnixListener::bind(&path).unwrap();
-        let disk = Watched::new();
         let server = Server::new(disk.clone(), settings).unwrap();
         let of_thread = server.clone();
         let thread = std::thread::spawn(move || {
@@ -215,8 +287,8 @@ pub struct Queue<D: DriverQueue<Share = GuestFile>> {
     pub front: Frontend<DriverWire<D>, GuestFile, Buffer<GuestFile>>,
     pub pool: Arc<Pool<GuestFile>>,
     addresses: [u64; 3],
-    kick: EventFd,
-    call: EventFd,
+    pub kick: EventFd,
+    pub call: EventFd,
 }
 
 pub const QUEUE_SIZE: u16 = 32;
@@ -255,11 +327,16 @@ impl<D: DriverQueue<Share = GuestFile>> Queue<D> {
         &mut self,
         request: Request<Buffer<GuestFile>>,
     ) -> Completion<Buffer<GuestFile>> {
+        self.begin(request);
+        self.wait()
+    }
+
+    /// Begins a request.
+    pub fn begin(&mut self, request: Request<Buffer<GuestFile>>) {
         self.front.submit(request).unwrap();
         if self.front.commit() {
             self.kick.write(1).unwrap();
         }
-        self.wait()
     }
 
     /// The next answer.
@@ -306,8 +383,15 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// Connects, and agrees on `features`.
+    /// Connects, agrees on `features`, and shares the guest's memory.
     pub fn connect(path: &Path, ram: &GuestFile, features: Features, queues: u64) -> Self {
+        let monitor = Self::connect_only(path, features, queues);
+        monitor.vhost.set_mem_table(&[ram.region()]).unwrap();
+        monitor
+    }
+
+    /// Connects, and agrees on `features`.
+    pub fn connect_only(path: &Path, features: Features, queues: u64) -> Self {
         let mut vhost = Vhost::connect(path, queues).unwrap();
         vhost.set_owner().unwrap();
         let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
@@ -327,12 +411,24 @@ impl Monitor {
         channel.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         vhost.set_backend_request_fd(&theirs).unwrap();
         vhost.set_features(features.bits() | protocol).unwrap();
-        vhost.set_mem_table(&[ram.region()]).unwrap();
         Self { vhost, channel }
     }
 
     /// Has a queue served from `base` on.
     pub fn start<D: DriverQueue<Share = GuestFile>>(
+        &mut self,
+        index: usize,
+        queue: &Queue<D>,
+        base: u16,
+    ) {
+        self.place(index, queue, base);
+        self.vhost.set_vring_kick(index, &queue.kick).unwrap();
+        self.vhost.set_vring_call(index, &queue.call).unwrap();
+        self.vhost.set_vring_enable(index, true).unwrap();
+    }
+
+    /// Says where a queue is.
+    pub fn place<D: DriverQueue<Share = GuestFile>>(
         &mut self,
         index: usize,
         queue: &Queue<D>,
@@ -351,9 +447,6 @@ impl Monitor {
             log_addr: None,
         };
         self.vhost.set_vring_addr(index, &config).unwrap();
-        self.vhost.set_vring_kick(index, &queue.kick).unwrap();
-        self.vhost.set_vring_call(index, &queue.call).unwrap();
-        self.vhost.set_vring_enable(index, true).unwrap();
     }
 
     pub fn config(&mut self, bytes: usize) -> Vec<u8> {
