@@ -93,6 +93,19 @@ impl Extent {
         self.count
     }
 
+    /// What is left without the first `sectors`; `None` if that is nothing.
+    pub(crate) fn after(&self, sectors: u64) -> Option<Self> {
+        let count = self.count.checked_sub(sectors).filter(|count| *count > 0)?;
+        Some(Self { first: self.first + sectors, count })
+    }
+
+    /// The first `sectors` of it, or all of it if it is shorter. `sectors` is not 0, and a multiple of
+    /// the disk's logical sector.
+    #[inline]
+    pub fn up_to(&self, sectors: u64) -> Self {
+        Self { first: self.first, count: self.count.min(sectors) }
+    }
+
     /// The size in bytes.
     #[inline]
     pub fn bytes(&self) -> u64 {

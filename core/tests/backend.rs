@@ -624,6 +624,133 @@ fn a_round_takes_no_more_than_its_budget_and_says_so() {
     assert!(!device.poll().notify);
 }
 
+/// Bytes that a round handles, as the engine documents it.
+const ROUND_BYTES: u64 = 4 << 20;
+
+/// How many bytes the deeds are about.
+fn bytes(deeds: &[Deed]) -> u64 {
+    let sectors = |deed: &Deed| match *deed {
+        Deed::Read(_, count) | Deed::Write(_, count) => count,
+        Deed::Discard(_, count, _) | Deed::WriteZeroes(_, count, _) => count,
+        Deed::Flush => 0,
+    };
+    deeds.iter().map(sectors).sum::<u64>() * 512
+}
+
+#[test]
+fn a_round_is_bounded_in_bytes_and_long_ranges_are_done_in_steps() {
+    const STEP: u64 = 64;
+    let disk = Disk::new(SECTORS);
+    disk.0.borrow_mut().step = STEP;
+    let mut device = Device::new(&disk, false);
+    let ranges: Vec<u16> = (0..48)
+        .map(|number| match number % 2 {
+            0 => device.discard(kind::DISCARD, 0, SECTORS as u32),
+            _ => device.range(kind::WRITE_ZEROES, 0, SECTORS as u32, 0),
+        })
+        .collect();
+    let mut answered = Vec::new();
+    let mut total = 0;
+    for number in 0.. {
+        assert!(number < 64, "it never ends");
+        // A request that comes later waits for no range to end.
+        let read = device.request(kind::IN, 0, &[(DATA, 512)]);
+        let round = device.poll();
+        let deeds = disk.deeds();
+        assert!(bytes(&deeds) <= ROUND_BYTES + STEP * 512, "{} bytes", bytes(&deeds));
+        total += bytes(&deeds) - 512;
+        let used: Vec<u16> = device.used().into_iter().map(|(head, _)| head).collect();
+        assert!(used.contains(&read), "the read of round {number} waits");
+        let ended = used.into_iter().filter(|head| *head != read);
+        answered.extend(ended);
+        assert_eq!(round.more, answered.len() < ranges.len());
+        assert_eq!(device.engine.sleep().unwrap(), round.more);
+        if !round.more {
+            break;
+        }
+    }
+    assert_eq!(total, 48 * SECTORS * 512, "each sector of each range, once");
+    answered.sort_unstable();
+    assert_eq!(answered, ranges);
+    assert!(ranges.iter().all(|head| device.status(*head) == 0));
+    assert_eq!(device.engine.statistics().discards + device.engine.statistics().zeroes, 48);
+}
+
+#[test]
+fn a_barrier_waits_for_the_last_step_of_a_range() {
+    let disk = Disk::new(SECTORS);
+    disk.0.borrow_mut().step = 1;
+    let mut device = Device::new(&disk, false);
+    let discard = device.discard(kind::DISCARD, 0, 4);
+    let barrier = device.request(kind::BARRIER, 8, &[(DATA, 512)]);
+    assert_eq!(device.settle().iter().map(|used| used.0).collect::<Vec<_>>(), [discard, barrier]);
+    let steps = (0..4).map(|sector| Deed::Discard(sector, 1, false));
+    let rest = [Deed::Flush, Deed::Write(8, 1), Deed::Flush];
+    assert_eq!(disk.deeds(), steps.chain(rest).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_round_is_bounded_in_bytes_however_the_data_is_listed() {
+    let data: Vec<_> = (0..LONGEST as u64).map(|page| (DATA + page * 4096, 4096)).collect();
+    let each = LONGEST as u64 * 4096;
+    for tabled in [false, true] {
+        for by_hand in [false, true] {
+            let disk = Disk::new(SECTORS);
+            let mut device = Device::new(&disk, false);
+            disk.0.borrow_mut().by_hand = by_hand;
+            for _ in 0..64 {
+                match tabled {
+                    false => device.request(kind::IN, 0, &data),
+                    true => device.tabled(kind::IN, 0, &data),
+                };
+            }
+            let round = device.poll();
+            assert!(round.more);
+            let taken = bytes(&disk.deeds());
+            assert!((ROUND_BYTES..ROUND_BYTES + each).contains(&taken), "{taken} bytes");
+            if by_hand {
+                // What is completed is bounded, too, and a round that takes nothing says so.
+                while disk.waiting().len() < 64 {
+                    assert!(device.poll().more || disk.waiting().len() == 64);
+                }
+                (0..64).for_each(|_| disk.complete(0, Ok(())));
+                let round = device.engine.poll(0).unwrap();
+                let completed = device.used().len() as u64 * each;
+                assert!(round.more && (ROUND_BYTES..ROUND_BYTES + each).contains(&completed));
+                while device.engine.poll(0).unwrap().more {}
+                assert_eq!(device.engine.in_progress(), 0);
+            }
+        }
+    }
+}
+
+#[test]
+fn after_a_violation_ranges_are_not_done_to_their_end() {
+    let disk = Disk::new(SECTORS);
+    disk.0.borrow_mut().step = 1;
+    let mut device = Device::new(&disk, false);
+    for _ in 0..8 {
+        device.discard(kind::DISCARD, 0, SECTORS as u32);
+    }
+    disk.0.borrow_mut().step = SECTORS - 1;
+    device.engine.poll(4).unwrap();
+    device.driver.borrow_mut().violation = Some(Violation::TooManyRequests);
+    let _ = device.engine.poll(4);
+    let _ = device.engine.poll(4);
+    disk.deeds();
+    let _ = device.engine.poll(0);
+    assert_eq!((device.engine.in_progress(), disk.deeds()), (0, vec![]));
+}
+
+#[test]
+fn a_store_that_does_a_part_that_is_none_fails_its_request() {
+    let disk = Disk::new(SECTORS);
+    let mut device = Device::new(&disk, false);
+    disk.0.borrow_mut().step = 0;
+    let head = device.discard(kind::DISCARD, 0, 8);
+    assert_eq!(device.ask(head).0, 1);
+}
+
 #[test]
 fn memory_that_is_in_use_is_not_tidied_away() {
     let disk = Disk::new(SECTORS);

@@ -73,6 +73,7 @@ fn count<S: Store>(mut store: S, wakeup: fn(&S) -> Option<Wakeup<'_>>) -> usize 
             match store.submit(Tag::from_id(tag).expect("32 bits"), operation) {
                 Submitted::Pending => in_flight += 1,
                 Submitted::Done(result) => result.expect("it is done"),
+                Submitted::Partly(_) => panic!("reads and writes are done whole"),
             }
         }
         store.commit(&requests);

@@ -77,6 +77,12 @@ impl Sum {
         }
     }
 
+    /// How many bytes there are.
+    #[inline(always)]
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
     /// The sectors that a read or write is about, if it is a sound one.
     #[inline(always)]
     pub fn extent<W: Wire>(&self, command: &Command, geometry: &Geometry) -> Option<Extent> {
@@ -434,6 +440,15 @@ impl<K: Copy + Default> Job<K> {
         }
         self.tables.clear();
         self.is_fetched = false;
+    }
+
+    /// How many bytes of data it carries, once its segments are listed.
+    #[inline(always)]
+    pub fn bytes(&self) -> u64 {
+        match self.command.code.is_range() {
+            true => 0,
+            false => self.extent.map_or(0, |extent| extent.bytes()),
+        }
     }
 
     #[inline(always)]

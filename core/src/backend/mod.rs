@@ -16,7 +16,7 @@ use alloc::boxed::Box;
 use alloc::collections::VecDeque;
 
 use crate::command::{Code, Command, Features, Status};
-use crate::extent::Geometry;
+use crate::extent::{Geometry, SECTOR_BYTES};
 use crate::memory::{Access, Lent, PAGE_BYTES, Piece};
 use crate::plan::{Segment, TABLES_MAX};
 use crate::table::{Slots, Tag};
@@ -95,12 +95,16 @@ impl Statistics {
     }
 }
 
+/// Bytes of data that a round of work handles before it ends, in requests taken, completed and
+/// continued: what bounds a round if requests are few and long. The last request may exceed it.
+const ROUND_BYTES: i64 = 4 << 20;
+
 /// What a round of work came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Round {
     /// The peer wants to be notified: the caller does that, once.
     pub notify: bool,
-    /// The budget was used up: there may be more to take.
+    /// The budget was used up: there may be more to do, without any event.
     pub more: bool,
 }
 
@@ -116,6 +120,10 @@ pub struct Backend<W: Wire, M: PeerMemory<Handle = W::Handle>, S: Store> {
     jobs: Slots<Job<W::Key>>,
     /// Jobs whose memory is being fetched or given back.
     exchanging: VecDeque<Tag>,
+    /// Jobs of which the store has done a part, in turn.
+    paused: VecDeque<Tag>,
+    /// Bytes that may still be handled in this round.
+    bytes_left: i64,
     /// Segments of requests whose tables are being fetched: there must be room for them, too.
     reserved: usize,
     /// What a table holds, while it is looked at.
@@ -157,6 +165,8 @@ where
             longest,
             jobs: slots,
             exchanging: VecDeque::with_capacity(capacity),
+            paused: VecDeque::with_capacity(capacity),
+            bytes_left: 0,
             reserved: 0,
             entries: core::iter::repeat_n(W::Entry::default(), PAGE_BYTES / W::ENTRY_BYTES)
                 .collect(),
@@ -169,7 +179,8 @@ where
         }
     }
 
-    /// Does a round of work: takes at most `budget` requests, and answers whatever is done.
+    /// Does a round of work: takes at most `budget` requests, and answers whatever is done. A round
+    /// also ends when it has handled 4 MiB of data.
     ///
     /// # Errors
     ///
@@ -180,9 +191,12 @@ where
     pub fn poll(&mut self, budget: usize) -> Result<Round, Violation> {
         self.round = self.round.wrapping_add(1);
         self.memory.begin(self.round);
+        self.bytes_left = ROUND_BYTES;
         self.collect();
+        // Half of a round is left to new requests, which need not wait for long ones to end.
+        self.resume(ROUND_BYTES / 2);
         let mut left = if self.violation.is_none() { budget } else { 0 };
-        while left > 0 && self.takes() {
+        while left > 0 && self.bytes_left > 0 && self.takes() {
             let taken = self.wire.take(&mut self.memory);
             if let Ok(Taken::Request) = taken {
                 self.admit();
@@ -194,6 +208,7 @@ where
         if !self.exchanging.is_empty() {
             self.exchange();
         }
+        self.resume(0);
         self.store.commit(&InFlight(&self.jobs));
         if let Some(violation) = self.violation {
             return Err(violation);
@@ -205,7 +220,8 @@ where
             self.statistics.commits += 1;
             self.statistics.notifications += u64::from(notify);
         }
-        Ok(Round { notify, more: left == 0 })
+        let spent = budget > 0 && left == 0 || self.bytes_left <= 0;
+        Ok(Round { notify, more: spent || !self.paused.is_empty() })
     }
 
     /// Whether one more request could be carried through.
@@ -251,6 +267,7 @@ where
         if pages < direct.len() {
             sum = job.gather_after_miss::<W>(&mut self.memory, code, &direct[pages..], sum);
         }
+        self.bytes_left -= sum.bytes() as i64;
         let extent = sum.extent::<W>(&incoming.command, &self.geometry);
         let Some(extent) = extent.filter(|_| !sum.is_fetched) else {
             let job = vacancy.occupy();
@@ -275,8 +292,7 @@ where
         job.begin(incoming, self.round);
         job.steps = Steps::MAIN;
         (job.count, job.extent) = (sum.count, Some(extent));
-        if let Submitted::Done(result) = submitted {
-            self.note(tag, result);
+        if self.goes_on(tag, submitted) {
             self.run(tag);
         }
     }
@@ -325,6 +341,7 @@ where
                 let code = job.command.code;
                 let sum = Sum::default();
                 let sum = job.gather::<W>(&mut self.memory, code, self.wire.direct(), sum);
+                self.bytes_left -= sum.bytes() as i64;
                 job.gathered::<W>(&sum, &self.geometry);
                 self.reached(tag);
             }
@@ -335,6 +352,8 @@ where
     fn reach_tables(&mut self, tag: Tag, segments: usize) {
         let Some(job) = self.jobs.get_mut(tag) else { return };
         self.statistics.indirect += 1;
+        // An upper bound on most wires: the entries are not known before the tables are fetched.
+        self.bytes_left -= (segments * PAGE_BYTES) as i64;
         if segments > self.longest {
             job.status = Status::Failed;
             return self.finish(tag);
@@ -435,10 +454,63 @@ where
         loop {
             let Some(job) = self.jobs.get(tag) else { return };
             let Some(operation) = job.operation() else { return self.finish(tag) };
-            match self.store.submit(tag, operation) {
-                Submitted::Pending => return,
-                Submitted::Done(result) => self.note(tag, result),
+            let submitted = self.store.submit(tag, operation);
+            if !self.goes_on(tag, submitted) {
+                return;
             }
+        }
+    }
+
+    /// Notes what the store said of a step. Whether the request goes on now.
+    #[inline(always)]
+    fn goes_on(&mut self, tag: Tag, submitted: Submitted) -> bool {
+        match submitted {
+            Submitted::Pending => false,
+            Submitted::Done(result) => {
+                self.note(tag, result);
+                true
+            }
+            Submitted::Partly(sectors) => self.goes_on_after(tag, sectors),
+        }
+    }
+
+    /// The store has done the first `sectors` of a request: the rest waits for its turn.
+    #[cold]
+    fn goes_on_after(&mut self, tag: Tag, sectors: u64) -> bool {
+        let Some(job) = self.jobs.get_mut(tag) else { return false };
+        let rest = job.extent.filter(|_| job.command.code.is_range() && sectors > 0);
+        let Some(rest) = rest.and_then(|extent| extent.after(sectors)) else {
+            // No store says that.
+            self.note(tag, Err(StoreError::Medium));
+            return true;
+        };
+        job.extent = Some(rest);
+        self.bytes_left -= (sectors * u64::from(SECTOR_BYTES)) as i64;
+        self.paused.push_back(tag);
+        false
+    }
+
+    /// Goes on with requests that the store has done a part of, a step of each in turn, until as much
+    /// of the round is left as `floor` says, in bytes.
+    #[inline(always)]
+    fn resume(&mut self, floor: i64) {
+        if !self.paused.is_empty() {
+            self.resume_some(floor);
+        }
+    }
+
+    #[inline(never)]
+    fn resume_some(&mut self, floor: i64) {
+        if self.violation.is_some() {
+            // What is not answered need not be done.
+            while let Some(tag) = self.paused.pop_front() {
+                self.finish(tag);
+            }
+        }
+        while self.bytes_left > floor
+            && let Some(tag) = self.paused.pop_front()
+        {
+            self.run(tag);
         }
     }
 
@@ -462,7 +534,11 @@ where
     /// Takes what the store has completed.
     #[inline(always)]
     fn collect(&mut self) {
-        while let Some(Completed { tag, result }) = self.store.complete(&InFlight(&self.jobs)) {
+        while self.bytes_left > 0
+            && let Some(Completed { tag, result }) = self.store.complete(&InFlight(&self.jobs))
+        {
+            let bytes = self.jobs.get(tag).map_or(0, Job::bytes);
+            self.bytes_left -= bytes as i64;
             self.note(tag, result);
             self.run(tag);
         }
@@ -565,6 +641,9 @@ where
     pub fn sleep(&mut self) -> Result<bool, Violation> {
         if let Some(violation) = self.violation {
             return Err(violation);
+        }
+        if !self.paused.is_empty() {
+            return Ok(true);
         }
         // What cannot be taken now is looked for when the store has completed something.
         if !self.takes() {

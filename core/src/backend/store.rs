@@ -49,6 +49,10 @@ pub enum Submitted {
     Done(Result<(), StoreError>),
     /// [`Store::complete`] will name its tag.
     Pending,
+    /// The first so many sectors of a discard or a write of zeroes are done: at least one, and not all
+    /// of them. The rest is submitted later, with the same tag. A store that does such operations
+    /// where they are submitted answers long ones so, since others wait meanwhile.
+    Partly(u64),
 }
 
 /// A finished operation.

@@ -495,6 +495,8 @@ pub struct State {
     /// Whether operations wait to be completed by hand.
     pub by_hand: bool,
     pub result: Result<(), StoreError>,
+    /// The most sectors of a range that are done at once.
+    pub step: u64,
     waiting: Vec<(Tag, Deed)>,
     ready: VecDeque<(Tag, Deed, Result<(), StoreError>)>,
     pub commits: u32,
@@ -522,6 +524,7 @@ impl Disk {
             deeds: Vec::new(),
             by_hand: false,
             result: Ok(()),
+            step: u64::MAX,
             waiting: Vec::new(),
             ready: VecDeque::new(),
             commits: 0,
@@ -601,6 +604,20 @@ impl Store for Disk {
             }
             other => panic!("{other:?}"),
         };
+        let step = match deed {
+            Deed::Discard(first, count, secure) if count > state.step => {
+                Some(Deed::Discard(first, state.step, secure))
+            }
+            Deed::WriteZeroes(first, count, may_unmap) if count > state.step => {
+                Some(Deed::WriteZeroes(first, state.step, may_unmap))
+            }
+            _ => None,
+        };
+        if let Some(step) = step {
+            state.deeds.push(step);
+            state.perform(step, memory);
+            return Submitted::Partly(state.step);
+        }
         state.deeds.push(deed);
         if state.by_hand {
             assert!(state.waiting.iter().all(|(other, _)| *other != tag), "a tag in flight twice");

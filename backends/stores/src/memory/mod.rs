@@ -21,6 +21,10 @@ pub use host::HostPages;
 /// The longest run of pages that is asked for: 2 MiB, the processor's next larger page.
 const RUN_BYTES: usize = 2 << 20;
 
+/// The most sectors that are cleared at once: 1 MiB. A longer discard is done in steps, so that
+/// others who wait for the same thread are served in between.
+const CLEAR_SECTORS: u64 = (1 << 20) / SECTOR_BYTES as u64;
+
 /// Why a RAM disk could not be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -47,7 +51,8 @@ pub struct OutOfRange;
 ///
 /// It is its own [`Store`]: clone it for each queue; all clones have the same contents. Several may
 /// be used at once, in different threads. An operation is done when it is submitted, by one copy
-/// from or to the memory that is lent. There is nothing to flush; discarded sectors read as zeroes.
+/// from or to the memory that is lent. There is nothing to flush; discarded sectors read as zeroes,
+/// and are cleared 1 MiB at a time ([`Submitted::Partly`]).
 pub struct MemoryDisk<A: PageAllocator> {
     disk: Arc<Pages<A>>,
     geometry: Geometry,
@@ -340,7 +345,11 @@ impl<A: PageAllocator> Store for MemoryDisk<A> {
             Operation::Flush => Ok(()),
             // There is one copy of the data, so that this is secure.
             Operation::Discard { extent, .. } | Operation::WriteZeroes { extent, .. } => {
-                self.disk.clear(extent)
+                let step = extent.up_to(CLEAR_SECTORS);
+                match self.disk.clear(step) {
+                    Ok(()) if step != extent => return Submitted::Partly(step.count()),
+                    outcome => outcome,
+                }
             }
             _ => return Submitted::Done(Err(StoreError::Unsupported)),
         };

@@ -305,7 +305,24 @@ impl<S: Store> Harness<S> {
             }
             _ => Operation::Flush,
         };
-        if let Submitted::Done(result) = self.store.submit(tag, operation) {
+        let mut submitted = self.store.submit(tag, operation);
+        let mut at = 0;
+        while let Submitted::Partly(sectors) = submitted {
+            at += sectors;
+            let operation = match step {
+                Step::Discard { first, count } => Operation::Discard {
+                    extent: self.extent(first + at, count - at),
+                    secure: false,
+                },
+                Step::WriteZeroes { first, count, may_unmap } => {
+                    let extent = self.extent(first + at, count - at);
+                    Operation::WriteZeroes { extent, may_unmap }
+                }
+                step => panic!("a part of {step:?}"),
+            };
+            submitted = self.store.submit(tag, operation);
+        }
+        if let Submitted::Done(result) = submitted {
             self.finish(Completed { tag, result });
         }
     }

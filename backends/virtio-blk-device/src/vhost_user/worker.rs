@@ -383,14 +383,16 @@ impl<D: Disk> Running<'_, D> {
     fn finish<Q: GuestQueue>(&self, engine: &mut Engine<Q, D>) -> Result<bool, Violation> {
         let until = Instant::now() + self.task.patience;
         loop {
-            self.work(engine, 0)?;
+            let more = self.work(engine, 0)?;
             if engine.in_progress() == 0 {
                 return Ok(true);
             }
             if Instant::now() >= until {
                 return Ok(false);
             }
-            wait_for_store(&engine.store().inner().wakeup(), until);
+            if !more {
+                wait_for_store(&engine.store().inner().wakeup(), until);
+            }
         }
     }
 
