@@ -5,12 +5,20 @@
 mapped=/tmp/mapped.img
 other=/tmp/other.img
 
-store_up() {
-	cat >>$pvblkd_config <<-END
+# Direct, through the page cache, by plain system calls, and both.
+store_settings() { # N
+	echo "[defaults]"
+	[ $(($1 % 2)) = 0 ] || echo "buffered = true"
+	[ $(($1 / 2 % 2)) = 0 ] || echo "synchronous = true"
+	cat <<-END
 		[[disk]]
 		target = "$mapped"
 		data-path = "map"
 	END
+}
+
+store_up() {
+	:
 }
 
 backend_reset() { # SECTOR

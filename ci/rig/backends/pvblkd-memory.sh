@@ -2,6 +2,10 @@
 # names it until the daemon ends; dom0 reaches what it holds as a guest of its own.
 . /pvblkd.sh
 
+store_settings() { # N
+	:
+}
+
 store_up() {
 	load xen-blkfront
 }

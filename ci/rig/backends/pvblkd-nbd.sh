@@ -60,13 +60,25 @@ store_restart() {
 	start_nbd
 }
 
+# A server that is killed loses nothing here. By default a flush after that fails, and the guest's file
+# system or fio with it, for it might have.
+store_settings() { # N
+	printf '[defaults]\nnbd-durability = "trusted"\n'
+}
+
+store_end() { # N
+	[ $(($1 % 2)) = 0 ] && signal=KILL || signal=TERM
+	dies "$(cat /run/nbdkit.pid)" $signal
+}
+
+store_begin() { # N
+	start_nbd
+}
+
 store_up() {
 	ip link set lo up
 	mkdir -p $nbd_folder
 	ln -sf $image $nbd_folder/image
-	# A server that is killed loses nothing here. By default a flush after that fails, and the
-	# guest's file system or fio with it, for it might have.
-	printf '[defaults]\nnbd-durability = "trusted"\n' >>$pvblkd_config
 	start_nbd
 }
 

@@ -3,7 +3,7 @@
 # that is no file of dom0 is left alone by libxl as long as there is a `script=`.
 
 pvblkd_log=/var/log/pvblkd.log
-# Its settings: those of a column are written by store_up.
+# Its settings: `store_settings N` of a column prints them, those of every day first.
 pvblkd_config=/etc/xen/pvblkd.toml
 
 # start_pvblkd: runs it, with its log among the reports.
@@ -21,7 +21,7 @@ backend_up() {
 		[ "$1" != add ] || xenstore-write "$XENBUS_PATH/hotplug-status" connected
 	END
 	chmod +x /etc/xen/scripts/block-pvblkd
-	: >$pvblkd_config
+	store_settings 0 >$pvblkd_config
 	store_up || return 1
 	start_pvblkd
 	marker $pvblkd_log '.*serving' 30 && return
@@ -36,6 +36,31 @@ backend_kill() {
 
 backend_restart() {
 	start_pvblkd
+}
+
+# dies PID SIGNAL: sends it, and waits until that program is over.
+dies() {
+	kill "-$2" "$1"
+	tries=0
+	until [ ! -d "/proc/$1" ] || grep -q '^State:.Z' "/proc/$1/status"; do
+		tries=$((tries + 1))
+		[ $tries -lt 200 ] || say "process $1 does not end"
+		usleep 50000
+	done
+}
+
+backend_end() { # N
+	[ $(($1 % 2)) = 0 ] && signal=KILL || signal=TERM
+	dies "$(cat /run/pvblkd.pid)" $signal
+}
+
+backend_begin() { # N
+	store_settings "$1" >$pvblkd_config
+	start_pvblkd
+}
+
+backend_serves() {
+	pvblkd list --json 2>/dev/null | grep -q '"state": *"Connected"'
 }
 
 # pvblkd_disk TARGET VDEV r|w

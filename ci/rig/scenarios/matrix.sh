@@ -10,10 +10,14 @@
 #   backend_release           after a guest is gone
 #   backend_kill, backend_restart   kills the backend with its disks in use; starts it again
 #   store_kill, store_restart       the same with what it has its data from
+#   backend_end N             ends the backend in an orderly way (N odd) or not; backend_begin N
+#                             starts it again with other settings
+#   store_end N, store_begin N      the same with what it has its data from
+#   backend_serves            whether guests' disks are connected
 #   backend_resize GUEST MIB  gives the guest's disk that size
 #
-# (the last three lines, `mapped` and `other`, where that can be done) and, where xl's own way is not
-# the way, backend_plug and backend_unplug; where it can say what it has done for its guests,
+# (all from `backend_kill` on, `mapped` and `other`, where that can be done) and, where xl's own way is
+# not the way, backend_plug and backend_unplug; where it can say what it has done for its guests,
 # backend_served.
 #
 # /guests/cells has a line for each guest: NAME KIND SECONDS SECTOR DISK live|later. KIND is
@@ -24,6 +28,7 @@
 #   resize      the same, but its disk grows while it writes
 #   crash       is destroyed while it writes
 #   hostile     breaks the rules on `other`, while another guest does its work
+#   deaths-backend, deaths-store   makes random requests, while that dies at random moments
 #   kill-backend, kill-store   as linux, but that is killed and started again while the guest
 #               writes its tree, and under load
 
@@ -180,6 +185,30 @@ strike() {
 	"$1_restart"
 }
 
+# a_while SEED MICROSECONDS: sleeps up to so long.
+a_while() {
+	usleep "$(awk -v seed="$1" -v most="$2" 'BEGIN { srand(seed); print int(rand() * most) }')"
+}
+
+# deaths backend|store LOG: ends it and starts it again, until the guest has done its work.
+deaths() {
+	count=0
+	marker "$2" HISTORY "$seconds" || return
+	until grep -q '^HISTORY [ew]\|^VERDICT' "$2"; do
+		a_while $((2 * count)) 1500000
+		"$1_end" $count
+		a_while $((2 * count + 1)) 300000
+		"$1_begin" $count
+		count=$((count + 1))
+		tries=0
+		until backend_serves || [ $tries -ge 100 ]; do
+			tries=$((tries + 1))
+			usleep 100000
+		done
+	done
+	say "DEATHS $count"
+}
+
 # disturb NAME KIND LOG: what dom0 does while the guest runs.
 disturb() {
 	case $2 in
@@ -194,6 +223,10 @@ disturb() {
 		[ "$2" = resize ] || return
 		marker "$3" RESIZE "$seconds" || return
 		backend_resize "$1" "$(sed -n 's/^RESIZE \([0-9]*\).*/\1/p' "$3")"
+		return
+		;;
+	deaths-*)
+		deaths "${2#deaths-}" "$3"
 		return
 		;;
 	kill-*)
@@ -225,7 +258,10 @@ one_guest() {
 	disturb "$1" "$2" "/var/log/xen/console/guest-$1.log" &
 	disturber=$!
 	guest "$1" "$seconds" "$how"
-	[ "$2" = crash ] || kill $disturber 2>/dev/null
+	case $2 in
+	crash | deaths-*) ;;
+	*) kill $disturber 2>/dev/null ;;
+	esac
 	wait $disturber
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::bare;
-use crate::bench::fio;
+use crate::guests;
 use crate::guests::image::{Entry, Image, compare};
 use crate::guests::transcript::{Transcript, value};
 use crate::project;
@@ -101,7 +101,7 @@ fn words<'a>(text: &'a str, prefix: &str) -> Option<(&'a str, &'a str)> {
 /// Boots Xen with the driver domain and its guests. `live` shows their consoles as they come.
 pub fn run(rig: &Rig, live: bool) -> Result<()> {
     let image = Image::prepare(rig)?;
-    let (kernel, initramfs) = rig.cell_guest(&fio::prepare(rig)?)?;
+    let (kernel, initramfs) = rig.cell_guest(&guests::programs(rig)?)?;
     let scripts = project::rig_scripts().join("scenarios");
     let mut files = vec![
         ("guests/storage.cfg".into(), STORAGE.as_bytes().to_vec()),

@@ -11,12 +11,20 @@ use std::time::Duration;
 use anyhow::{Result, anyhow};
 
 use crate::bare;
+use crate::bench::fio;
+use crate::host;
 use crate::report::say;
 use crate::rig::{Boot, Event, Outcome, Rig};
 use case::{Case, Console, Kind};
 use image::Image;
 use messages::Messages;
 use transcript::Transcript;
+
+/// Programs of a Linux guest that uses its disk in every way: their paths there, and their files.
+pub fn programs(rig: &Rig) -> Result<Vec<(&'static str, PathBuf)>> {
+    let history = host::build("pvblk-history-client")?;
+    Ok(vec![("bin/fio", fio::prepare(rig)?), ("bin/history", history)])
+}
 
 /// A kind of guest with its image built, and the file system for it to read.
 pub struct Guest<'a> {

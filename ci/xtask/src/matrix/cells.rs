@@ -13,6 +13,9 @@ use crate::guests::transcript::Transcript;
 /// What a disk grows to that grows, in MiB.
 const GROWN_MIB: u64 = 96;
 
+/// How many requests a guest makes whose backend dies again and again.
+const REQUESTS: u32 = 4000;
+
 /// What is done in a cell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum Work {
@@ -33,11 +36,16 @@ pub enum Work {
     StoreKill,
     /// A guest of ours breaks the rules of its ring, while another one works
     Hostile,
+    /// The backend is killed, ended and started again with other settings, at random moments; a Linux
+    /// guest judges each answer by the history of its disk
+    Deaths,
+    /// The same with the server that the backend has its data from
+    StoreDeaths,
 }
 
 impl Work {
     /// All there is to do beside everything, with what the table calls it.
-    pub const MORE: [(Self, &str); 7] = [
+    pub const MORE: [(Self, &str); 9] = [
         (Self::Resize, "the disk grows while the guest writes"),
         (Self::GrantCopy, "no persistent grants: Xen copies"),
         (Self::GrantMap, "no persistent grants: pages are mapped"),
@@ -45,6 +53,8 @@ impl Work {
         (Self::BackendKill, "the backend is killed under a guest"),
         (Self::StoreKill, "the NBD server is killed under a guest"),
         (Self::Hostile, "a hostile guest beside one that works"),
+        (Self::Deaths, "the backend dies at random moments, judged by the history"),
+        (Self::StoreDeaths, "the NBD server dies at random moments, judged by the history"),
     ];
 
     /// As `target/matrix.json` has it.
@@ -58,6 +68,8 @@ impl Work {
             Self::BackendKill => "backend-kill",
             Self::StoreKill => "store-kill",
             Self::Hostile => "hostile",
+            Self::Deaths => "deaths",
+            Self::StoreDeaths => "store-deaths",
         }
     }
 
@@ -72,6 +84,8 @@ impl Work {
             Self::BackendKill => "kill-backend",
             Self::StoreKill => "kill-store",
             Self::Hostile => "hostile",
+            Self::Deaths => "deaths-backend",
+            Self::StoreDeaths => "deaths-store",
         }
     }
 
@@ -83,6 +97,8 @@ impl Work {
             Self::GrantCopy | Self::GrantMap => "brief=1 xen_blkfront.feature_persistent=0".into(),
             Self::FrontendCrash => "task=write".into(),
             Self::Hostile => "hostile=2013".into(),
+            Self::Deaths => format!("history=11 requests={REQUESTS}"),
+            Self::StoreDeaths => format!("history=12 requests={REQUESTS}"),
         }
     }
 
@@ -168,6 +184,7 @@ impl Cell {
                 checks::hostile(seen)?;
                 unikernel().context("the guest beside the hostile one")
             }
+            (Work::Deaths | Work::StoreDeaths, _) => checks::history(seen, REQUESTS.into()),
             (Work::FrontendCrash, _) => {
                 checks::crash(seen)?;
                 unikernel().context("the guest that got the disk next")

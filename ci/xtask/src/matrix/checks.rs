@@ -11,6 +11,9 @@ use crate::guests::transcript::{Transcript, value};
 /// Files that a Linux guest writes: fewer means that something was not written at all.
 const FILES: usize = 34;
 
+/// How often a backend must have died before its guest's history says anything of that.
+const DEATHS: u64 = 4;
+
 /// Pages of any guest that dom0 has mapped: XenStore's and the console's.
 const OWN_PAGES: u64 = 2;
 
@@ -78,6 +81,26 @@ pub fn spoke(seen: &Transcript, wanted: &str) -> Result<()> {
     let protocol = report(seen, "PROTOCOL ")?;
     ensure!(protocol == wanted, "it spoke {protocol}, not {wanted}");
     Ok(())
+}
+
+/// The guest found in each answer what its disk may hold, and no request failed, while what it depends
+/// on died many times. Returns how many bytes were compared.
+pub fn history(seen: &Transcript, requests: u64) -> Result<u64> {
+    if let Some(wrong) = seen.after("HISTORY wrong: ").next() {
+        bail!("{wrong}{}", seen.last_words());
+    }
+    seen.check_end()?;
+    let end = last(seen, "HISTORY end ")?;
+    let count = |key| -> Result<u64> {
+        value(end, key)
+            .and_then(|count| count.parse().ok())
+            .with_context(|| format!("no {key}: {end}"))
+    };
+    ensure!(count("requests")? >= requests, "not all requests were made: {end}");
+    ensure!(count("failed")? == 0, "requests failed: {end}");
+    let deaths: u64 = report(seen, "DEATHS ")?.parse().context("DEATHS")?;
+    ensure!(deaths >= DEATHS, "{deaths} deaths are too few to say anything");
+    count("compared")
 }
 
 /// The destroyed guest had pages mapped, and all of them came back.
@@ -246,6 +269,32 @@ mod tests {
         seen.take_report("PROTOCOL x86_32-abi");
         spoke(&seen, "x86_32-abi").unwrap();
         assert!(spoke(&seen, "x86_64-abi").is_err());
+    }
+
+    #[test]
+    fn a_history_must_be_right_and_whole() {
+        let end = "HISTORY end requests=100 failed=0 compared=512";
+        let seen = |lines: &[&str], reports: &[&str]| {
+            let mut seen = Transcript::default();
+            seen.lines.extend(lines.iter().map(|&line| line.to_owned()));
+            reports.iter().for_each(|report| seen.take_report(report));
+            history(&seen, 100)
+        };
+        let reports = ["DEATHS 4", "ENDED poweroff"];
+        assert_eq!(seen(&[end, "VERDICT PASS"], &reports).unwrap(), 512);
+        for lines in [
+            &["VERDICT PASS"][..],
+            &[end],
+            &["HISTORY wrong: an old write", end, "VERDICT PASS"],
+            &["HISTORY end requests=99 failed=0 compared=512", "VERDICT PASS"],
+            &["HISTORY end requests=100 failed=1 compared=512", "VERDICT PASS"],
+            &["HISTORY end requests=100 compared=512", "VERDICT PASS"],
+        ] {
+            assert!(seen(lines, &reports).is_err(), "{lines:?}");
+        }
+        for reports in [&["ENDED poweroff"][..], &["DEATHS 3", "ENDED poweroff"], &["DEATHS 4"]] {
+            assert!(seen(&[end, "VERDICT PASS"], reports).is_err(), "{reports:?}");
+        }
     }
 
     #[test]

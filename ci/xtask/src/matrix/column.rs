@@ -9,7 +9,7 @@ use super::cells::Cell;
 use super::columns::Back;
 use super::table::Row;
 use crate::bare;
-use crate::bench::fio;
+use crate::guests;
 use crate::guests::image::{Entry, Image};
 use crate::guests::transcript::Transcript;
 use crate::report::say;
@@ -32,7 +32,7 @@ impl Guests {
                 let (files, emulator) = rig.cell_guest_32()?;
                 (files, Some(emulator))
             }
-            false => (rig.cell_guest(&fio::prepare(rig)?)?, None),
+            false => (rig.cell_guest(&guests::programs(rig)?)?, None),
         };
         let files = vec![
             ("guests/unikernel".into(), bare::build(bare::X86_64, "unikernel", &[])?),

@@ -134,7 +134,11 @@ impl Back {
             }
             // What is in a program's memory dies with it.
             Work::BackendKill => matches!(self, Self::PvblkdFile | Self::PvblkdNbd),
-            Work::StoreKill => self == Self::PvblkdNbd,
+            Work::StoreKill | Work::StoreDeaths => self == Self::PvblkdNbd,
+            // The daemon's memory is in files of a tmpfs, which outlive it.
+            Work::Deaths => {
+                matches!(self, Self::PvblkdFile | Self::PvblkdMemory | Self::PvblkdNbd)
+            }
         }
     }
 

@@ -146,11 +146,14 @@ pub fn write_bench_guest(
     write_guest(packages, file, &GUEST_MODULES[..1], "scenarios/bench-guest.sh", programs, &[])
 }
 
-/// Writes the initramfs of a Linux guest that uses a disk in every way, with fio if there is one for
-/// the guest's processor.
-pub fn write_cell_guest(packages: &Packages, file: &Path, fio: Option<&Path>) -> Result<()> {
-    let programs: Vec<_> = fio.map(|fio| ("bin/fio", fio.to_owned())).into_iter().collect();
-    write_guest(packages, file, &GUEST_MODULES, "init.cell", &programs, &FILE_SYSTEM_PROGRAMS)
+/// Writes the initramfs of a Linux guest that uses a disk in every way, with programs of ours if there
+/// are some for the guest's processor.
+pub fn write_cell_guest(
+    packages: &Packages,
+    file: &Path,
+    programs: &[(&str, PathBuf)],
+) -> Result<()> {
+    write_guest(packages, file, &GUEST_MODULES, "init.cell", programs, &FILE_SYSTEM_PROGRAMS)
 }
 
 /// Writes the initramfs of the same guest for a machine without Xen.

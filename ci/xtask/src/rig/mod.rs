@@ -75,12 +75,13 @@ impl Rig {
         self.packages.add(names)
     }
 
-    /// Files that a Linux guest that uses a disk in every way starts from.
-    pub fn cell_guest(&self, fio: &Path) -> Result<(PathBuf, PathBuf)> {
+    /// Files that a Linux guest that uses a disk in every way starts from, with `programs` of ours: the
+    /// path there and the file.
+    pub fn cell_guest(&self, programs: &[(&str, PathBuf)]) -> Result<(PathBuf, PathBuf)> {
         self.add(&[dom0::PARTITIONS])?;
         let _lock = lock()?;
         let initramfs = self.path("cell.cpio");
-        dom0::write_cell_guest(&self.packages, &initramfs, Some(fio))?;
+        dom0::write_cell_guest(&self.packages, &initramfs, programs)?;
         Ok((self.path("vmlinux"), initramfs))
     }
 
@@ -95,7 +96,7 @@ impl Rig {
         stamp::once(&stamp, &key, "unpacking the kernel of a 32-bit guest", || {
             Ok(fs::write(&kernel, kernel::vmlinux(&guest, &fs::read(&image)?)?)?)
         })?;
-        dom0::write_cell_guest(&guest, &initramfs, None)?;
+        dom0::write_cell_guest(&guest, &initramfs, &[])?;
         Ok(((kernel, initramfs), emulator))
     }
 
