@@ -179,6 +179,9 @@ impl Checker {
                 Ok(())
             }
             Event::Failing(is_failing) => {
+                if self.is_failing && !is_failing {
+                    self.registers.values_mut().for_each(Register::recovered);
+                }
                 self.is_failing = *is_failing;
                 Ok(())
             }
@@ -221,10 +224,10 @@ impl Checker {
 
     fn answer(&mut self, id: Version, answer: &Answer) -> Result<(), Violation> {
         let request = self.outstanding.remove(&id).ok_or(Violation::Answer { id })?;
+        let (now, is_durable, is_failing) = (self.now, self.rules.write_through, self.is_failing);
         for sector in core::mem::take(&mut self.void) {
-            self.register(sector).settle_void();
+            self.register(sector).settle_void(is_failing);
         }
-        let (now, is_durable) = (self.now, self.rules.write_through);
         match (request.operation, answer) {
             (Operation::Read(range), Answer::Read(seen)) if seen.len() == range.count as usize => {
                 self.show(id, range, seen)
@@ -240,7 +243,7 @@ impl Checker {
                 for sector in range.sectors() {
                     match answer {
                         Answer::Failed => self.register(sector).fail(id, now),
-                        _ => self.register(sector).acknowledge(id, now, is_durable),
+                        _ => self.register(sector).acknowledge(id, now, is_durable, is_failing),
                     }
                 }
                 Ok(())
@@ -286,10 +289,13 @@ impl Checker {
     }
 
     fn die(&mut self, death: Death) {
+        let is_failing = self.is_failing;
         let registers = self.registers.values_mut();
         match death {
             Death::Daemon | Death::Server { keeps_cache: true } => {}
-            Death::Server { keeps_cache: false } => registers.for_each(Register::lose_cache),
+            Death::Server { keeps_cache: false } => {
+                registers.for_each(|register| register.lose_cache(is_failing))
+            }
             Death::GuestRing => {
                 let now = self.now;
                 for (&sector, register) in &mut self.registers {
@@ -300,7 +306,7 @@ impl Checker {
                 self.outstanding.clear();
             }
             Death::Host => {
-                registers.for_each(Register::lose_host);
+                registers.for_each(|register| register.lose_host(is_failing));
                 self.outstanding.clear();
                 self.void.clear();
             }

@@ -162,8 +162,14 @@ impl Register {
         }
     }
 
-    pub fn acknowledge(&mut self, version: Version, now: Moment, is_durable: bool) {
-        self.settle(false);
+    pub fn acknowledge(
+        &mut self,
+        version: Version,
+        now: Moment,
+        is_durable: bool,
+        is_failing: bool,
+    ) {
+        self.settle(is_failing);
         self.worlds.retain(|world| world.landed.contains(&version));
         let Some(at) = self.writes.iter().position(|write| write.version == version) else {
             return;
@@ -290,8 +296,8 @@ impl Register {
     }
 
     /// What was not flushed may be lost now, and flushes have to say so.
-    pub fn lose_cache(&mut self) {
-        self.settle(false);
+    pub fn lose_cache(&mut self, is_failing: bool) {
+        self.settle(is_failing);
         let worlds = mem::take(&mut self.worlds);
         let keeps = worlds
             .iter()
@@ -304,8 +310,8 @@ impl Register {
     }
 
     /// What is not on the medium is lost, and nothing is in flight.
-    pub fn lose_host(&mut self) {
-        self.settle(false);
+    pub fn lose_host(&mut self, is_failing: bool) {
+        self.settle(is_failing);
         let left: BTreeSet<Version> =
             self.worlds.iter().flat_map(|world| &world.survivors).copied().collect();
         self.worlds = left.into_iter().map(World::new).collect();
@@ -340,9 +346,15 @@ impl Register {
     }
 
     /// The next ring has answered: what was void is over.
-    pub fn settle_void(&mut self) {
-        self.settle(false);
+    pub fn settle_void(&mut self, is_failing: bool) {
+        self.settle(is_failing);
         self.set_state(|write| matches!(write.state, State::Void(_)), State::Settled);
+        self.tidy();
+    }
+
+    /// The medium does not fail any more.
+    pub fn recovered(&mut self) {
+        self.settle(true);
         self.tidy();
     }
 
@@ -385,7 +397,10 @@ impl Register {
                 if !can_revert(&world.survivors[keep + 1]) {
                     break;
                 }
-                next.push(world.revert(keep, |version| self.is_acknowledged(version)));
+                let mut lost = world.revert(keep, |version| self.is_acknowledged(version));
+                // What is left was read from the medium.
+                lost.survivors.drain(..keep);
+                next.push(lost);
             }
             fresh.extend(next.into_iter().filter(|world| all.insert(world.clone())));
             assert!(all.len() <= MOST_WORLDS, "too many requests overlap for the checker");
