@@ -9,8 +9,9 @@ use pvblk_virtio::feature::Features;
 pub const QUEUE_SIZE_MAX: u16 = 1 << 15;
 
 /// The most sectors that one range to discard, to erase or to fill with zeroes may have: 2 GiB, so
-/// that no store has to count further than 32 bits of bytes.
-const RANGE_SECTORS: u32 = 1 << 22;
+/// that no store has to count further than 32 bits of bytes. For
+/// [`DeviceWire::with_range_limit`](pvblk_virtio::DeviceWire::with_range_limit).
+pub const RANGE_SECTORS: u32 = 1 << 22;
 
 /// How a device is set up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -37,6 +37,8 @@ pub struct DeviceWire<Q> {
     incoming: Incoming<Key>,
     /// Which descriptors are its data.
     data: (usize, usize),
+    /// The most sectors in a range to discard, to erase or to fill with zeroes.
+    range_sectors: u32,
 }
 
 impl<Q: DeviceQueue> DeviceWire<Q> {
@@ -45,7 +47,15 @@ impl<Q: DeviceQueue> DeviceWire<Q> {
     pub fn new(queue: Q, identity: Identity, longest: usize) -> Self {
         let command = Command { code: Code::Read, sector: 0, sectors: 0 };
         let incoming = Incoming { key: Key::default(), command, list: List::Direct(0) };
-        Self { queue, identity, chain: Chain::new(longest), incoming, data: (0, 0) }
+        let chain = Chain::new(longest);
+        Self { queue, identity, chain, incoming, data: (0, 0), range_sectors: u32::MAX }
+    }
+
+    /// Holds the driver to the limit that it was told for ranges to discard, to erase or to fill with
+    /// zeroes, in sectors of 512 bytes: a longer one fails (VirtIO 5.2.6.2).
+    #[must_use]
+    pub fn with_range_limit(self, range_sectors: u32) -> Self {
+        Self { range_sectors, ..self }
     }
 
     /// The queue.
@@ -128,6 +138,9 @@ impl<Q: DeviceQueue> DeviceWire<Q> {
         };
         let [sector, rest] = words.map(u64::from_le);
         let (sectors, flags) = (rest & u64::from(u32::MAX), (rest >> 32) as u32);
+        if sectors > self.range_sectors.into() {
+            return Taken::Refused(Status::Failed);
+        }
         let code = match (code, flags) {
             (code, 0) => code,
             (Code::WriteZeroes, RANGE_UNMAP) => Code::WriteZeroesMayUnmap,

@@ -319,6 +319,28 @@ fn ranges_are_checked() {
 }
 
 #[test]
+fn a_range_that_is_longer_than_was_announced_fails() {
+    let guest = Guest::new();
+    let (at, data, end) = (guest.data, guest.data + 64, guest.data + 0x800);
+    let kinds = [kind::DISCARD, kind::WRITE_ZEROES, kind::SECURE_ERASE];
+    for (kind, sectors) in kinds.into_iter().flat_map(|kind| [(kind, 16), (kind, 17)]) {
+        let rings = GuestRings::split(guest.ram.guest().clone(), guest.queue, SIZE).unwrap();
+        let queue = split::DeviceQueue::attach(rings, SIZE, Setup::ALL, 0).unwrap();
+        let bounce = Bounce { segments: SEGMENTS + 8, bytes: PAGE_BYTES };
+        let memory = GuestMemory::new(guest.ram.guest().clone(), bounce);
+        let wire = DeviceWire::new(queue, identity(), SEGMENTS).with_range_limit(16);
+        let mut device = Backend::new(wire, memory, guest.disk(), SIZE, SEGMENTS);
+        guest.header(at, kind, 0);
+        guest.write(data, &[8, sectors].map(u64::to_le_bytes).concat());
+        guest.chain(guest.queue.descriptors, &[(at, 16, 0), (data, 16, 0), (end, 1, WRITE)]);
+        guest.show(1, 0);
+        device.poll(8).unwrap();
+        let expected = if sectors > 16 { status::IOERR } else { status::OK };
+        assert_eq!(guest.read(end, 1), [expected], "{kind}: {sectors}");
+    }
+}
+
+#[test]
 fn descriptors_in_the_queue_may_end_in_a_table() {
     let guest = Guest::new();
     let (at, data, end) = (guest.data, guest.data + 0x200, guest.data + 0x800);

@@ -27,6 +27,7 @@ use super::log::Log;
 use super::packed::PackedQueue;
 use super::split::SplitQueue;
 use crate::cache::{Cached, WriteBack};
+use crate::config::RANGE_SECTORS;
 
 /// What a worker needs.
 pub(super) struct Task<D> {
@@ -206,7 +207,8 @@ fn open<Q: GuestQueue, D: Disk>(
     let queue = Q::open(ram.clone(), task.addresses, task.size, task.features, task.base, log)?;
     let longest = usize::from(task.segments);
     // A driver that takes no notice of the limit is held to what the queue has room for.
-    let wire = DeviceWire::new(queue, task.disk.identity(), longest.max(task.size.into()));
+    let wire = DeviceWire::new(queue, task.disk.identity(), longest.max(task.size.into()))
+        .with_range_limit(RANGE_SECTORS);
     let bounce = Bounce { segments: longest + TABLES_MAX, bytes: BOUNCE_BYTES };
     let memory = GuestMemory::new(ram, bounce);
     Ok(Backend::new(wire, memory, store, task.size, longest))
