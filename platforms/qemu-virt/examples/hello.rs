@@ -32,7 +32,14 @@ mod image {
         };
         note("heap", heap());
         note("timer", timer(guest));
-        for device in guest.devices() {
+        for found in guest.devices() {
+            let device = match found {
+                Ok(device) => device,
+                Err(unusable) => {
+                    println!("{unusable}");
+                    continue;
+                }
+            };
             println!("{}: {:?}, interrupt {}", device.place, device.kind(), device.pin);
             if device.kind() == DeviceType::Block {
                 note("first sector", read(guest, device));

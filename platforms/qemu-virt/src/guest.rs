@@ -10,7 +10,7 @@ use pvh_guest::pages;
 use pvh_guest::ram::Ram;
 
 use crate::lines::Line;
-use crate::virtio::{self, Device};
+use crate::virtio::{self, Device, Unusable};
 use crate::{clock, lines};
 
 /// The running guest. There is one, made before the program's main function is called.
@@ -55,8 +55,9 @@ impl Guest {
     /// The VirtIO devices of the machine: those on the PCI bus 0 in the order of their slots, then
     /// those that the command line names (`virtio_mmio.device=512@0xfeb02e00:12`).
     ///
-    /// Every one is to be driven once: to find a device again is to have two drivers on it.
-    pub fn devices(&self) -> impl Iterator<Item = Device> + use<> {
+    /// Every one is to be driven once: to find a device again is to have two drivers on it. One that
+    /// cannot be driven is among them, with the reason.
+    pub fn devices(&self) -> impl Iterator<Item = Result<Device, Unusable>> + use<> {
         virtio::devices(self.command_line)
     }
 

@@ -58,7 +58,7 @@ pub use guest::Guest;
 pub use hal::IdentityHal;
 pub use lines::{Line, LineStatistics};
 pub use power::{crash, exit, power_off};
-pub use virtio::{Device, Place};
+pub use virtio::{Device, Place, Reason, Unusable};
 
 #[doc(hidden)]
 pub use pvh_guest as __pvh_guest;

@@ -3,10 +3,10 @@
 use core::fmt;
 use core::ptr::NonNull;
 
-use virtio_drivers::transport::mmio::MmioTransport;
+use virtio_drivers::transport::mmio::{MmioError, MmioTransport, MmioVersion};
 use virtio_drivers::transport::pci::bus::{Command, DeviceFunction, PciRoot};
-use virtio_drivers::transport::pci::{PciTransport, virtio_device_type};
-use virtio_drivers::transport::{DeviceType, SomeTransport, Transport};
+use virtio_drivers::transport::pci::{PciTransport, VirtioPciError, virtio_device_type};
+use virtio_drivers::transport::{DeviceType, DeviceTypeError, SomeTransport, Transport};
 
 use crate::doorbells::PciDoorbells;
 use crate::hal::IdentityHal;
@@ -51,35 +51,98 @@ impl fmt::Display for Place {
     }
 }
 
-pub(crate) fn devices(command_line: &'static str) -> impl Iterator<Item = Device> {
+/// A VirtIO device that cannot be driven.
+#[derive(Debug, thiserror::Error)]
+#[error("{place}: {reason}")]
+#[non_exhaustive]
+pub struct Unusable {
+    /// What kind of device it is, if it says.
+    pub kind: Option<DeviceType>,
+    /// Where it is.
+    pub place: Place,
+    /// Why it cannot be driven.
+    pub reason: Reason,
+}
+
+/// Why a VirtIO device cannot be driven.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Reason {
+    /// It has only the registers from before VirtIO 1.0.
+    #[error(
+        "a legacy device, from before VirtIO 1.0: start QEMU without disable-modern=on for it, and \
+         without -global virtio-mmio.force-legacy=true"
+    )]
+    Legacy,
+    /// There is no pin at which its interrupt arrives.
+    #[error("a device without an interrupt (INTx)")]
+    NoInterrupt,
+    /// Its registers on the PCI bus are not as they should be.
+    #[error("its registers cannot be used: {0}")]
+    Pci(VirtioPciError),
+    /// Its registers in memory are not as they should be.
+    #[error("its registers cannot be used: {0}")]
+    Mmio(MmioError),
+}
+
+impl From<VirtioPciError> for Reason {
+    fn from(error: VirtioPciError) -> Self {
+        match error {
+            // Every device of version 1 has this structure, and no legacy one.
+            VirtioPciError::MissingCommonConfig => Self::Legacy,
+            error => Self::Pci(error),
+        }
+    }
+}
+
+/// What was found at a place: a device, or why there is none to be driven.
+type Found = Result<Device, Unusable>;
+
+pub(crate) fn devices(command_line: &'static str) -> impl Iterator<Item = Found> {
     on_pci().chain(on_command_line(command_line))
 }
 
 /// The devices on the PCI bus 0. The firmware has given them their addresses.
-fn on_pci() -> impl Iterator<Item = Device> {
+fn on_pci() -> impl Iterator<Item = Found> {
     PciRoot::new(Ports).enumerate_bus(0).filter_map(|(function, info)| {
-        virtio_device_type(&info)?;
-        let mut root = PciRoot::new(Ports);
-        let pin = pci::interrupt_pin(&Ports, function)?;
-        let (_, command) = root.get_status_command(function);
-        let wanted = Command::MEMORY_SPACE | Command::BUS_MASTER;
-        root.set_command(function, (command - Command::INTERRUPT_DISABLE) | wanted);
-        let transport = PciTransport::new::<IdentityHal, _>(&mut root, function).ok()?;
-        let doorbells = PciDoorbells::find(&mut root, function);
-        Some(Device { transport: transport.into(), doorbells, pin, place: Place::Pci(function) })
+        let kind = virtio_device_type(&info)?;
+        let place = Place::Pci(function);
+        Some(open_pci(function).map_err(|reason| Unusable { kind: Some(kind), place, reason }))
     })
+}
+
+fn open_pci(function: DeviceFunction) -> Result<Device, Reason> {
+    let mut root = PciRoot::new(Ports);
+    let pin = pci::interrupt_pin(&Ports, function).ok_or(Reason::NoInterrupt)?;
+    let (_, command) = root.get_status_command(function);
+    let wanted = Command::MEMORY_SPACE | Command::BUS_MASTER;
+    root.set_command(function, (command - Command::INTERRUPT_DISABLE) | wanted);
+    let transport = PciTransport::new::<IdentityHal, _>(&mut root, function)?;
+    let doorbells = PciDoorbells::find(&mut root, function);
+    Ok(Device { transport: transport.into(), doorbells, pin, place: Place::Pci(function) })
 }
 
 /// The devices that the command line names, as `microvm` does for Linux:
 /// `virtio_mmio.device=SIZE@ADDRESS:PIN`.
-fn on_command_line(command_line: &'static str) -> impl Iterator<Item = Device> {
+fn on_command_line(command_line: &'static str) -> impl Iterator<Item = Found> {
     command_line.split_ascii_whitespace().filter_map(|word| {
         let (bytes, address, pin) = parse(word.strip_prefix("virtio_mmio.device=")?)?;
         let registers = NonNull::new(core::ptr::with_exposed_provenance_mut(address))?;
-        // SAFETY: the hypervisor says that there are registers. They are below 4 GiB, and mapped.
-        let transport = unsafe { MmioTransport::new(registers, bytes) }.ok()?;
         let place = Place::Mmio(address);
-        Some(Device { transport: transport.into(), doorbells: None, pin, place })
+        // SAFETY: the hypervisor says that there are registers. They are below 4 GiB, and mapped.
+        let transport = match unsafe { MmioTransport::new(registers, bytes) } {
+            Ok(transport) => transport,
+            // A slot without a device.
+            Err(MmioError::InvalidDeviceID(DeviceTypeError::InvalidDeviceType(0))) => return None,
+            Err(error) => {
+                return Some(Err(Unusable { kind: None, place, reason: Reason::Mmio(error) }));
+            }
+        };
+        if transport.version() == MmioVersion::Legacy {
+            let kind = Some(transport.device_type());
+            return Some(Err(Unusable { kind, place, reason: Reason::Legacy }));
+        }
+        Some(Ok(Device { transport: transport.into(), doorbells: None, pin, place }))
     })
 }
 
@@ -102,7 +165,24 @@ fn parse(text: &str) -> Option<(usize, usize, u8)> {
 
 #[cfg(test)]
 mod tests {
-    use super::parse;
+    use virtio_drivers::transport::pci::bus::DeviceFunction;
+
+    use super::*;
+
+    #[test]
+    fn a_device_without_the_registers_of_version_1_is_a_legacy_one() {
+        let place = Place::Pci(DeviceFunction { bus: 0, device: 3, function: 0 });
+        let unusable = |error: VirtioPciError| Unusable {
+            kind: Some(DeviceType::Block),
+            place,
+            reason: error.into(),
+        };
+        let text = unusable(VirtioPciError::MissingCommonConfig).to_string();
+        assert!(text.starts_with("pci 00:03.0: a legacy device"), "{text}");
+        assert!(text.contains("disable-modern=on"), "{text}");
+        let text = unusable(VirtioPciError::BarNotAllocated(4)).to_string();
+        assert!(text.contains("Bar 4 not allocated"), "{text}");
+    }
 
     #[test]
     fn words_of_the_command_line_are_read_as_linux_reads_them() {

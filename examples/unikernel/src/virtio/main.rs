@@ -5,7 +5,8 @@
 //! and (3) prints what was negotiated and what was reached. The last line is `VERDICT PASS`, or
 //! `VERDICT FAIL` and why.
 //!
-//! The command line: `queues=N size=N segments=N segment=KIB packed=0|1` shape what the driver asks for
+//! The command line: `files=NAME` and `raw=NAME` give the disks other names (QEMU's own
+//! `qemu-storage-daemon` calls every disk `vhost_user_blk`); `queues=N size=N segments=N segment=KIB packed=0|1` shape what the driver asks for
 //! (packed queues are used where they are offered, unless `packed=0`); `seed=N` makes another pattern;
 //! `memory=hal` has the disks' memory come from a `Hal` of `virtio-drivers`;
 //! `resize=SECTORS` waits for the raw disk to get that size after all else.
@@ -61,8 +62,19 @@ mod image {
             Some("hal") => Some(Box::leak(Box::default())),
             _ => None,
         };
-        let mut done = (false, false);
-        for found in guest.devices().filter(|device| device.kind() == DeviceType::Block) {
+        let (mut done, mut unusable) = ((false, false), String::new());
+        for found in guest.devices() {
+            let found = match found {
+                Ok(device) if device.kind() == DeviceType::Block => device,
+                Ok(_) => continue,
+                Err(why) => {
+                    println!("UNUSABLE device at {why}");
+                    if why.kind.is_none_or(|kind| kind == DeviceType::Block) {
+                        unusable = alloc::format!("{unusable}; {why}");
+                    }
+                    continue;
+                }
+            };
             let (pin, place) = (found.pin, found.place);
             // They live as long as the image: what they borrow is never freed.
             let device: &'static Device =
@@ -91,8 +103,8 @@ mod image {
         }
         match done {
             (true, true) => Ok(()),
-            (false, _) => Err("there is no disk named `files`".to_string()),
-            (_, false) => Err("there is no disk named `raw`".to_string()),
+            (false, _) => Err(alloc::format!("there is no disk named `files`{unusable}")),
+            (_, false) => Err(alloc::format!("there is no disk named `raw`{unusable}")),
         }
     }
 
@@ -125,13 +137,13 @@ mod image {
         let name = name.as_str().ok_or("the disk's name is no text")?;
         report::negotiated(name, slot.place, &negotiated);
         match name {
-            "files" => {
+            name if name == guest.argument("files").unwrap_or("files") => {
                 let fs = files::read_all(&machine, queues.remove(0))?;
                 disk.close(&mut queues).map_err(text)?;
                 drop(fs);
                 Ok(Use::Files)
             }
-            "raw" => {
+            name if name == guest.argument("raw").unwrap_or("raw") => {
                 let pools = hammer::run(&machine, &disk.lender(), &mut queues)?;
                 report::totals(guest, &queues);
                 if let Some(sectors) = guest.argument("resize") {
@@ -141,7 +153,9 @@ mod image {
                 drop((queues, pools));
                 Ok(Use::Raw)
             }
-            other => Err(alloc::format!("nobody knows what to do with a disk named {other}")),
+            other => Err(alloc::format!(
+                "a disk named {other}: files={other} or raw={other} says what it is for"
+            )),
         }
     }
 

@@ -82,6 +82,7 @@ impl Setup {
         settings.packed = true;
         settings.queues = 2;
         settings.queue_size = 64;
+        settings.segments = SEGMENTS as u16;
         Self {
             settings,
             geometry: GEOMETRY,
