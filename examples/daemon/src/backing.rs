@@ -1,16 +1,16 @@
 //! What a disk is served from, opened; and one queue's share of it.
 
-use std::fs::OpenOptions;
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Result, anyhow, bail};
 use pvblk::backend::{Completed, Operation, Requests, Store, StoreError, Submitted};
 use pvblk::command::Features;
-use pvblk::extent::Geometry;
+use pvblk::extent::{Geometry, SECTOR_BYTES};
 use pvblk::table::Tag;
 use pvblk_stores::Wakeup;
-use pvblk_stores::file::{FileDisk, FileOptions, FileStore, Method};
+use pvblk_stores::file::{Contents, FileDisk, FileOptions, FileStore, Method, Sharing};
 use pvblk_stores::memory::MemoryDisk;
 use pvblk_stores::nbd::{Durability, NbdDisk, NbdOptions, NbdStore};
 use serde::{Deserialize, Serialize};
@@ -50,9 +50,52 @@ pub struct StoreOptions {
     pub buffered: bool,
     /// Whether a file is read and written by plain system calls, not by `io_uring`.
     pub synchronous: bool,
+    /// Whether a file may be used by others at the same time that say the same.
+    pub share: bool,
+    /// What a file is, whatever it looks like.
+    pub format: Option<ImageFormat>,
     /// What is done about writes that an NBD server may lose when it is restarted.
     pub nbd_durability: Option<NbdDurability>,
+    /// What was before the disk is opened.
+    pub origin: DiskOrigin,
 }
+
+/// What was before a disk is opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DiskOrigin {
+    /// Nothing: its guest begins to use it.
+    #[default]
+    New,
+    /// A guest uses it, which an earlier process has served.
+    InUse,
+    /// It comes with a guest that moves here, and is open where that comes from.
+    Arriving,
+}
+
+/// What a file is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum ImageFormat {
+    /// A disk, sector for sector, even if it begins like an image of another format
+    Raw,
+}
+
+/// An option that what a disk is served from cannot follow.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Misfit {
+    option: &'static str,
+    fits: &'static str,
+    source: String,
+}
+
+impl fmt::Display for Misfit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { option, fits, source } = self;
+        write!(f, "{option} is for {fits}, and {source} is none: leave it out")
+    }
+}
+
+impl std::error::Error for Misfit {}
 
 /// What is done about writes that an NBD server acknowledged and may lose when it is restarted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -67,12 +110,43 @@ pub enum NbdDurability {
 }
 
 impl StoreOptions {
+    /// Looks whether `source` can follow each of these options, which were given for this very disk.
+    ///
+    /// # Errors
+    ///
+    /// [`Misfit`] names the first that it cannot.
+    pub fn check(&self, source: &Source) -> Result<(), Misfit> {
+        const FILES: &str = "files and block devices";
+        let (file, nbd) = (matches!(source, Source::File(_)), matches!(source, Source::Nbd(_)));
+        for (option, given, fits, is_one) in [
+            ("buffered", self.buffered, FILES, file),
+            ("synchronous", self.synchronous, FILES, file),
+            ("share", self.share, FILES, file),
+            ("format", self.format.is_some(), FILES, file),
+            ("nbd-durability", self.nbd_durability.is_some(), "disks on NBD servers", nbd),
+        ] {
+            if given && !is_one {
+                return Err(Misfit { option, fits, source: source.to_string() });
+            }
+        }
+        Ok(())
+    }
+
     /// What is told to the store of a file.
     fn file(&self) -> FileOptions {
         let mut options = FileOptions::default();
         options.read_only = self.read_only;
         options.direct = !self.buffered;
         options.logical_bytes = self.sector;
+        options.in_use = self.origin == DiskOrigin::InUse;
+        options.sharing = match (self.share, self.origin) {
+            (true, _) => Sharing::Shared,
+            (false, DiskOrigin::Arriving) => Sharing::Arriving,
+            (false, _) => Sharing::Exclusive,
+        };
+        if let Some(ImageFormat::Raw) = self.format {
+            options.contents = Contents::RawForSure;
+        }
         if self.synchronous {
             options.method = Method::Synchronous;
         }
@@ -185,26 +259,20 @@ impl Backing {
             _ => bail!("a disk in memory keeps the size that it was made with"),
         };
         if let Some(size) = size {
-            let file = OpenOptions::new().write(true).open(path);
-            let file = file.with_context(|| format!("cannot write to {}", path.display()))?;
-            let metadata = file.metadata()?;
-            if !metadata.is_file() {
-                bail!(
-                    "{} is no file: resize it by its own means (lvextend, ...), and say then that it was",
-                    path.display()
-                );
+            let geometry = disk.geometry();
+            let now = geometry.sectors * u64::from(SECTOR_BYTES);
+            if !size.bytes().is_multiple_of(geometry.logical_bytes.into()) {
+                bail!("{size} is not a multiple of the sector of {} bytes", geometry.logical_bytes);
             }
-            if size.bytes() < metadata.len() {
+            if size.bytes() < now {
                 bail!(
-                    "{} has {} bytes, and would lose what is behind the first {}: if that is \
-                     wanted, use truncate, and say then that it was",
+                    "{} has {now} bytes, and would lose what is behind the first {}: if that is wanted, \
+                     use truncate, and say then that it was",
                     path.display(),
-                    metadata.len(),
                     size.bytes()
                 );
             }
-            file.set_len(size.bytes())
-                .with_context(|| format!("cannot resize {}", path.display()))?;
+            return disk.grow(size.bytes()).map_err(whole);
         }
         disk.refresh().map_err(whole)
     }
@@ -346,6 +414,48 @@ impl Store for QueueStore {
             StoreKind::File(store) => store.quiesce(requests),
             StoreKind::Memory(_) => {}
             StoreKind::Nbd(store) => store.quiesce(requests),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_option_is_taken_and_not_used() {
+        let all = StoreOptions {
+            buffered: true,
+            synchronous: true,
+            share: true,
+            format: Some(ImageFormat::Raw),
+            ..StoreOptions::default()
+        };
+        let durability =
+            StoreOptions { nbd_durability: Some(NbdDurability::Trusted), ..Default::default() };
+        let [file, memory, nbd] =
+            ["/srv/disk", "memory:1M", "nbd://host/x"].map(|text| text.parse::<Source>().unwrap());
+        assert_eq!(all.check(&file), Ok(()));
+        assert_eq!(durability.check(&nbd), Ok(()));
+        for source in [&memory, &nbd] {
+            assert_eq!(StoreOptions::default().check(source), Ok(()));
+            let one = |change: fn(&mut StoreOptions)| {
+                let mut options = StoreOptions::default();
+                change(&mut options);
+                options.check(source).unwrap_err().to_string()
+            };
+            for (error, word) in [
+                (one(|options| options.buffered = true), "buffered"),
+                (one(|options| options.synchronous = true), "synchronous"),
+                (one(|options| options.share = true), "share"),
+                (one(|options| options.format = Some(ImageFormat::Raw)), "format"),
+            ] {
+                assert!(error.starts_with(word) && error.contains(&source.to_string()), "{error}");
+            }
+        }
+        for source in [&memory, &file] {
+            let error = durability.check(source).unwrap_err().to_string();
+            assert!(error.starts_with("nbd-durability"), "{error}");
         }
     }
 }

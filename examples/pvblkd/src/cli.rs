@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::{LogFormat, ServeVbd};
-use crate::options::{DiskOptions, NbdDurability, Path as DataPath};
+use crate::options::{DiskOptions, ImageFormat, NbdDurability, Path as DataPath};
 use crate::size::Size;
 use crate::source::MemorySource;
 use crate::vdev::VirtualDevice;
@@ -135,6 +135,13 @@ pub struct DiskArgs {
     /// Read and write files without io_uring
     #[arg(long)]
     pub synchronous: bool,
+    /// Let others use the file at the same time that say the same: QEMU with share-rw=on, another disk
+    /// with --share. For guests that expect that, with a file system for clusters
+    #[arg(long)]
+    pub share: bool,
+    /// What the file is, even if it looks like an image of another format
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    pub format: Option<ImageFormat>,
     /// What to do about writes that an NBD server may lose when it is restarted [default: reported]
     #[arg(long, value_enum, value_name = "HOW")]
     pub nbd_durability: Option<NbdDurability>,
@@ -154,6 +161,8 @@ impl DiskArgs {
             data_path: self.map.then_some(DataPath::Map),
             buffered: said(self.buffered),
             synchronous: said(self.synchronous),
+            share: said(self.share),
+            format: self.format,
             nbd_durability: self.nbd_durability,
         }
     }
@@ -254,7 +263,8 @@ mod tests {
     #[test]
     fn attach_says_everything() {
         let line = "attach web xvdb --memory 64M --read-only --sector 4096 --queues 2 --map \
-                    --segments 4096 --ring-order 0 --no-persistent --buffered --synchronous --nbd-durability trusted";
+                    --segments 4096 --ring-order 0 --no-persistent --buffered --synchronous \
+                    --share --format raw --nbd-durability trusted";
         let Ok(Command::Attach(attach)) = parse(line) else { panic!() };
         assert_eq!((&*attach.domain, attach.disk.0), ("web", 51728));
         assert_eq!(attach.source.memory.unwrap().to_string(), "memory:64M");
@@ -271,6 +281,8 @@ mod tests {
                 data_path: Some(DataPath::Map),
                 buffered: Some(true),
                 synchronous: Some(true),
+                share: Some(true),
+                format: Some(ImageFormat::Raw),
                 nbd_durability: Some(NbdDurability::Trusted),
             }
         );
@@ -287,6 +299,7 @@ mod tests {
             ("attach web xvdb --memory 1.5G", "not the size of a disk"),
             ("resize web xvdb lots", "not the size of a disk"),
             ("serve --log xml", "possible values"),
+            ("attach web xvdb --file x --format qcow2", "possible values"),
             ("explode", "unrecognized subcommand"),
         ] {
             let error = parse(line).unwrap_err();

@@ -31,6 +31,7 @@ pub fn attach(options: &Attach) -> Result<()> {
     let disk =
         NewDisk { place, source: source(&options.source)?, options: options.options.options() };
     disk.options.check()?;
+    disk.options.check_source(&disk.source)?;
     toolstack::attach(&store, &disk)?;
     let patience = Duration::from_secs(options.timeout);
     toolstack::wait_ready((&store, &control), &disk.place, patience)

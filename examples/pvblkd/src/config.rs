@@ -91,8 +91,9 @@ impl Config {
         config.defaults.check().context("in [defaults]")?;
         for disk in &config.disk {
             let place = || format!("in [[disk]] of {:?}", disk.target);
-            disk.target.parse::<Source>().with_context(place)?;
+            let source = disk.target.parse::<Source>().with_context(place)?;
             disk.options.check().with_context(place)?;
+            disk.options.check_source(&source).with_context(place)?;
         }
         Ok(config)
     }
@@ -135,6 +136,9 @@ mod tests {
             ("[[disk]]\ntarget = \"disk.img\"", "disk.img"),
             ("[[disk]]\ntarget = \"/x\"\nqueues = 65", "queues is 65"),
             ("[[disk]]\ntarget = \"/x\"\ncolour = 1", "colour"),
+            ("[[disk]]\ntarget = \"memory:1M\"\nbuffered = true", "buffered is for files"),
+            ("[[disk]]\ntarget = \"/x\"\nformat = \"qcow2\"", "qcow2"),
+            ("[[disk]]\ntarget = \"/x\"\nnbd-durability = \"trusted\"", "NBD servers"),
             ("log = \"xml\"", "xml"),
         ] {
             let error = format!("{:#}", Config::parse(text).unwrap_err());

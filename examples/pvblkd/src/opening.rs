@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use anyhow::{Context, Result, bail};
 use pvblk::backend::Store;
 
-use crate::backing::{Backing, Memory};
+use crate::backing::{Backing, DiskOrigin, Memory};
 use crate::mapped::Origin;
 use crate::options::DiskOptions;
 use crate::runtime::{DiskName, Runtime};
@@ -30,6 +30,8 @@ pub struct Opening {
     pub read_only: bool,
     /// Whether the guest has it already: what is in memory must be what the guest left there.
     pub keep: bool,
+    /// Whether it comes with a guest that moves here.
+    pub arriving: bool,
 }
 
 impl Opening {
@@ -39,7 +41,12 @@ impl Opening {
     ///
     /// Whatever is wrong, with what to do about it.
     pub fn open(&self, source: &Source, runtime: &Runtime, named: &NamedMemory) -> Result<Backing> {
-        let options = self.options.store_options(self.read_only);
+        let origin = match (self.keep, self.arriving) {
+            (true, _) => DiskOrigin::InUse,
+            (false, true) => DiskOrigin::Arriving,
+            (false, false) => DiskOrigin::New,
+        };
+        let options = self.options.store_options(self.read_only, origin);
         Backing::open(source, &options, |MemorySource { name, size }| match name {
             Some(name) => named.open(name, *size, runtime, self),
             None => self.open_memory(*size, runtime).map(Arc::new),
@@ -47,7 +54,7 @@ impl Opening {
     }
 
     fn open_memory(&self, size: Size, runtime: &Runtime) -> Result<Memory> {
-        let geometry = self.options.store_options(false).memory(size)?;
+        let geometry = self.options.store_options(false, DiskOrigin::New).memory(size)?;
         let place = || format!("no {size} of memory in {}", runtime.folder().display());
         let (file, origin) =
             runtime.memory(&self.name, size.bytes(), self.keep).with_context(place)?;
@@ -68,7 +75,7 @@ impl NamedMemory {
     ) -> Result<Arc<Memory>> {
         // One that panicked has not changed the list.
         let mut disks = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
-        let geometry = opening.options.store_options(false).memory(size)?;
+        let geometry = opening.options.store_options(false, DiskOrigin::New).memory(size)?;
         if let Some(disk) = disks.get(name).and_then(Weak::upgrade) {
             let there = disk.geometry();
             if there != geometry {

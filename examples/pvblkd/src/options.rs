@@ -1,10 +1,12 @@
 //! How a disk is served: settings that have a default, a configuration file, a command line.
 
-pub use pvblk_daemon::backing::NbdDurability;
-use pvblk_daemon::backing::StoreOptions;
+use pvblk_daemon::backing::{DiskOrigin, Misfit, StoreOptions};
+pub use pvblk_daemon::backing::{ImageFormat, NbdDurability};
 use pvblk_xen::foreign::DataPath;
 use serde::{Deserialize, Serialize};
 use xen_blkback::{Config, Hotplug};
+
+use crate::source::Source;
 
 /// How a disk is served. What is not set is taken from elsewhere.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,6 +39,12 @@ pub struct DiskOptions {
     /// Whether a file is read and written by plain system calls, not by `io_uring`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub synchronous: Option<bool>,
+    /// Whether a file may be used by others at the same time that say the same.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub share: Option<bool>,
+    /// What a file is, whatever it looks like.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub format: Option<ImageFormat>,
     /// What is done about writes that an NBD server may lose when it is restarted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nbd_durability: Option<NbdDurability>,
@@ -82,6 +90,8 @@ impl DiskOptions {
             data_path: self.data_path.or(other.data_path),
             buffered: self.buffered.or(other.buffered),
             synchronous: self.synchronous.or(other.synchronous),
+            share: self.share.or(other.share),
+            format: self.format.or(other.format),
             nbd_durability: self.nbd_durability.or(other.nbd_durability),
         }
     }
@@ -110,6 +120,16 @@ impl DiskOptions {
         }
     }
 
+    /// Looks whether a disk that is served from `source` can follow these settings. They are its own:
+    /// those of all disks are for the ones that they fit.
+    ///
+    /// # Errors
+    ///
+    /// [`Misfit`] names the first that it cannot.
+    pub fn check_source(&self, source: &Source) -> Result<(), Misfit> {
+        self.store_options(false, DiskOrigin::New).check(source)
+    }
+
     /// What the backend is told.
     pub fn config(&self, hotplug: Hotplug) -> Config {
         let mut config = Config::default();
@@ -127,12 +147,15 @@ impl DiskOptions {
     }
 
     /// What is told to the stores.
-    pub fn store_options(&self, read_only: bool) -> StoreOptions {
+    pub fn store_options(&self, read_only: bool, origin: DiskOrigin) -> StoreOptions {
         StoreOptions {
             read_only,
+            origin,
             sector: self.sector,
             buffered: self.buffered.unwrap_or(false),
             synchronous: self.synchronous.unwrap_or(false),
+            share: self.share.unwrap_or(false),
+            format: self.format,
             nbd_durability: self.nbd_durability,
         }
     }
@@ -181,6 +204,8 @@ mod tests {
             data_path: Some(Path::Map),
             buffered: Some(true),
             synchronous: Some(true),
+            share: Some(true),
+            format: Some(ImageFormat::Raw),
             nbd_durability: Some(NbdDurability::WriteThrough),
         };
         assert_eq!(DiskOptions::from_node(&options.to_node()).unwrap(), options);

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use clap::{Args, Parser};
-use pvblk_daemon::backing::{NbdDurability, StoreOptions};
+use pvblk_daemon::backing::{DiskOrigin, ImageFormat, NbdDurability, StoreOptions};
 use pvblk_daemon::logging::LogFormat;
 use pvblk_daemon::size::Size;
 use pvblk_daemon::source::{MemorySource, Source};
@@ -132,6 +132,13 @@ pub struct StoreArgs {
     /// Read and write files without io_uring
     #[arg(long)]
     pub synchronous: bool,
+    /// Let others use the file at the same time that say the same: QEMU with share-rw=on, another disk
+    /// with --share. For guests that expect that, with a file system for clusters
+    #[arg(long)]
+    pub share: bool,
+    /// What the file is, even if it looks like an image of another format
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    pub format: Option<ImageFormat>,
     /// What to do about writes that an NBD server may lose when it is restarted [default: reported]
     #[arg(long, value_enum, value_name = "HOW")]
     pub nbd_durability: Option<NbdDurability>,
@@ -160,14 +167,17 @@ impl Cli {
         path.into()
     }
 
-    /// How data is read and written.
-    pub fn store(&self) -> StoreOptions {
+    /// How data is read and written, of a disk that an earlier process may have served.
+    pub fn store(&self, origin: DiskOrigin) -> StoreOptions {
         StoreOptions {
             read_only: self.device.read_only,
             sector: self.device.sector,
             buffered: self.store.buffered,
             synchronous: self.store.synchronous,
+            share: self.store.share,
+            format: self.store.format,
             nbd_durability: self.store.nbd_durability,
+            origin,
         }
     }
 
@@ -236,7 +246,7 @@ mod tests {
         let cli = parse(
             "--socket /run/x --memory 64M --read-only --sector 4096 --queues 2 --queue-size 128 \
              --segments 32 --packed --write-through --serial abc --buffered --synchronous \
-             --socket-mode 660 --stop-within 3",
+             --share --format raw --socket-mode 660 --stop-within 3",
         );
         let cli = cli.unwrap();
         let settings = cli.settings().unwrap();
@@ -246,8 +256,9 @@ mod tests {
         assert_eq!(cli.socket_mode, 0o660);
         assert_eq!(cli.memory_file(), Path::new("/run/x.memory"));
         assert_eq!(cli.source().unwrap().to_string(), "memory:64M");
-        let store = cli.store();
-        assert!(store.read_only && store.buffered && store.synchronous);
+        let store = cli.store(DiskOrigin::New);
+        assert!(store.read_only && store.buffered && store.synchronous && store.share);
+        assert_eq!(store.format, Some(ImageFormat::Raw));
         let cli = parse("--socket x --file disk.img").unwrap();
         assert!(cli.source().unwrap().to_string().ends_with("/disk.img"));
         assert_eq!(cli.settings().unwrap(), {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::thread;
 
 use anyhow::{Context, Result, bail};
-use pvblk_daemon::backing::Backing;
+use pvblk_daemon::backing::{Backing, DiskOrigin};
 use pvblk_daemon::http::{Address, Listener};
 use pvblk_daemon::mapped::{MappedFile, Origin};
 use pvblk_daemon::sandbox::{self, User};
@@ -27,10 +27,16 @@ use crate::disk::Served;
 /// If the daemon cannot begin. Once it has, nothing is an error that ends it.
 pub fn serve(cli: &Cli) -> Result<()> {
     let (settings, source) = (cli.settings()?, cli.source()?);
+    cli.store(DiskOrigin::New).check(&source)?;
     logging::start(cli.log, cli.log_level);
 
     // What takes privileges.
     raise_file_limit();
+    // A socket that was left there is one of an earlier process, whose guest comes back.
+    let origin = match fs::symlink_metadata(&cli.socket) {
+        Ok(_) => DiskOrigin::InUse,
+        Err(_) => DiskOrigin::New,
+    };
     let listener = socket::listen(&cli.socket, cli.socket_mode)?;
     let metrics = cli.metrics.as_deref().map(str::parse::<Address>).transpose()?;
     let metrics = metrics.as_ref().map(Listener::open).transpose()?;
@@ -49,7 +55,12 @@ pub fn serve(cli: &Cli) -> Result<()> {
     }
 
     // As what it is now: it must be able to open it again and again.
-    let backing = open(cli, &source)?;
+    let backing = open(cli, &source, origin).inspect_err(|_| {
+        if origin == DiskOrigin::New {
+            // It would tell the next process of a guest that there never was.
+            let _ = fs::remove_file(&cli.socket);
+        }
+    })?;
     let geometry = backing.geometry();
     let disk = Served::new(backing, settings.queues, &cli.device.serial);
     let server = Server::new(disk.clone(), settings)?;
@@ -67,25 +78,35 @@ pub fn serve(cli: &Cli) -> Result<()> {
     notify::ready();
     let result = run(&server, &listener);
     notify::stopping();
-    let _ = fs::remove_file(&cli.socket);
-    result
+    if !matches!(result, Ok(Ending::Connected)) {
+        let _ = fs::remove_file(&cli.socket);
+    }
+    result.map(drop)
+}
+
+/// How it ended.
+enum Ending {
+    /// No virtual machine is connected.
+    Idle,
+    /// One is: it waits for the next process, which finds the socket.
+    Connected,
 }
 
 /// Serves one virtual machine after the other.
-fn run(server: &Server<Served>, listener: &std::os::unix::net::UnixListener) -> Result<()> {
+fn run(server: &Server<Served>, listener: &std::os::unix::net::UnixListener) -> Result<Ending> {
     while let Some(stream) = server.accept(listener).context("no more virtual machines")? {
         log::info!("a virtual machine has connected");
         match server.serve(stream) {
             Ok(true) => log::info!("the virtual machine has gone"),
-            Ok(false) => return Ok(()),
+            Ok(false) => return Ok(Ending::Connected),
             Err(error) => log::error!("the virtual machine is disconnected: {error}"),
         }
     }
-    Ok(())
+    Ok(Ending::Idle)
 }
 
-fn open(cli: &Cli, source: &Source) -> Result<Backing> {
-    let options = cli.store();
+fn open(cli: &Cli, source: &Source, origin: DiskOrigin) -> Result<Backing> {
+    let options = cli.store(origin);
     Backing::open(source, &options, |memory| {
         let (size, file) = (memory.size, cli.memory_file());
         let geometry = options.memory(size)?;

@@ -232,6 +232,18 @@ pub enum FileError {
         /// What the host says.
         source: io::Error,
     },
+    /// It cannot have another size.
+    #[error(
+        "{} cannot be resized: {source} (resize it by its own means, lvextend or truncate, and say then \
+         that it was)",
+        .path.display()
+    )]
+    Resize {
+        /// The file.
+        path: PathBuf,
+        /// What the host says.
+        source: io::Error,
+    },
     /// The host does not give us memory, or threads.
     #[error("no queue: {0}")]
     Queue(#[source] io::Error),
@@ -305,6 +317,18 @@ impl FileDisk {
     /// devices erase every copy.
     pub fn features(&self) -> Features {
         self.target.features()
+    }
+
+    /// Makes the file `bytes` bytes long, and returns the shape of the disk now. All stores of the disk see
+    /// it.
+    ///
+    /// # Errors
+    ///
+    /// [`FileError::Resize`]: it is a block device, or read-only, or there is no space; those of
+    /// [`refresh`](Self::refresh).
+    pub fn grow(&self, bytes: u64) -> Result<Geometry, FileError> {
+        self.target.grow(bytes)?;
+        self.refresh()
     }
 
     /// Asks the host once more how large the file is, and returns the shape of the disk now. All

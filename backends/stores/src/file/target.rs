@@ -16,7 +16,7 @@ use pvblk::command::{DiscardUnits, Features};
 use pvblk::extent::{Geometry, SECTOR_BYTES};
 use pvblk::memory::Piece;
 use rustix::fs::{
-    AtFlags, FileType, Mode, OFlags, SeekFrom, Stat, StatxFlags, fcntl_setfl, fstat,
+    AtFlags, FileType, Mode, OFlags, SeekFrom, Stat, StatxFlags, fcntl_setfl, fstat, ftruncate,
     ioctl_blkpbszget, ioctl_blksszget, major, minor, open, seek, statx,
 };
 use rustix::io::Errno;
@@ -176,6 +176,12 @@ impl Target {
             *claim = self.wanted;
         }
         Ok(*claim)
+    }
+
+    /// Makes the file `bytes` bytes long: the one that is open, whatever has its name now.
+    pub(super) fn grow(&self, bytes: u64) -> Result<(), FileError> {
+        ftruncate(&self.first, bytes)
+            .map_err(|error| FileError::Resize { path: self.path.clone(), source: error.into() })
     }
 
     /// Asks the host once more how large the file is.

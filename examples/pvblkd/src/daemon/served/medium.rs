@@ -3,6 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use anyhow::{Context, Result, anyhow, bail};
+use pvblk_xen::platform::DomainId;
 use pvblk_xen::store::Nodes;
 use pvblk_xen::xenbus;
 use xen_blkback::Disk;
@@ -12,6 +13,7 @@ use crate::backing::Backing;
 use crate::host::Host;
 use crate::opening::Opening;
 use crate::source::Source;
+use crate::toolstack;
 
 /// What Linux calls an error of input or output.
 const EIO: u32 = 5;
@@ -20,6 +22,9 @@ const EIO: u32 = 5;
 /// long each time, up to a minute.
 const FIRST_RETRY: u64 = 1_000_000_000;
 const LAST_RETRY: u64 = 60_000_000_000;
+
+/// How `xl` ends the name of a guest that moves here, until the one that it moves from is gone.
+const INCOMING: &str = "--incoming";
 
 /// What a disk is served from.
 pub(super) struct Medium {
@@ -86,12 +91,17 @@ impl<H: Host> Served<'_, '_, H> {
             bail!("there is no medium in the drive");
         }
         let source: Source = params.parse()?;
+        if let Some(reason) = &self.misfit {
+            bail!("{reason}");
+        }
         let restrictions = self.vbd.device().restrictions;
+        let guest = toolstack::domain_name(self.store, DomainId(self.name.domain));
         let opening = Opening {
             name: self.name.clone(),
             options: self.options.clone(),
             read_only: restrictions.read_only || self.options.read_only.unwrap_or_default(),
             keep: self.medium.is_old,
+            arriving: guest.ends_with(INCOMING),
         };
         let (common, disk) = (self.common.clone(), self.id);
         let work = move || {

@@ -16,6 +16,7 @@ use crate::host::Host;
 use crate::options::DiskOptions;
 use crate::runtime::DiskName;
 use crate::size::Size;
+use crate::source::Source;
 use crate::status::{Connection, DiskStatus};
 use crate::toolstack;
 use crate::vdev::VirtualDevice;
@@ -68,6 +69,8 @@ pub(super) struct Served<'s, 't, H: Host> {
     /// Whether libxl runs our script, and waits for it.
     has_our_script: bool,
     options: DiskOptions,
+    /// Why it cannot be served with the settings that it was given.
+    misfit: Option<String>,
     status: Arc<DiskStatus>,
     medium: Medium,
     stage: Stage,
@@ -101,7 +104,7 @@ impl<'s, 't, H: Host> Served<'s, 't, H> {
         let ours = script.is_none() || has_our_script;
         let params = node("params")?.unwrap_or_default();
         let own = node(toolstack::OPTIONS)?.filter(|_| class == toolstack::CLASS);
-        let options = settings(&common, &address, own.as_deref(), &params);
+        let (options, misfit) = settings(&common, own.as_deref(), &params);
         let hotplug = if ours { Hotplug::Ours } else { Hotplug::Script };
         let mut vbd = Vbd::open(store, &address.path, &options.config(hotplug))?;
         let is_old = vbd.state() != State::Initialising;
@@ -128,6 +131,7 @@ impl<'s, 't, H: Host> Served<'s, 't, H> {
             vbd,
             has_our_script,
             options,
+            misfit,
             status,
             medium: Medium::new(is_old),
             stage: Stage::Idle,
@@ -445,29 +449,32 @@ impl<'s, 't, H: Host> Served<'s, 't, H> {
     }
 }
 
-/// The settings of a disk: those that it was given, then those of the configuration.
+/// The settings of a disk: those that it was given, then those of the configuration. And why it cannot
+/// be served with them, if so: none is left out silently.
 fn settings<H>(
     common: &Common<H>,
-    address: &Address,
     own: Option<&str>,
     params: &str,
-) -> DiskOptions {
-    let own = own.map(DiskOptions::from_node).transpose().ok().flatten();
-    let own = own.unwrap_or_default();
-    let own = match own.check() {
-        Ok(()) => own,
-        Err(error) => {
-            log::warn!("{}: its settings are not used: {error}", address.path);
-            DiskOptions::default()
+) -> (DiskOptions, Option<String>) {
+    let source = params.parse::<Source>().ok();
+    let read = |text: &str| -> Result<DiskOptions> {
+        let options = DiskOptions::from_node(text)?;
+        options.check()?;
+        if let Some(source) = &source {
+            options.check_source(source)?;
         }
+        Ok(options)
     };
-    let mut options = match params.parse() {
-        Ok(source) => own.or(&common.config.options(&source)),
-        Err(_) => own.or(&common.config.defaults),
+    let own = own.map(read).transpose();
+    let misfit = own.as_ref().err().map(|error| format!("the settings of the disk: {error:#}"));
+    let own = own.ok().flatten().unwrap_or_default();
+    let mut options = match &source {
+        Some(source) => own.or(&common.config.options(source)),
+        None => own.or(&common.config.defaults),
     };
     if params.starts_with("nbd") {
         // Many servers allow one connection, and that is known too late to offer fewer.
         options.queues.get_or_insert(1);
     }
-    options
+    (options, misfit)
 }
