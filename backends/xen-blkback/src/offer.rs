@@ -78,6 +78,8 @@ pub(crate) struct Terms<'c> {
     pub limits: Limits,
     pub secure_discard: bool,
     pub restrictions: Restrictions,
+    /// Whether an earlier backend may have served the rings.
+    pub takeover: bool,
     pub config: &'c Config,
 }
 
@@ -138,6 +140,7 @@ pub(crate) fn read(
             offer,
             reach: terms.config.reach(persistent, segments),
             restrictions: terms.restrictions,
+            takeover: terms.takeover,
         });
     }
     check_distinct(&plans)?;

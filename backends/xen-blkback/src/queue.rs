@@ -9,11 +9,12 @@ use pvblk::plan::TABLES_MAX;
 use pvblk_xen::abi::{Abi, Abi32, Abi64, DIRECT_SEGMENTS, ring_slots};
 use pvblk_xen::back::{BackRing, Layout, Offer};
 use pvblk_xen::foreign::{Counts, ForeignMemory, Reach};
-use pvblk_xen::journal::{self, Lasting};
+use pvblk_xen::journal::{self, Lasting, RingName};
 use pvblk_xen::mapped::MappedPages;
 use pvblk_xen::platform::{
     DomainId, EventChannels, EventError, ForeignError, ForeignGrants, GrantRef, Port,
 };
+use pvblk_xen::takeover::{AttachError, Attachment};
 
 use crate::restricted::{Restricted, Restrictions};
 
@@ -40,10 +41,13 @@ pub struct QueuePlan {
     pub reach: Reach,
     /// What the frontend may not do to its disk.
     pub restrictions: Restrictions,
+    /// Whether the ring may have been served by an earlier backend, which may have taken requests
+    /// and not answered them.
+    pub takeover: bool,
 }
 
 impl QueuePlan {
-    /// A plan without restrictions.
+    /// A plan for a new ring, without restrictions.
     pub fn new(
         number: usize,
         peer: DomainId,
@@ -54,7 +58,8 @@ impl QueuePlan {
         reach: Reach,
     ) -> Self {
         let restrictions = Restrictions::default();
-        Self { number, peer, references, port, layout, offer, reach, restrictions }
+        let takeover = false;
+        Self { number, peer, references, port, layout, offer, reach, restrictions, takeover }
     }
 }
 
@@ -68,9 +73,10 @@ pub enum OpenError {
     /// The event channel could not be bound.
     #[error("binding the event channel: {0}")]
     Event(#[from] EventError),
-    /// The ring is in a state that no ring can be in.
+    /// The ring is in a state that no ring can be in, or an earlier backend left it in one that does
+    /// not tell what is unanswered.
     #[error(transparent)]
-    Violation(#[from] Violation),
+    Attach(#[from] AttachError),
     /// There is no memory to copy the frontend's data to.
     #[error("out of memory: {0} pages for requests in progress")]
     OutOfMemory(usize),
@@ -122,18 +128,20 @@ impl<T: EventChannels> Drop for Line<'_, T> {
 impl<'t, T: ForeignGrants + EventChannels, S: Store> Queue<'t, T, S> {
     /// Maps the ring and binds the event channel. `platform` is that of whoever will work the queue.
     ///
+    /// A ring that an earlier backend may have served ([`QueuePlan::takeover`]) is refused if there
+    /// may be requests on it that were taken and not answered ([`AttachError::Unanswered`]): without
+    /// a journal nothing says which.
+    ///
     /// # Errors
     ///
     /// [`OpenError`]; nothing stays mapped or bound then.
     pub fn open(platform: &'t T, plan: &QueuePlan, store: S) -> Result<Self, OpenError> {
-        let ring = BackRing::attach(map(platform, plan)?, plan.layout, plan.offer)?;
-        Self::with_ring(platform, plan, store, ring)
+        Self::attach(platform, plan, store, None)
     }
 
     /// As [`open`](Self::open), with a journal of what is in progress: so a backend that dies can be
-    /// followed by another that loses nothing. If the device was taken over
-    /// ([`Vbd::is_takeover`](crate::Vbd::is_takeover)), `resume` has the predecessor's requests done
-    /// again. [`journal::bytes_for`] says how much memory it takes.
+    /// followed by another that loses nothing. At a take-over the requests in it are done again, if it
+    /// is of this ring. [`QueuePlan::journal_bytes`] says how much memory it takes.
     ///
     /// # Errors
     ///
@@ -143,10 +151,22 @@ impl<'t, T: ForeignGrants + EventChannels, S: Store> Queue<'t, T, S> {
         plan: &QueuePlan,
         store: S,
         memory: Box<dyn Lasting>,
-        resume: bool,
+    ) -> Result<Self, OpenError> {
+        Self::attach(platform, plan, store, Some(memory))
+    }
+
+    fn attach(
+        platform: &'t T,
+        plan: &QueuePlan,
+        store: S,
+        journal: Option<Box<dyn Lasting>>,
     ) -> Result<Self, OpenError> {
         let pages = map(platform, plan)?;
-        let ring = BackRing::attach_with(pages, plan.layout, plan.offer, memory, resume)?;
+        let QueuePlan { peer, port, layout, offer, takeover, .. } = *plan;
+        let name = RingName { peer, port, references: &plan.references };
+        let journal = journal.map(|memory| (name, memory));
+        let attachment = Attachment { journal, takeover };
+        let ring = BackRing::attach_with(pages, layout, offer, attachment)?;
         Self::with_ring(platform, plan, store, ring)
     }
 
@@ -215,6 +235,21 @@ impl<'t, T: ForeignGrants + EventChannels, S: Store> Queue<'t, T, S> {
             platform.unmask(port);
         }
         Ok(self.is_busy)
+    }
+
+    /// Takes no more requests, and answers those that are done. `true` once nothing is in progress: a
+    /// queue that is dropped then leaves a ring that a next backend can take up without a journal.
+    ///
+    /// Until then the next completion of the store is the time to call it again. A ring whose rules
+    /// were broken is not answered any more, but what is in progress comes to its end.
+    pub fn drain(&mut self) -> bool {
+        let (platform, port) = (self.line.platform, self.line.port);
+        // What the frontend asks for now is for the next backend. The channel stays masked.
+        platform.take(port);
+        if self.engine.poll(0).is_ok_and(|round| round.notify) {
+            platform.notify(port);
+        }
+        self.engine.in_progress() == 0
     }
 
     /// Whether [`work`](Self::work) said that there is more to do.

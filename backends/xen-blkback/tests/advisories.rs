@@ -11,6 +11,7 @@ use pvblk::memory::{Access, PAGE_BYTES};
 use pvblk_simulated::Faults;
 use pvblk_xen::foreign::DataPath;
 use pvblk_xen::platform::{GrantRef, Port};
+use pvblk_xen::takeover::AttachError;
 use raw::*;
 use xen_blkback::OpenError;
 
@@ -349,7 +350,10 @@ fn xsa_39_a_ring_that_lies_from_the_start_is_not_opened() {
         let raw = Raw::starting_at(&world.front, BITS64, 0, 100);
         raw.set(REQ_PROD, 100_u32.wrapping_add(lie));
         let error = open(&world.back, &raw, &PLAIN, disk.store()).err();
-        assert_eq!(error, Some(OpenError::Violation(Violation::TooManyRequests)));
+        assert_eq!(
+            error,
+            Some(OpenError::Attach(AttachError::Violation(Violation::TooManyRequests)))
+        );
         raw.close();
         world.back.assert_nothing_left();
     }

@@ -68,7 +68,7 @@ fn run(seed: u64, order: u32, kills: usize) {
         room: 256,
     };
     let offer = Offer { indirect_segments: 0, secure_discard: false };
-    let plan = QueuePlan::new(0, DomainId(1), references, remote, Layout::NATIVE, offer, reach);
+    let mut plan = QueuePlan::new(0, DomainId(1), references, remote, Layout::NATIVE, offer, reach);
     let bytes = plan.journal_bytes();
     let base = keeper.allocate_pages(bytes / PAGE_BYTES).unwrap();
 
@@ -81,7 +81,8 @@ fn run(seed: u64, order: u32, kills: usize) {
         let back: &'static Domain = Box::leak(Box::new(host.domain(BACK)));
         let store = ModelStore::new(disk.clone(), geometry(SECTORS), Some(seed + life as u64));
         let memory = Box::new(File { base, bytes });
-        let queue = Queue::open_with(back, &plan, store, memory, life > 0).unwrap();
+        plan.takeover = life > 0;
+        let queue = Queue::open_with(back, &plan, store, memory).unwrap();
         let mut queue = std::mem::ManuallyDrop::new(queue);
         let rounds = if life == kills { usize::MAX } else { 3 + random.index(40) };
         for _ in 0..rounds {

@@ -20,7 +20,7 @@ use crate::backing::{Backing, QueueStore};
 use crate::figures::{Figures, QueueFigures};
 use crate::host::{Awaited, Host, Sleep, WorkerPlatform};
 use crate::mail::Mailbox;
-use crate::mapped::{MappedFile, Origin};
+use crate::mapped::MappedFile;
 use crate::runtime::{DiskName, Runtime};
 
 /// What a worker is told.
@@ -84,8 +84,6 @@ pub struct JournalPlace {
     pub runtime: Runtime,
     /// The disk.
     pub disk: DiskName,
-    /// Whether there is an earlier daemon's, whose requests are to be done.
-    pub resume: bool,
 }
 
 /// A worker's thread, as its owner sees it.
@@ -189,16 +187,16 @@ fn open<'t, P: WorkerPlatform>(
     // A ring has 32 slots for each of its pages.
     let depth = 32 * task.plan.references.len().min(16) as u16;
     let store = task.backing.queue(depth)?;
-    let JournalPlace { runtime, disk, resume } = &task.journal;
+    let JournalPlace { runtime, disk } = &task.journal;
     let bytes = task.plan.journal_bytes() as u64;
-    match runtime.journal(disk, task.plan.number, bytes, *resume) {
-        Ok((journal, origin)) => {
-            let resume = *resume && origin == Origin::Kept;
-            Ok(Queue::open_with(platform, &task.plan, store, Box::new(Journal(journal)), resume)?)
+    match runtime.journal(disk, task.plan.number, bytes, task.plan.takeover) {
+        Ok((journal, _)) => {
+            Ok(Queue::open_with(platform, &task.plan, store, Box::new(Journal(journal)))?)
         }
         Err(error) => {
             log::warn!(
-                "{}: no journal in {}, so that requests may be lost if this program is killed: {error}",
+                "{}: no journal in {}, so that the guest must connect again if this program is \
+                 killed: {error}",
                 task.name,
                 runtime.folder().display()
             );

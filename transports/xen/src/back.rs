@@ -1,12 +1,10 @@
 //! The backend's half of a blkif ring, as the core's engine sees it.
 
-use alloc::boxed::Box;
-
 use pvblk::backend::{Incoming, List, Malformed, PeerMemory, Taken, Violation, Wire};
 use pvblk::command::{Code, Command, Status};
 use pvblk::memory::SharedRegion;
 use pvblk::plan::Segment;
-use pvblk::ring::{Consumer, Overrun, Producer, SharedIndex};
+use pvblk::ring::{Consumer, Producer};
 use zerocopy::IntoBytes;
 
 use crate::abi::{
@@ -14,9 +12,10 @@ use crate::abi::{
     INDIRECT_SEGMENTS, Noted, RING_HEADER_BYTES, RequestHead, Response, RingPages, SegmentEntry,
     Slots, operation, ring_slots, status,
 };
-use crate::journal::{EntryId, Journal, Lasting};
+use crate::journal::{EntryId, Journal};
 use crate::mapped::MappedPages;
 use crate::platform::{ForeignGrants, GrantRef};
+use crate::takeover::{self, AttachError, Attachment, Start};
 use crate::wire::{IndexAt, index};
 
 /// Which layout of slots the frontend uses. It is known only when it connects.
@@ -197,67 +196,39 @@ impl Decoded {
 }
 
 impl<P: ForeignGrants> BackRing<P> {
-    /// Takes up a ring whose pages the frontend granted: 1, 2, 4, 8, ... of them.
-    ///
-    /// On a new ring the indices are 0. On one that was in use by another backend, which is gone,
-    /// work begins with the first request that has no response. Without a [journal](crate::journal)
-    /// that is right only if that backend had answered everything that it took, or in order.
+    /// Serves a new ring whose pages the frontend granted: 1, 2, 4, 8, ... of them. There is no
+    /// journal.
     ///
     /// # Errors
     ///
-    /// [`Violation`] if the frontend claims more requests than the ring holds.
-    pub fn attach(pages: MappedPages<P>, layout: Layout, offer: Offer) -> Result<Self, Violation> {
-        let start = IndexAt(pages.region(0), index::RSP_PROD).load();
-        Self::starting_at(pages, layout, offer, None, start)
+    /// [`AttachError::Violation`] if the frontend claims more requests than the ring holds.
+    pub fn attach(
+        pages: MappedPages<P>,
+        layout: Layout,
+        offer: Offer,
+    ) -> Result<Self, AttachError> {
+        Self::attach_with(pages, layout, offer, Attachment::default())
     }
 
-    /// As [`attach`](Self::attach), with a journal, of at least
-    /// [`bytes_for`](crate::journal::bytes_for) the ring's slots. If `resume` says so, and the
-    /// journal is one of this ring, what the predecessor had taken and not answered is done again.
+    /// As [`attach`](Self::attach), for a ring that an earlier backend may have served, and with a
+    /// journal for a later one: see [`takeover`](crate::takeover).
     ///
     /// # Errors
     ///
-    /// [`Violation`], as for `attach`.
+    /// [`AttachError`].
     pub fn attach_with(
         pages: MappedPages<P>,
         layout: Layout,
         offer: Offer,
-        memory: Box<dyn Lasting>,
-        resume: bool,
-    ) -> Result<Self, Violation> {
+        attachment: Attachment<'_>,
+    ) -> Result<Self, AttachError> {
         let slots = ring_slots(pages.count().max(1), layout.stride()) as u32;
-        let shown = IndexAt(pages.region(0), index::RSP_PROD).load();
-        let mut memory = memory;
-        if resume {
-            match Journal::resume(memory, slots, layout.stride(), shown) {
-                Ok((journal, next)) => {
-                    let mut ring = Self::starting_at(pages, layout, offer, Some(journal), shown)?;
-                    ring.requests = Consumer::new(next);
-                    return Ok(ring);
-                }
-                Err(unused) => memory = unused,
-            }
-        }
-        let journal = Journal::begin(memory, slots, layout.stride(), shown);
-        Self::starting_at(pages, layout, offer, journal, shown)
-    }
-
-    fn starting_at(
-        pages: MappedPages<P>,
-        layout: Layout,
-        offer: Offer,
-        journal: Option<Journal>,
-        start: u32,
-    ) -> Result<Self, Violation> {
-        let slots = ring_slots(pages.count().max(1), layout.stride()) as u32;
-        let produced = IndexAt(pages.region(0), index::REQ_PROD).load();
-        if produced.wrapping_sub(start) > slots {
-            return Err(Overrun.into());
-        }
+        let Start { journal, request, response } =
+            takeover::start(pages.region(0), slots, layout.stride(), attachment)?;
         Ok(Self {
             journal,
-            requests: Consumer::new(start),
-            responses: Producer::new(start),
+            requests: Consumer::new(request),
+            responses: Producer::new(response),
             mask: slots - 1,
             layout,
             decoded: Decoded::new(offer),
@@ -347,6 +318,15 @@ impl<P: ForeignGrants> BackRing<P> {
     fn write<A: Abi>(&self, index: u32, response: Response) {
         let at = Self::at::<A>(self.mask, index);
         A::write_response(&RingPages(|page| self.pages.region(page)), at, response);
+    }
+}
+
+impl<P: ForeignGrants> Drop for BackRing<P> {
+    /// A successor needs no journal if there is nothing to be done again.
+    fn drop(&mut self) {
+        if self.requests.next() == self.responses.published() {
+            takeover::release(self.pages.region(0));
+        }
     }
 }
 

@@ -117,3 +117,73 @@ unsafe impl<P: Grants> Share for GrantTo<P> {
         self.trusted
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use core::cell::Cell;
+
+    use super::*;
+    use crate::platform::StillMapped;
+
+    /// A grant table of which the test says whether it gives and takes.
+    #[derive(Default)]
+    struct Table {
+        refusal: Cell<Option<GrantError>>,
+        is_mapped: Cell<bool>,
+    }
+
+    // SAFETY: it gives no pages.
+    unsafe impl PageAllocator for &Table {
+        fn allocate_pages(&self, _count: usize) -> Option<NonNull<u8>> {
+            None
+        }
+
+        unsafe fn release_pages(&self, _base: NonNull<u8>, _count: usize) {}
+    }
+
+    // SAFETY: no page is granted in truth.
+    unsafe impl Grants for &Table {
+        fn grant(
+            &self,
+            _peer: DomainId,
+            _page: NonNull<u8>,
+            _access: Access,
+        ) -> Result<GrantRef, GrantError> {
+            self.refusal.get().map_or(Ok(GrantRef(8)), Err)
+        }
+
+        fn try_end(&self, _reference: GrantRef) -> Result<(), StillMapped> {
+            if self.is_mapped.get() { Err(StillMapped) } else { Ok(()) }
+        }
+    }
+
+    #[test]
+    fn a_budget_is_what_is_granted_and_no_more() {
+        let table = Table::default();
+        let lender = GrantTo::new(&table, DomainId(2), 2);
+        let share = || lender.share(NonNull::dangling(), Access::Read);
+        for (refusal, error) in [
+            (GrantError::TableFull, ShareError::Exhausted),
+            (GrantError::BadPage, ShareError::BadPage),
+        ] {
+            table.refusal.set(Some(refusal));
+            assert_eq!(share(), Err(error));
+            assert_eq!(lender.left(), 2, "what was not granted is not counted");
+        }
+        table.refusal.set(None);
+        // Clones have the same budget.
+        let clone = lender.clone();
+        let first = share().unwrap();
+        clone.share(NonNull::dangling(), Access::Read).unwrap();
+        assert_eq!((lender.left(), clone.left()), (0, 0));
+        assert_eq!(share(), Err(ShareError::Exhausted));
+        table.is_mapped.set(true);
+        assert!(lender.unshare(first).is_err());
+        assert_eq!(lender.left(), 0, "the peer has it still");
+        table.is_mapped.set(false);
+        lender.unshare(first).unwrap();
+        assert_eq!(clone.left(), 1);
+        share().unwrap();
+        assert_eq!(lender.left(), 0);
+    }
+}

@@ -5,12 +5,19 @@
 //! what was not answered. What it can do is to look into a journal: a copy of each request that was
 //! taken, in memory that outlives the program (a file on a tmpfs, say), and when it was answered.
 //!
+//! A journal belongs to one ring, and says to which: the frontend's domain, its event channel, the
+//! grant references of the ring's pages, and the [mark](crate::takeover) that its backend left on
+//! the ring. A guest's kernel may grant the same references as the one before it (they are
+//! deterministic at boot), but its ring has no mark.
+//!
 //! Nothing in it has to be written through to anywhere: it is for a program that dies, not for a
 //! host that does. Each word is written in the order in which it counts:
 //!
 //! * a request is copied first, then counts as taken, then the number of the next one to take goes up;
 //! * the number of a response is noted before the response is shown to the frontend, so that the
-//!   ring's own producer index says whether it was.
+//!   ring's own producer index says whether it was;
+//! * a journal is complete before its mark is on the ring, and its mark is on the ring before a
+//!   request is taken.
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
@@ -19,17 +26,20 @@ use core::sync::atomic::Ordering;
 
 use pvblk::memory::{PAGE_BYTES, SharedRegion};
 
+use crate::platform::{DomainId, GrantRef, Port};
+
 /// Memory that outlives the program. Nobody else writes to it.
 pub trait Lasting: Send {
     /// The memory, always the same: at least [`bytes_for`] bytes, in whole pages.
     fn region(&self) -> SharedRegion<'_>;
 }
 
-/// "pvblk", and the version of this layout.
-const MAGIC: u64 = u64::from_le_bytes(*b"pvblk\0\0\x01");
+/// "pvbl", and the version of this layout.
+const MAGIC: [u32; 2] = [u32::from_le_bytes(*b"pvbl"), 2];
 
 /// Where things are, in bytes.
 mod at {
+    /// The first of two words; it is 0 while the header is written.
     pub const MAGIC: usize = 0;
     /// How many entries there are.
     pub const ENTRIES: usize = 8;
@@ -37,7 +47,11 @@ mod at {
     pub const STRIDE: usize = 12;
     /// The index of the next request to take.
     pub const NEXT: usize = 16;
-    pub const FIRST_ENTRY: usize = 64;
+    /// The mark on the ring.
+    pub const MARK: usize = 20;
+    /// Words of the ring's name.
+    pub const NAME: usize = 24;
+    pub const FIRST_ENTRY: usize = 128;
     /// In an entry: its state, the index of the request, the index of the response, the slot.
     pub const STATE: usize = 0;
     pub const REQUEST: usize = 4;
@@ -77,6 +91,47 @@ impl Default for EntryId {
     }
 }
 
+/// The most pages that a ring with a journal has.
+const PAGES_MAX: usize = 16;
+
+const NAME_WORDS: usize = 3 + PAGES_MAX;
+
+const _: () = assert!(at::NAME + 4 * NAME_WORDS <= at::FIRST_ENTRY);
+
+/// What a frontend published of one ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingName<'a> {
+    /// The frontend's domain.
+    pub peer: DomainId,
+    /// The frontend's end of the event channel.
+    pub port: Port,
+    /// The ring's pages, in order.
+    pub references: &'a [GrantRef],
+}
+
+impl RingName<'_> {
+    /// The words that a journal holds of it. `None` if there are too many pages.
+    fn words(&self) -> Option<[u32; NAME_WORDS]> {
+        let mut words = [0; NAME_WORDS];
+        let head = [self.peer.0.into(), self.port.0, self.references.len() as u32];
+        words[..3].copy_from_slice(&head);
+        for (page, reference) in self.references.iter().enumerate() {
+            *words.get_mut(3 + page)? = reference.0;
+        }
+        Some(words)
+    }
+}
+
+/// A ring, as its journal knows it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct JournalledRing<'a> {
+    pub name: RingName<'a>,
+    pub slots: u32,
+    /// Bytes of a slot.
+    pub stride: usize,
+    pub mark: u32,
+}
+
 /// The journal of one ring.
 pub(crate) struct Journal {
     memory: Held,
@@ -85,36 +140,62 @@ pub(crate) struct Journal {
     again: Vec<u32>,
 }
 
+/// The mark of the ring that the journal in this memory was last begun for, if there is one: no
+/// other ring may have it.
+pub(crate) fn mark_in(memory: &dyn Lasting) -> u32 {
+    let region = memory.region();
+    if region.len() < at::FIRST_ENTRY { 0 } else { region.load_u32(at::MARK, Ordering::Acquire) }
+}
+
+/// Each word of a journal but the copies of requests is written here, so that a test can end the
+/// program before any of them.
+#[inline(always)]
+fn put(region: &SharedRegion<'_>, offset: usize, value: u32) {
+    #[cfg(test)]
+    if !tests::survives() {
+        return;
+    }
+    region.store_u32(offset, value, Ordering::Release);
+}
+
 impl Journal {
-    /// Begins a journal for a new connection; whatever is in the memory is void.
-    pub fn begin(memory: Box<dyn Lasting>, slots: u32, stride: usize, next: u32) -> Option<Self> {
-        let entries = entries_for(slots as usize);
+    /// Begins a journal for a new connection; whatever is in the memory is void. `None` if there is
+    /// too little of it.
+    pub fn begin(memory: Box<dyn Lasting>, ring: &JournalledRing<'_>, next: u32) -> Option<Self> {
+        let entries = entries_for(ring.slots as usize);
+        let name = ring.name.words()?;
         {
             let region = memory.region();
-            if region.len() < bytes_for(slots as usize) {
+            if region.len() < bytes_for(ring.slots as usize) {
                 return None;
             }
-            region.write(at::MAGIC, &[0_u64]);
+            put(&region, at::MAGIC, 0);
             for entry in 0..entries as u32 {
-                region.store_u32(place(entry) + at::STATE, state::FREE, Ordering::Release);
+                put(&region, place(entry) + at::STATE, state::FREE);
             }
-            region.store_u32(at::ENTRIES, entries as u32, Ordering::Release);
-            region.store_u32(at::STRIDE, stride as u32, Ordering::Release);
-            region.store_u32(at::NEXT, next, Ordering::Release);
-            region.write(at::MAGIC, &[MAGIC]);
+            put(&region, at::ENTRIES, entries as u32);
+            put(&region, at::STRIDE, ring.stride as u32);
+            put(&region, at::NEXT, next);
+            put(&region, at::MARK, ring.mark);
+            for (word, value) in name.into_iter().enumerate() {
+                put(&region, at::NAME + 4 * word, value);
+            }
+            put(&region, at::MAGIC + 4, MAGIC[1]);
+            put(&region, at::MAGIC, MAGIC[0]);
         }
         let free = Free::new(entries, (0..entries as u32).collect());
         Some(Self { memory: Held::new(memory), free, again: Vec::new() })
     }
 
-    /// Takes a predecessor's journal up. `shown` is the response index that the frontend sees.
-    /// Gives the memory back if the journal is not one of this ring.
+    /// Takes a predecessor's journal up. `shown` is the response index that the frontend sees,
+    /// `produced` its request index. Gives the memory back if the journal is not one of this ring.
     pub fn resume(
         memory: Box<dyn Lasting>,
-        slots: u32,
-        stride: usize,
+        ring: &JournalledRing<'_>,
         shown: u32,
+        produced: u32,
     ) -> Result<(Self, u32), Box<dyn Lasting>> {
+        let slots = ring.slots;
         let entries = entries_for(slots as usize);
         let mut again = Vec::new();
         let mut free = Vec::with_capacity(entries);
@@ -125,14 +206,25 @@ impl Journal {
                 return Err(memory);
             }
             let number = |offset| region.load_u32(offset, Ordering::Acquire);
-            let [magic] = region.read::<u64, 1>(at::MAGIC);
-            if magic != MAGIC
-                || number(at::ENTRIES) != entries as u32
-                || number(at::STRIDE) != stride as u32
-            {
+            let header = [
+                (at::MAGIC, MAGIC[0]),
+                (at::MAGIC + 4, MAGIC[1]),
+                (at::ENTRIES, entries as u32),
+                (at::STRIDE, ring.stride as u32),
+                (at::MARK, ring.mark),
+            ];
+            let name = core::array::from_fn(|word| number(at::NAME + 4 * word));
+            let is_its_own = header.into_iter().all(|(offset, value)| number(offset) == value)
+                && ring.name.words() == Some(name);
+            if !is_its_own {
                 return Err(memory);
             }
             next = number(at::NEXT);
+            // No more were taken than the ring holds, and none that the frontend has not made.
+            let unanswered = next.wrapping_sub(shown);
+            if unanswered > slots || produced.wrapping_sub(next) > slots - unanswered {
+                return Err(memory);
+            }
             for entry in 0..entries as u32 {
                 let place = place(entry);
                 let is_before = |index: u32, end: u32| end.wrapping_sub(index) as i32 > 0;
@@ -145,15 +237,19 @@ impl Journal {
                 if is_taken && !is_done {
                     again.push(entry);
                 } else {
-                    region.store_u32(place + at::STATE, state::FREE, Ordering::Release);
                     free.push(entry);
                 }
             }
-            // Every request that was taken was answered, or is to be done again; and no more were
-            // taken than the ring holds, whatever the frontend makes of its indices meanwhile.
-            let unanswered = next.wrapping_sub(shown);
-            if unanswered > slots || again.len() as u32 != unanswered {
+            // Every request that was taken was answered, or is to be done again.
+            if again.len() as u32 != unanswered {
                 return Err(memory);
+            }
+            for entry in &free {
+                put(&region, place(*entry) + at::STATE, state::FREE);
+            }
+            // An answer that was not shown is void: its number becomes that of another one.
+            for entry in &again {
+                put(&region, place(*entry) + at::STATE, state::TAKEN);
             }
             // In the order in which they were made: there may be a barrier among them. The first
             // one is the last of the list.
@@ -196,8 +292,8 @@ impl Journal {
     #[inline(always)]
     pub fn answered(&mut self, entry: EntryId, response: u32) {
         let memory = self.memory().entry(entry);
-        memory.store_u32(at::RESPONSE, response, Ordering::Release);
-        memory.store_u32(at::STATE, state::ANSWERED, Ordering::Release);
+        put(&memory, at::RESPONSE, response);
+        put(&memory, at::STATE, state::ANSWERED);
         self.free.give(entry.0);
     }
 }
@@ -296,9 +392,9 @@ impl<'a> Memory<'a> {
     #[inline(always)]
     pub fn taken(&self, entry: EntryId, request: u32) {
         let memory = self.entry(entry);
-        memory.store_u32(at::REQUEST, request, Ordering::Release);
-        memory.store_u32(at::STATE, state::TAKEN, Ordering::Release);
-        self.0.store_u32(at::NEXT, request.wrapping_add(1), Ordering::Release);
+        put(&memory, at::REQUEST, request);
+        put(&memory, at::STATE, state::TAKEN);
+        put(&self.0, at::NEXT, request.wrapping_add(1));
     }
 }
 
@@ -308,7 +404,10 @@ fn place(entry: u32) -> usize {
 
 #[cfg(test)]
 mod tests {
+    extern crate std;
+
     use alloc::sync::Arc;
+    use core::cell::Cell;
     use core::sync::atomic::AtomicU64;
 
     use super::*;
@@ -327,37 +426,97 @@ mod tests {
         }
     }
 
+    /// How many words are written before the program of this thread dies.
+    #[derive(Clone, Copy)]
+    enum Life {
+        Forever,
+        Words(u32),
+    }
+
+    std::thread_local! {
+        static LIFE: Cell<Life> = const { Cell::new(Life::Forever) };
+    }
+
+    /// Whether the program is there to write one more word.
+    pub(super) fn survives() -> bool {
+        LIFE.with(|life| match life.get() {
+            Life::Forever => true,
+            Life::Words(0) => false,
+            Life::Words(left) => {
+                life.set(Life::Words(left - 1));
+                true
+            }
+        })
+    }
+
+    fn is_dead() -> bool {
+        LIFE.with(|life| matches!(life.get(), Life::Words(0)))
+    }
+
+    fn live(life: Life) {
+        LIFE.with(|there| there.set(life));
+    }
+
+    fn memory() -> Memory {
+        Memory((0..bytes_for(SLOTS as usize) / 8).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    const REFERENCES: [GrantRef; 2] = [GrantRef(8), GrantRef(9)];
+    const RING: JournalledRing<'static> = JournalledRing {
+        name: RingName { peer: DomainId(5), port: Port(3), references: &REFERENCES },
+        slots: SLOTS,
+        stride: STRIDE,
+        mark: 3,
+    };
+
+    fn begin(memory: &Memory, next: u32) -> Journal {
+        Journal::begin(Box::new(memory.clone()), &RING, next).unwrap()
+    }
+
     fn take(journal: &mut Journal, request: u32) -> EntryId {
         let entry = journal.vacancy().unwrap();
-        journal.memory().slot(entry).write(0, &[request]);
+        if !is_dead() {
+            journal.memory().slot(entry).write(0, &[request]);
+        }
         journal.memory().taken(entry, request);
         entry
     }
 
-    /// What a successor would do again, in its order, if the frontend had been shown so many answers.
-    fn again(memory: &Memory, shown: u32) -> Vec<u32> {
-        // A copy: looking changes nothing.
+    /// A copy: looking changes nothing.
+    fn copy(memory: &Memory) -> Box<Memory> {
         let words = memory.0.iter().map(|word| AtomicU64::new(word.load(Ordering::Relaxed)));
-        let copy = Box::new(Memory(words.collect()));
-        let Ok((mut journal, _)) = Journal::resume(copy, SLOTS, STRIDE, shown) else {
-            panic!("a journal of this ring");
-        };
+        Box::new(Memory(words.collect()))
+    }
+
+    fn requests(journal: &mut Journal) -> Vec<(EntryId, u32)> {
         let mut requests = Vec::new();
         while let Some(entry) = journal.again() {
             let [request] = journal.memory().slot(entry).read(0);
-            requests.push(request);
+            requests.push((entry, request));
         }
         requests
+    }
+
+    /// What a successor would do again, in its order, if the frontend had been shown so many answers.
+    fn again(memory: &Memory, shown: u32) -> Vec<u32> {
+        let produced = shown.wrapping_add(SLOTS);
+        let Ok((mut journal, _)) = Journal::resume(copy(memory), &RING, shown, produced) else {
+            panic!("a journal of this ring");
+        };
+        requests(&mut journal).into_iter().map(|(_, request)| request).collect()
+    }
+
+    fn is_refused(memory: &Memory, ring: &JournalledRing<'_>, shown: u32, produced: u32) -> bool {
+        Journal::resume(copy(memory), ring, shown, produced).is_err()
     }
 
     /// Half of the ring is answered, in another order, and not shown; the other half is taken
     /// meanwhile. So often that every entry is used again, and all numbers come round.
     #[test]
     fn an_answer_counts_when_it_is_shown() {
-        let memory = Memory((0..bytes_for(4) / 8).map(|_| AtomicU64::new(0)).collect());
+        let memory = memory();
         let start = u32::MAX - 20;
-        let owned = Box::new(memory.clone());
-        let mut journal = Journal::begin(owned, SLOTS, STRIDE, start).unwrap();
+        let mut journal = begin(&memory, start);
         for round in 0..12 {
             let [a, b, c, d] = [0, 1, 2, 3].map(|at| start.wrapping_add(round * SLOTS + at));
             let [first, second] = [a, b].map(|request| take(&mut journal, request));
@@ -372,6 +531,161 @@ mod tests {
             }
             assert_eq!(again(&memory, c), [c, d]);
             assert!(again(&memory, d.wrapping_add(1)).is_empty());
+        }
+    }
+
+    #[test]
+    fn a_journal_is_of_one_ring() {
+        let memory = memory();
+        let mut journal = begin(&memory, 10);
+        let _ = [10, 11, 12].map(|request| take(&mut journal, request));
+        assert!(!is_refused(&memory, &RING, 10, 14));
+        let name = RING.name;
+        let swapped = [REFERENCES[1], REFERENCES[0]];
+        for other in [
+            JournalledRing { mark: 4, ..RING },
+            JournalledRing { mark: 0, ..RING },
+            JournalledRing { stride: 108, ..RING },
+            JournalledRing { slots: 2, ..RING },
+            JournalledRing { name: RingName { peer: DomainId(6), ..name }, ..RING },
+            JournalledRing { name: RingName { port: Port(4), ..name }, ..RING },
+            JournalledRing { name: RingName { references: &swapped, ..name }, ..RING },
+            JournalledRing { name: RingName { references: &REFERENCES[..1], ..name }, ..RING },
+            JournalledRing { name: RingName { references: &[GrantRef(8); 17], ..name }, ..RING },
+        ] {
+            assert!(is_refused(&memory, &other, 10, 14), "{other:?}");
+        }
+        // Every bit of the header counts; the number of the next request is looked at elsewhere.
+        let header = (0..at::NEXT).chain(at::MARK..at::NAME + 4 * NAME_WORDS);
+        for bit in header.flat_map(|byte| byte * 8..byte * 8 + 8) {
+            let other = copy(&memory);
+            other.0[bit / 64].fetch_xor(1 << (bit % 64), Ordering::Relaxed);
+            assert!(is_refused(&other, &RING, 10, 14), "bit {bit}");
+        }
+        assert_eq!(mark_in(&memory), RING.mark);
+        drop(journal);
+        drop(begin(&memory, 20));
+        assert!(again(&memory, 20).is_empty(), "what was there is void");
+    }
+
+    /// What the frontend makes of its indices must fit to what was taken.
+    #[test]
+    fn numbers_that_do_not_fit_are_refused() {
+        let memory = memory();
+        let mut journal = begin(&memory, 10);
+        let entries = [10, 11, 12].map(|request| take(&mut journal, request));
+        journal.answered(entries[1], 10);
+        assert_eq!(again(&memory, 11), [10, 12]);
+        // One that was answered is not shown, or one that was not answered is.
+        for shown in [12, 9, 14, 0, u32::MAX] {
+            assert!(is_refused(&memory, &RING, shown, 14), "{shown} shown");
+        }
+        // Requests that were taken were never made; more are there than slots.
+        for produced in [12, 11, 16, 0] {
+            assert!(is_refused(&memory, &RING, 11, produced), "{produced} made");
+        }
+        for produced in [13, 15] {
+            assert!(!is_refused(&memory, &RING, 11, produced), "{produced} made");
+        }
+        // An entry that is gone.
+        put(&memory.region(), place(entries[2].0) + at::STATE, state::FREE);
+        assert!(is_refused(&memory, &RING, 11, 14));
+    }
+
+    #[test]
+    fn a_journal_that_was_not_completed_is_none() {
+        let other = JournalledRing { mark: 4, ..RING };
+        for words in 0.. {
+            let memory = memory();
+            let mut journal = begin(&memory, 0);
+            let _ = [0, 1].map(|request| take(&mut journal, request));
+            live(Life::Words(words));
+            assert!(Journal::begin(Box::new(memory.clone()), &other, 0).is_some());
+            let wrote_all = is_dead();
+            live(Life::Forever);
+            // Its mark is not on the ring before it is complete.
+            assert!(is_refused(&memory, &JournalledRing { mark: 0, ..other }, 0, 2));
+            if !is_refused(&memory, &other, 0, 2) {
+                assert!(words > 20 && wrote_all, "valid after {words} words");
+                live(Life::Words(words + 1));
+                drop(Journal::begin(Box::new(memory), &other, 0));
+                assert!(!is_dead(), "valid before its last word");
+                return live(Life::Forever);
+            }
+        }
+    }
+
+    /// A ring's history, and what a program knows of it while it lives.
+    struct History {
+        memory: Memory,
+        /// Requests whose answers were shown, and all those that are there.
+        answered: Vec<bool>,
+        shown: u32,
+        random: u32,
+    }
+
+    impl History {
+        fn random(&mut self, below: usize) -> usize {
+            self.random = self.random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (self.random >> 16) as usize % below
+        }
+
+        /// A program takes the ring up, and dies after so many words.
+        fn live(&mut self, words: u32) {
+            let produced = self.shown + SLOTS;
+            live(Life::Words(words));
+            let memory = Box::new(self.memory.clone());
+            let resumed = Journal::resume(memory, &RING, self.shown, produced);
+            let Ok((mut journal, mut next)) = resumed else { panic!("it is the journal") };
+            let mut busy = requests(&mut journal);
+            let mut again: Vec<_> = busy.iter().map(|(_, request)| *request).collect();
+            assert!(again.is_sorted(), "in the order in which they were made");
+            again.extend((0..next).filter(|request| self.answered[*request as usize]));
+            again.sort_unstable();
+            assert!(again.into_iter().eq(0..next), "each is answered, or done again");
+            let (mut response, mut staged) = (self.shown, Vec::new());
+            while !is_dead() {
+                match self.random(3) {
+                    0 if next < self.shown + SLOTS => {
+                        busy.push((take(&mut journal, next), next));
+                        next += 1;
+                    }
+                    1 if !busy.is_empty() => {
+                        let (entry, request) = busy.swap_remove(self.random(busy.len()));
+                        journal.answered(entry, response);
+                        response += 1;
+                        staged.push(request);
+                    }
+                    2 => {
+                        for request in staged.drain(..) {
+                            let at = request as usize;
+                            if self.answered.len() <= at {
+                                self.answered.resize(at + 1, false);
+                            }
+                            assert!(!std::mem::replace(&mut self.answered[at], true), "twice");
+                        }
+                        self.shown = response;
+                    }
+                    _ => {}
+                }
+            }
+            live(Life::Forever);
+            self.answered.resize(self.answered.len().max(next as usize + 1), false);
+        }
+    }
+
+    /// Programs die after any word, one after the other, on one ring.
+    #[test]
+    fn no_death_loses_a_request_or_answers_it_twice() {
+        for seed in 0..100 {
+            let memory = memory();
+            drop(begin(&memory, 0));
+            let mut history = History { memory, answered: Vec::new(), shown: 0, random: seed };
+            for _ in 0..60 {
+                let words = 1 + history.random(40) as u32;
+                history.live(words);
+            }
+            assert!(history.shown > 50, "{} answers", history.shown);
         }
     }
 }

@@ -12,5 +12,6 @@ mod kept;
 pub mod mapped;
 pub mod platform;
 pub mod store;
+pub mod takeover;
 pub mod wire;
 pub mod xenbus;

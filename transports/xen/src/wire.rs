@@ -20,6 +20,8 @@ pub(crate) mod index {
     pub const REQ_EVENT: usize = 4;
     pub const RSP_PROD: usize = 8;
     pub const RSP_EVENT: usize = 12;
+    /// The backend's mark, in the last word of the padding ([`takeover`](crate::takeover)).
+    pub const MARK: usize = 60;
 }
 
 /// One of the shared indices.
@@ -72,6 +74,7 @@ impl<S: Share<Handle = GrantRef>, A: Abi> FrontRing<S, A> {
             (index::RSP_PROD, start),
             (index::REQ_EVENT, start.wrapping_add(1)),
             (index::RSP_EVENT, start.wrapping_add(1)),
+            (index::MARK, 0),
         ] {
             ring.store_u32(offset, value, Ordering::Release);
         }

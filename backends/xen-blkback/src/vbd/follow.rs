@@ -218,6 +218,7 @@ impl<'t, T: StoreTransport + Clock> Vbd<'_, 't, T> {
             limits: self.limits,
             secure_discard: self.disk().is_some_and(|disk| disk.features.secure_discard),
             restrictions: self.device.restrictions,
+            takeover: self.adopted,
             config: &self.config,
         };
         match offer::read(self.store, &self.device.frontend_path, &terms) {

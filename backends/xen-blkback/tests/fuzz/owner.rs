@@ -136,7 +136,7 @@ impl<'w> Owner<'w> {
             let sound = guest.is_sound(plan);
             let opened = if self.opening.journal {
                 let memory = Box::new(JournalMemory::new(plan.journal_bytes()));
-                Queue::open_with(platform, plan, disk.store(), memory, false)
+                Queue::open_with(platform, plan, disk.store(), memory)
             } else {
                 Queue::open(platform, plan, disk.store())
             };

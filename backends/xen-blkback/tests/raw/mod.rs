@@ -118,7 +118,7 @@ pub fn open<'t, T: ForeignGrants + EventChannels, S: Store>(
     let plan = plan(raw, setup);
     if setup.journal {
         let memory = JournalMemory::new(plan.journal_bytes());
-        return Queue::open_with(platform, &plan, store, Box::new(memory), false);
+        return Queue::open_with(platform, &plan, store, Box::new(memory));
     }
     Queue::open(platform, &plan, store)
 }
@@ -131,11 +131,33 @@ pub fn open_again<'t, S: Store>(
     store: S,
     journal: &mut Option<JournalMemory>,
 ) -> Queue<'t, Domain, S> {
-    let plan = plan(raw, setup);
-    let resume = journal.is_some();
+    try_again(platform, raw, setup, store, journal).expect("an honest frontend")
+}
+
+/// As a successor that has no journal.
+pub fn open_without<'t, S: Store>(
+    platform: &'t Domain,
+    raw: &Raw,
+    setup: &Setup,
+    store: S,
+) -> Result<Queue<'t, Domain, S>, OpenError> {
+    let mut plan = plan(raw, setup);
+    plan.takeover = true;
+    Queue::open(platform, &plan, store)
+}
+
+/// As [`open_again`], if it can be opened.
+pub fn try_again<'t, S: Store>(
+    platform: &'t Domain,
+    raw: &Raw,
+    setup: &Setup,
+    store: S,
+    journal: &mut Option<JournalMemory>,
+) -> Result<Queue<'t, Domain, S>, OpenError> {
+    let mut plan = plan(raw, setup);
+    plan.takeover = journal.is_some();
     let memory = journal.get_or_insert_with(|| JournalMemory::new(plan.journal_bytes())).clone();
-    let opened = Queue::open_with(platform, &plan, store, Box::new(memory), resume);
-    opened.expect("an honest frontend")
+    Queue::open_with(platform, &plan, store, Box::new(memory))
 }
 
 /// Works until there is nothing to do now.

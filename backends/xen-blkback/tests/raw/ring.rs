@@ -111,6 +111,8 @@ impl Raw {
 
     /// A ring with nothing on it.
     pub fn begin(&mut self, start: u32) {
+        // As `SHARED_RING_INIT` does.
+        self.write(16, &[0; 48]);
         (self.produced, self.consumed) = (start, start);
         self.set(REQ_PROD, start);
         self.set(RSP_PROD, start);

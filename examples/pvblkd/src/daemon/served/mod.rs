@@ -293,7 +293,6 @@ impl<'s, 't, H: Host> Served<'s, 't, H> {
         self.complained = false;
         let (disk, connection) = (self.id, self.connection);
         let backing = backing.clone();
-        let resume = self.vbd.is_takeover();
         for (queue, plan) in plans.into_iter().enumerate() {
             let mailbox = self.common.mailbox.clone();
             let report = move |report| {
@@ -306,7 +305,6 @@ impl<'s, 't, H: Host> Served<'s, 't, H> {
                 journal: JournalPlace {
                     runtime: self.common.runtime.clone(),
                     disk: self.name.clone(),
-                    resume,
                 },
                 figures: self.status.queue(queue),
                 processor: self.common.next_processor(),
