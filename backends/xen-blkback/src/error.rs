@@ -18,6 +18,9 @@ pub enum Error {
         /// What is wrong with that.
         reason: &'static str,
     },
+    /// A running frontend was told of another disk.
+    #[error("{0}: put the disk back that it was, or take it from the guest")]
+    Promise(#[from] crate::promise::BrokenPromise),
 }
 
 /// What kind of trouble an [`Error`] is.
@@ -28,6 +31,8 @@ pub enum ErrorKind {
     Store,
     /// The toolstack's description of the device.
     Device,
+    /// The disk.
+    Disk,
 }
 
 impl Error {
@@ -36,6 +41,7 @@ impl Error {
         match self {
             Self::Store(_) => ErrorKind::Store,
             Self::BadDevice { .. } => ErrorKind::Device,
+            Self::Promise(_) => ErrorKind::Disk,
         }
     }
 }

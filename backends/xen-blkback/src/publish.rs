@@ -23,15 +23,17 @@ pub(crate) struct Limits {
     pub persistent: bool,
 }
 
-mod node {
+pub(crate) mod node {
     pub const QUEUES: &str = "multi-queue-max-queues";
     pub const RING_ORDER: &str = "max-ring-page-order";
     pub const INDIRECT_SEGMENTS: &str = "feature-max-indirect-segments";
     pub const PERSISTENT: &str = "feature-persistent";
+    /// Ours: what the disk is served from, for a later backend.
+    pub const IDENTITY: &str = "disk-identity";
 }
 
 /// Bits of the node `info`.
-mod info {
+pub(crate) mod info {
     pub const CDROM: u64 = 1;
     pub const REMOVABLE: u64 = 2;
     pub const READ_ONLY: u64 = 4;

@@ -11,8 +11,8 @@ use xen_blkback::OpenError;
 const SECTORS: u64 = 4096;
 
 /// Four requests, of which the third is answered; then the backend is gone.
-fn killed_with_four<'t>(
-    world: &'t World,
+fn killed_with_four(
+    world: &World,
     raw: &mut Raw,
     journal: &mut Option<JournalMemory>,
     has_journal: bool,

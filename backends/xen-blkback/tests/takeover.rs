@@ -3,7 +3,8 @@
 
 mod xenstore;
 
-use xen_blkback::{Event, Refusal, Vbd};
+use pvblk::extent::Geometry;
+use xen_blkback::{BrokenPromise, Disk, Error, ErrorKind, Event, Refusal, Vbd};
 use xenstore::*;
 
 /// Leaves a connected device, as a daemon does that is killed.
@@ -167,4 +168,126 @@ fn a_frontend_that_stayed_connected_to_a_closed_backend_must_begin_anew() {
     rig.publish(ONE_RING, "3");
     connect(&mut vbd);
     assert!(!vbd.is_takeover());
+}
+
+/// A device whose frontend is connected to `disk`; its backend was killed.
+fn connected_to(rig: &Rig, disk: Disk, identity: &str) {
+    let store = rig.store();
+    let mut vbd = Vbd::open(&store, &rig.path(), &config(|_| {})).unwrap();
+    vbd.offer().unwrap();
+    vbd.insert_as(disk, identity).unwrap();
+    quiet(&mut vbd);
+    rig.publish(ONE_RING, "3");
+    connect(&mut vbd);
+    rig.publish(&[], "4");
+    quiet(&mut vbd);
+}
+
+fn with(change: impl FnOnce(&mut Disk)) -> Disk {
+    let mut disk = disk();
+    change(&mut disk);
+    disk
+}
+
+#[test]
+fn another_disk_is_refused_until_the_guest_has_let_go() {
+    let geometry = disk().geometry;
+    let shape = |geometry: Geometry| with(|disk| disk.geometry = geometry);
+    let cases = [
+        (disk(), "file 2", "to file 1; this is file 2"),
+        (disk(), "", "to file 1; this is "),
+        (shape(Geometry { logical_bytes: 4096, ..geometry }), "file 1", "sectors of 512 bytes"),
+        (shape(Geometry { sectors: 8191, ..geometry }), "file 1", "this one has 8191"),
+        (shape(Geometry { read_only: true, ..geometry }), "file 1", "is read-only"),
+        (with(|disk| disk.features.flush = false), "file 1", "relies on flushes"),
+        (with(|disk| disk.features.barrier = false), "file 1", "relies on barriers"),
+    ];
+    for (other, identity, words) in cases {
+        let rig = Rig::new();
+        connected_to(&rig, disk(), "file 1");
+        let store = rig.store();
+        let mut vbd = Vbd::open(&store, &rig.path(), &config(|_| {})).unwrap();
+        vbd.offer().unwrap();
+        for _ in 0..2 {
+            let error = vbd.insert_as(other, identity).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Disk);
+            assert!(error.to_string().contains(words), "{error}");
+            assert!(error.to_string().contains("take it from the guest"), "{error}");
+            quiet(&mut vbd);
+            assert_eq!(rig.state(), "4", "the frontend waits");
+        }
+        // The right one is back, in another life.
+        drop(vbd);
+        let mut vbd = Vbd::open(&store, &rig.path(), &config(|_| {})).unwrap();
+        vbd.offer().unwrap();
+        vbd.insert_as(disk(), "file 1").unwrap();
+        connect(&mut vbd);
+        drop(vbd);
+        // The guest lets go, and finds what is there now.
+        let mut vbd = Vbd::open(&store, &rig.path(), &config(|_| {})).unwrap();
+        vbd.offer().unwrap();
+        assert!(vbd.promise().is_some());
+        rig.publish(&[], "6");
+        quiet(&mut vbd);
+        assert_eq!(vbd.promise(), None);
+        vbd.insert_as(other, identity).unwrap();
+        rig.publish(&[], "1");
+        quiet(&mut vbd);
+        rig.publish(ONE_RING, "3");
+        connect(&mut vbd);
+        assert_eq!(rig.back_node("disk-identity").as_deref().unwrap_or_default(), identity);
+    }
+}
+
+#[test]
+fn what_a_guest_was_told_and_can_have_it_keeps() {
+    let geometry = disk().geometry;
+    // Larger: it is told. Read-only, and may be written to now: it is read-only.
+    let rig = Rig::new();
+    connected_to(&rig, with(|disk| disk.geometry.read_only = true), "");
+    let store = rig.store();
+    let mut vbd = Vbd::open(&store, &rig.path(), &config(|_| {})).unwrap();
+    vbd.offer().unwrap();
+    let promise = vbd.promise().unwrap();
+    assert!(promise.read_only && promise.flush && promise.identity.is_none());
+    assert_eq!((promise.sectors, promise.logical_bytes), (8192, 512));
+    let larger = Geometry { sectors: 9000, ..geometry };
+    vbd.insert(with(|disk| disk.geometry = larger)).unwrap();
+    assert!(vbd.disk().unwrap().geometry.read_only);
+    assert!(connect(&mut vbd)[0].restrictions.read_only);
+    assert_eq!(rig.back_node("sectors").as_deref(), Some("9000"));
+    assert_eq!(rig.back_node("info").as_deref(), Some("4"));
+    rig.publish(&[("ring-ref", "20")], "3");
+    disconnect(&mut vbd);
+    assert_eq!(vbd.promise(), None);
+    vbd.eject();
+    quiet(&mut vbd);
+    vbd.insert(disk()).unwrap();
+    assert!(!connect(&mut vbd)[0].restrictions.read_only);
+    vbd.eject();
+    assert!(vbd.disk().is_some(), "there are queues");
+}
+
+#[test]
+fn who_was_not_connected_was_promised_nothing() {
+    for state in ["2", "6"] {
+        let rig = Rig::new();
+        connected_to(&rig, disk(), "file 1");
+        rig.set_back("state", state);
+        let store = rig.store();
+        let mut vbd = Vbd::open(&store, &rig.path(), &config(|_| {})).unwrap();
+        vbd.offer().unwrap();
+        assert_eq!(vbd.promise(), None);
+        vbd.insert_as(disk(), "file 2").unwrap();
+    }
+    // Nothing that can be read was promised, either.
+    let rig = Rig::new();
+    connected_to(&rig, disk(), "file 1");
+    rig.set_back("sectors", "many");
+    let store = rig.store();
+    let mut vbd = Vbd::open(&store, &rig.path(), &config(|_| {})).unwrap();
+    vbd.offer().unwrap();
+    assert_eq!(vbd.promise(), None);
+    let sector = BrokenPromise::Sector { told: 512, found: 4096 };
+    assert!(Error::from(sector).to_string().contains("512"));
 }

@@ -160,6 +160,7 @@ impl<'t, T: StoreTransport + Clock> Vbd<'_, 't, T> {
         if self.held.is_some() {
             return Ok(self.leave());
         }
+        self.let_go();
         self.go_to(state)?;
         self.again = true;
         Ok(Event::Nothing)
@@ -217,7 +218,7 @@ impl<'t, T: StoreTransport + Clock> Vbd<'_, 't, T> {
             peer: self.device.frontend_id,
             limits: self.limits,
             secure_discard: self.disk().is_some_and(|disk| disk.features.secure_discard),
-            restrictions: self.device.restrictions,
+            restrictions: self.restrictions(),
             takeover: self.adopted,
             config: &self.config,
         };

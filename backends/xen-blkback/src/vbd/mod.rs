@@ -9,6 +9,7 @@
 mod follow;
 
 use alloc::format;
+use alloc::string::String;
 use alloc::vec::Vec;
 
 use pvblk::extent::Geometry;
@@ -23,8 +24,10 @@ use crate::disk::{Disk, Feature};
 use crate::error::Error;
 use crate::fmt::message;
 use crate::offer::Refusal;
+use crate::promise::{Promise, publish_identity};
 use crate::publish::{self, Limits};
 use crate::queue::QueuePlan;
+use crate::restricted::Restrictions;
 
 /// What [`Vbd::advance`] found.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -102,9 +105,13 @@ pub struct Vbd<'s, 't, T: StoreTransport + Clock> {
     deadline: Option<u64>,
     /// An earlier backend of this device was, or may have been, connected to the rings.
     adopted: bool,
+    /// What that backend told the frontend.
+    promise: Option<Promise>,
     /// Whether what the disk is served from is prepared.
     plugged: bool,
     disk: Option<Disk>,
+    /// What the disk is served from; empty if that was not said.
+    identity: String,
     held: Option<Held>,
     /// The owner was told to drop the queues, and has not yet.
     leaving: bool,
@@ -160,7 +167,9 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
             settled_at: None,
             deadline: None,
             adopted: false,
+            promise: None,
             disk: None,
+            identity: String::new(),
             held: None,
             leaving: false,
             ending: false,
@@ -183,6 +192,9 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
         self.adopted = up && matches!(frontend, State::Initialised | State::Connected);
         if self.adopted {
             self.limits = Limits::read(self.store, &self.device.path, &self.config)?;
+            if self.state == State::Connected {
+                self.promise = Promise::read(self.store, &self.device.path)?;
+            }
         } else if new || up {
             self.go_to_init_wait()?;
         }
@@ -197,8 +209,23 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
     ///
     /// # Errors
     ///
+    /// [`Error::Promise`] if a running frontend was told of another disk ([`promise`](Self::promise)),
     /// [`Error::Store`]; it may be called again then.
     pub fn insert(&mut self, disk: Disk) -> Result<(), Error> {
+        self.insert_as(disk, "")
+    }
+
+    /// As [`insert`](Self::insert), of a disk that can be told from others: `identity` is a text of at
+    /// most a few hundred bytes that any other disk that could be in its place has not. It is kept in
+    /// XenStore while a frontend is connected: another backend cannot serve another disk then.
+    ///
+    /// # Errors
+    ///
+    /// As for `insert`.
+    pub fn insert_as(&mut self, disk: Disk, identity: &str) -> Result<(), Error> {
+        if let Some(promise) = &self.promise {
+            promise.check(&self.as_seen(disk), identity)?;
+        }
         if self.config.hotplug == Hotplug::Ours {
             let node = |name: &str| format!("{}/{name}", self.device.path);
             self.change(|nodes| {
@@ -208,8 +235,17 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
         }
         xenbus::forget_error(self.store, &self.device.path);
         self.disk = Some(disk);
+        self.identity = identity.into();
         self.again = true;
         Ok(())
+    }
+
+    /// Takes the disk out: frontends wait until there is [another](Self::insert). It has no effect
+    /// while there are queues.
+    pub fn eject(&mut self) {
+        if self.held.is_none() {
+            self.disk = None;
+        }
     }
 
     /// The queues are open: publishes the properties of the disk, and goes to Connected, all at
@@ -229,7 +265,9 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
             return Ok(false);
         }
         let (path, persistent) = (&self.device.path, self.limits.persistent);
+        let identity = &self.identity;
         let publish = |nodes: &Transaction<'_, 't, T>| {
+            publish_identity(nodes, path, identity)?;
             publish::publish_properties(nodes, path, &disk, persistent)
         };
         match switch(self.store, path, self.state, State::Connected, publish)? {
@@ -284,8 +322,14 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
     fn drop_held(&mut self) {
         self.held = None;
         self.leaving = false;
-        self.adopted = false;
+        self.let_go();
         self.again = true;
+    }
+
+    /// The frontend that an earlier backend was connected to is not there any more.
+    fn let_go(&mut self) {
+        self.adopted = false;
+        self.promise = None;
     }
 
     /// Gives the disk another shape, and tells the frontend if there is one.
@@ -383,17 +427,34 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
         &self.device
     }
 
+    /// What the frontend of a device that was taken over was told. It holds until that frontend is
+    /// gone or connects again, and only a disk that keeps it can be [inserted](Self::insert). A disk
+    /// that may be written to stays read-only if it was so.
+    pub fn promise(&self) -> Option<&Promise> {
+        self.promise.as_ref()
+    }
+
     /// The disk, as its frontend sees it: with what the toolstack forbids taken away.
     pub fn disk(&self) -> Option<Disk> {
-        let disk = self.disk?;
-        let restrictions = self.device.restrictions;
+        self.disk.map(|disk| self.as_seen(disk))
+    }
+
+    fn as_seen(&self, disk: Disk) -> Disk {
+        let restrictions = self.restrictions();
         let geometry = restrictions.geometry(disk.geometry);
-        Some(Disk {
+        Disk {
             geometry,
             features: restrictions.features(&geometry, disk.features),
             cdrom: disk.cdrom || self.device.cdrom,
             removable: disk.removable || self.device.removable,
-        })
+        }
+    }
+
+    /// What the frontend may not do: what the toolstack forbids, and what it was told that it may not.
+    fn restrictions(&self) -> Restrictions {
+        let restrictions = self.device.restrictions;
+        let told = self.promise.as_ref().is_some_and(|promise| promise.read_only);
+        Restrictions { read_only: restrictions.read_only || told, ..restrictions }
     }
 
     /// What the toolstack and its script say about what the disk is to be served from.
@@ -459,7 +520,7 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
         let limits = Limits::of(&self.config);
         let path = self.device.path.clone();
         self.limits = limits;
-        self.adopted = false;
+        self.let_go();
         self.go_to_with(State::InitWait, |nodes| limits.publish(nodes, &path))
     }
 }
