@@ -559,7 +559,7 @@ where
 
     #[inline(always)]
     fn answer(&mut self, tag: Tag) {
-        if self.parts.is_some() && self.goes_on(tag) {
+        if self.parts.is_some() && self.has_next_part(tag) {
             return;
         }
         let Some(mut tenancy) = self.jobs.tenancy(tag) else { return };

@@ -87,7 +87,7 @@ where
 
     /// Whether a part is done of the request that is done in parts, and another one follows.
     #[cold]
-    pub(super) fn goes_on(&mut self, tag: Tag) -> bool {
+    pub(super) fn has_next_part(&mut self, tag: Tag) -> bool {
         let (Some(parts), Some(job)) = (&self.parts, self.jobs.get_mut(tag)) else { return false };
         if self.alone != Some(tag) {
             return false;
