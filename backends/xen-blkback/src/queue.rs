@@ -107,8 +107,9 @@ pub type Engine<'t, T, S> = Backend<BackRing<&'t T>, ForeignMemory<&'t T>, Restr
 /// A queue that is connected to its frontend. The ring is unmapped and the event channel closed when
 /// it is dropped.
 pub struct Queue<'t, T: ForeignGrants + EventChannels, S: Store> {
-    engine: Engine<'t, T, S>,
+    /// Closed first: who finds the journal free finds the frontend's end of the channel free, too.
     line: Line<'t, T>,
+    engine: Engine<'t, T, S>,
     /// Whether the frontend may have asked for something since the last round found nothing.
     is_busy: bool,
 }

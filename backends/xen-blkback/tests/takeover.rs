@@ -228,6 +228,7 @@ fn another_disk_is_refused_until_the_guest_has_let_go() {
         vbd.offer().unwrap();
         assert!(vbd.promise().is_some());
         rig.publish(&[], "6");
+        assert_eq!(vbd.advance(0).unwrap(), Event::LetGo);
         quiet(&mut vbd);
         assert_eq!(vbd.promise(), None);
         vbd.insert_as(other, identity).unwrap();
@@ -260,6 +261,8 @@ fn what_a_guest_was_told_and_can_have_it_keeps() {
     rig.publish(&[("ring-ref", "20")], "3");
     disconnect(&mut vbd);
     assert_eq!(vbd.promise(), None);
+    // Before the next frontend is connected, which is there already.
+    assert_eq!(vbd.advance(0).unwrap(), Event::LetGo);
     vbd.eject();
     quiet(&mut vbd);
     vbd.insert(disk()).unwrap();

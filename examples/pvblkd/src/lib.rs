@@ -14,6 +14,7 @@ pub mod list;
 pub mod metrics;
 pub mod opening;
 pub mod options;
+pub mod promise;
 pub mod protocol;
 pub mod runtime;
 pub mod serve;

@@ -7,7 +7,6 @@ use anyhow::{Context, Result, bail};
 use pvblk::backend::Store;
 
 use crate::backing::{Backing, DiskOrigin, Memory};
-use crate::mapped::Origin;
 use crate::options::DiskOptions;
 use crate::runtime::{DiskName, Runtime};
 use crate::size::Size;
@@ -28,10 +27,12 @@ pub struct Opening {
     pub options: DiskOptions,
     /// Whether the guest may not write.
     pub read_only: bool,
-    /// Whether the guest has it already: what is in memory must be what the guest left there.
+    /// Whether the guest may have used it already: what is in memory is kept.
     pub keep: bool,
     /// Whether it comes with a guest that moves here.
     pub arriving: bool,
+    /// Whether the guest is connected to it: what is in memory must be there.
+    pub promised: bool,
 }
 
 impl Opening {
@@ -55,13 +56,23 @@ impl Opening {
 
     fn open_memory(&self, size: Size, runtime: &Runtime) -> Result<Memory> {
         let geometry = self.options.store_options(false, DiskOrigin::New).memory(size)?;
+        self.check_there(runtime, runtime.has_memory(&self.name, size.bytes()))?;
         let place = || format!("no {size} of memory in {}", runtime.folder().display());
-        let (file, origin) =
-            runtime.memory(&self.name, size.bytes(), self.keep).with_context(place)?;
-        if self.keep && origin == Origin::New {
-            bail!("the content of the disk is lost: it was not in {}", runtime.folder().display());
-        }
+        let (file, _) = runtime.memory(&self.name, size.bytes(), self.keep).with_context(place)?;
         Ok(file.into_disk(geometry)?)
+    }
+
+    /// A guest that is connected does not find zeroes where it has left something; not at the second
+    /// attempt either, for which the first must not leave a file.
+    fn check_there(&self, runtime: &Runtime, is_there: bool) -> Result<()> {
+        if self.promised && !is_there {
+            bail!(
+                "the content of the disk, which the guest is connected to, is not in {}: put the file \
+                 back, or take the disk from the guest",
+                runtime.folder().display()
+            );
+        }
+        Ok(())
     }
 }
 
@@ -87,6 +98,7 @@ impl NamedMemory {
             }
             return Ok(disk);
         }
+        opening.check_there(runtime, runtime.has_named_memory(name, size.bytes()))?;
         let place = || format!("no {size} of memory in {}", runtime.folder().display());
         let file = runtime.named_memory(name, size.bytes()).with_context(place)?;
         let disk = Arc::new(file.into_disk(geometry)?);

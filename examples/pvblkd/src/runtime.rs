@@ -4,7 +4,6 @@
 //! memory, and what their queues had in progress, are in files of a tmpfs, one each, which are
 //! removed when a disk or a connection ends in an orderly way.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
@@ -69,6 +68,16 @@ impl Runtime {
         MappedFile::open(&self.path("memory", disk, None), bytes, keep)
     }
 
+    /// Whether there is the content of a disk of that size.
+    pub fn has_memory(&self, disk: &DiskName, bytes: u64) -> bool {
+        is_file_of(&self.path("memory", disk, None), bytes)
+    }
+
+    /// Whether there is memory with that name, of that size.
+    pub fn has_named_memory(&self, name: &str, bytes: u64) -> bool {
+        is_file_of(&self.folder.join(format!("named-{name}")), bytes)
+    }
+
     /// Memory that has a name: it stays until somebody removes its file, or the machine is shut down.
     ///
     /// # Errors
@@ -101,7 +110,12 @@ impl Runtime {
         bytes: u64,
         keep: bool,
     ) -> io::Result<(MappedFile, Origin)> {
-        MappedFile::open(&self.path("journal", disk, Some(queue)), bytes, keep)
+        let path = self.path("journal", disk, Some(queue));
+        if !keep {
+            // Another daemon may still have it mapped, whose connection is over.
+            let _ = fs::remove_file(&path);
+        }
+        MappedFile::open(&path, bytes, keep)
     }
 
     fn path(&self, kind: &str, disk: &DiskName, queue: Option<usize>) -> PathBuf {
@@ -111,16 +125,15 @@ impl Runtime {
     }
 
     /// Removes the files of disks that there are no more: of guests that went while no daemon was
-    /// there.
-    pub fn sweep(&self, disks: &BTreeSet<DiskName>) {
+    /// there. `is_gone` says of a disk of one of the `classes` whether that is so; files of other
+    /// classes are those of another daemon, or of this one with other settings.
+    pub fn sweep(&self, classes: &[&'static str], is_gone: impl Fn(&DiskName) -> bool) {
         let Ok(entries) = fs::read_dir(&self.folder) else { return };
         for entry in entries.flatten() {
             let name = entry.file_name();
-            let Some(disk) = name.to_str().and_then(disk_of) else { continue };
-            let is_known = disks.iter().any(|known| {
-                (known.class, known.domain, known.device) == (&*disk.0, disk.1, disk.2)
-            });
-            if !is_known {
+            let Some((class, domain, device)) = name.to_str().and_then(disk_of) else { continue };
+            let Some(class) = classes.iter().find(|served| **served == class) else { continue };
+            if is_gone(&DiskName { class, domain, device }) {
                 log::info!("removing {}: its disk is gone", entry.path().display());
                 let _ = fs::remove_file(entry.path());
             }
@@ -150,6 +163,12 @@ impl Runtime {
     }
 }
 
+/// Whether there is a file of so many bytes, rounded up to pages.
+fn is_file_of(path: &Path, bytes: u64) -> bool {
+    let wanted = bytes.next_multiple_of(PAGE_BYTES as u64);
+    fs::metadata(path).is_ok_and(|there| there.len() == wanted)
+}
+
 /// Whose file this is.
 fn disk_of(name: &str) -> Option<(String, u16, u32)> {
     let rest = name.strip_prefix("memory-").or_else(|| name.strip_prefix("journal-"))?;
@@ -171,7 +190,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let runtime = Runtime::open(folder.path()).unwrap();
         runtime.named_memory("swap", 512).unwrap().region().write_bytes(0, b"kept");
-        runtime.sweep(&BTreeSet::new());
+        runtime.sweep(&["pvblk", "vbd"], |_| true);
         let mut bytes = [0; 4];
         runtime.named_memory("swap", 512).unwrap().region().read_bytes(0, &mut bytes);
         assert_eq!(&bytes, b"kept");
@@ -192,8 +211,12 @@ mod tests {
         fs::write(runtime.folder().join("something"), "else").unwrap();
         let count = || fs::read_dir(runtime.folder()).unwrap().count();
         assert_eq!(count(), 10);
-        runtime.sweep(&[disk(2), disk(3)].into());
+        runtime.sweep(&["vbd"], |_| true);
+        assert_eq!(count(), 10, "those of other classes are not ours to remove");
+        runtime.sweep(&["vbd", "pvblk"], |gone| *gone == disk(1));
         assert_eq!(count(), 7);
+        assert!(runtime.has_memory(&disk(2), 4000) && !runtime.has_memory(&disk(2), 4097));
+        assert!(!runtime.has_memory(&disk(1), 4096) && !runtime.has_named_memory("x", 4096));
         runtime.forget_journals(&disk(3));
         assert_eq!(count(), 5);
         runtime.forget(&disk(3));

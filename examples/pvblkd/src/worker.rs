@@ -1,10 +1,11 @@
 //! The thread that serves one queue of a disk.
 
+use std::io::ErrorKind;
 use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use pvblk::backend::Violation;
@@ -14,7 +15,7 @@ use pvblk_linux::Doorbell;
 use pvblk_xen::journal::Lasting;
 use rustix::event::PollFlags;
 use rustix::thread::CpuSet;
-use xen_blkback::{Queue, QueuePlan};
+use xen_blkback::{OpenError, Queue, QueuePlan};
 
 use crate::backing::{Backing, QueueStore};
 use crate::figures::{Figures, QueueFigures};
@@ -28,6 +29,8 @@ use crate::runtime::{DiskName, Runtime};
 pub enum Order {
     /// Drop the queue and end.
     Stop,
+    /// Take no more requests, answer those that were taken, and end.
+    Finish,
     /// The disk has another shape.
     Refresh,
     /// Look through the memory that is kept.
@@ -104,6 +107,12 @@ const STACK_BYTES: usize = 256 << 10;
 /// work.
 const BUSY_ROUNDS: u32 = 16;
 
+/// How often a worker looks whether an earlier daemon is gone.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+/// How often an event channel is tried to be bound that an earlier daemon may have bound still.
+const ATTEMPTS: u32 = 50;
+
 impl Handle {
     /// Starts a worker. `report` is called on its thread; an [`Report::Ended`] is the last, and comes
     /// in any case.
@@ -171,7 +180,7 @@ fn run<H: Host>(task: Task<H>, mut inbox: Inbox, report: &impl Fn(Report)) -> En
         Err(error) => return End::NotOpened(error),
     };
     inbox.connect(&platform);
-    let mut queue = match open(&platform, &task) {
+    let mut queue = match open(&platform, &task, &inbox) {
         Ok(queue) => queue,
         Err(error) => return End::NotOpened(error),
     };
@@ -180,19 +189,44 @@ fn run<H: Host>(task: Task<H>, mut inbox: Inbox, report: &impl Fn(Report)) -> En
     serve(&platform, &mut queue, &inbox, &task.figures, report)
 }
 
+/// Opens the queue. At a take-over it waits for an earlier daemon that is on its way out, whose ring is
+/// not touched before that is gone: until then the journal is locked, and then the event channel is
+/// bound for another moment.
 fn open<'t, P: WorkerPlatform>(
     platform: &'t P,
     task: &Task<impl Host>,
+    inbox: &Inbox,
 ) -> Result<Queue<'t, P, QueueStore>> {
-    // A ring has 32 slots for each of its pages.
-    let depth = 32 * task.plan.references.len().min(16) as u16;
-    let store = task.backing.queue(depth)?;
+    let mut attempts = 0;
+    loop {
+        let error = match try_open(platform, task) {
+            Err(error) if task.plan.takeover && !inbox.orders.has_some() => error,
+            result => return result,
+        };
+        let is_locked = error
+            .downcast_ref::<std::io::Error>()
+            .is_some_and(|error| error.kind() == ErrorKind::WouldBlock);
+        let is_bound = matches!(error.downcast_ref(), Some(OpenError::Event(_)));
+        if !is_locked && !(is_bound && attempts < ATTEMPTS) {
+            return Err(error);
+        }
+        if attempts == 0 {
+            log::info!("{}: waiting for the daemon that had the queue before", task.name);
+        }
+        attempts += 1;
+        std::thread::sleep(LOOK_AGAIN);
+    }
+}
+
+fn try_open<'t, P: WorkerPlatform>(
+    platform: &'t P,
+    task: &Task<impl Host>,
+) -> Result<Queue<'t, P, QueueStore>> {
     let JournalPlace { runtime, disk } = &task.journal;
     let bytes = task.plan.journal_bytes() as u64;
-    match runtime.journal(disk, task.plan.number, bytes, task.plan.takeover) {
-        Ok((journal, _)) => {
-            Ok(Queue::open_with(platform, &task.plan, store, Box::new(Journal(journal)))?)
-        }
+    let journal = match runtime.journal(disk, task.plan.number, bytes, task.plan.takeover) {
+        Ok((journal, _)) => Some(Box::new(Journal(journal))),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(error.into()),
         Err(error) => {
             log::warn!(
                 "{}: no journal in {}, so that the guest must connect again if this program is \
@@ -200,9 +234,16 @@ fn open<'t, P: WorkerPlatform>(
                 task.name,
                 runtime.folder().display()
             );
-            Ok(Queue::open(platform, &task.plan, store)?)
+            None
         }
-    }
+    };
+    // A ring has 32 slots for each of its pages.
+    let depth = 32 * task.plan.references.len().min(16) as u16;
+    let store = task.backing.queue(depth)?;
+    Ok(match journal {
+        Some(journal) => Queue::open_with(platform, &task.plan, store, journal)?,
+        None => Queue::open(platform, &task.plan, store)?,
+    })
 }
 
 /// A file that is mapped, as a journal.
@@ -238,6 +279,7 @@ fn serve<P: WorkerPlatform>(
                         publish(queue, figures, sleeps);
                         return End::Stopped;
                     }
+                    Order::Finish => return finish(platform, queue, inbox, figures, sleeps),
                     Order::Refresh => drop(queue.engine_mut().refresh()),
                     Order::Tidy => queue.engine_mut().tidy(platform.now()),
                 }
@@ -269,6 +311,24 @@ fn serve<P: WorkerPlatform>(
             sleep(platform, queue, inbox);
         }
     }
+}
+
+/// Answers what was taken, however long that takes: the daemon does not wait for ever.
+fn finish<P: WorkerPlatform>(
+    platform: &P,
+    queue: &mut Queue<'_, P, QueueStore>,
+    inbox: &Inbox,
+    figures: &QueueFigures,
+    sleeps: u64,
+) -> End {
+    while !queue.drain() {
+        if inbox.orders.take().contains(&Order::Stop) {
+            break;
+        }
+        sleep(platform, queue, inbox);
+    }
+    publish(queue, figures, sleeps);
+    End::Stopped
 }
 
 fn publish<P: WorkerPlatform>(

@@ -50,12 +50,21 @@ impl<'t, T: StoreTransport + Clock> Vbd<'_, 't, T> {
             // Whatever comes while the owner drops the queues is looked at afterwards.
             return Ok(Event::Nothing);
         }
+        if core::mem::take(&mut self.released) {
+            // Before another frontend connects.
+            self.again = true;
+            return Ok(Event::LetGo);
+        }
         for _ in 0..STEPS_MAX {
             self.again = false;
             self.deadline = None;
             // The flags are taken: what fails must be looked at again.
             let event = self.look(now).inspect_err(|_| self.again = true)?;
             self.republished = false;
+            if event == Event::Nothing && core::mem::take(&mut self.released) {
+                self.again = true;
+                return Ok(Event::LetGo);
+            }
             if event != Event::Nothing || !self.again {
                 return Ok(event);
             }

@@ -44,6 +44,10 @@ pub enum Event {
     /// The frontend is gone, or has other rings now: drop all queues, open or opening, then call
     /// [`disconnected`](Vbd::disconnected).
     Disconnect,
+    /// The frontend that an earlier backend was connected to has let go of the disk: nothing of what
+    /// it was told ([`Vbd::promise`]) counts any more, and the disk may be
+    /// [exchanged](Vbd::eject).
+    LetGo,
     /// What the frontend published is nothing that can be served. It was told, and may try again.
     Refused(Refusal),
     /// The device is over: drop the vbd. In a driver domain, [`remove`](Vbd::remove) it before.
@@ -107,6 +111,8 @@ pub struct Vbd<'s, 't, T: StoreTransport + Clock> {
     adopted: bool,
     /// What that backend told the frontend.
     promise: Option<Promise>,
+    /// The owner is to be told that there is none any more.
+    released: bool,
     /// Whether what the disk is served from is prepared.
     plugged: bool,
     disk: Option<Disk>,
@@ -168,6 +174,7 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
             deadline: None,
             adopted: false,
             promise: None,
+            released: false,
             disk: None,
             identity: String::new(),
             held: None,
@@ -329,7 +336,7 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
     /// The frontend that an earlier backend was connected to is not there any more.
     fn let_go(&mut self) {
         self.adopted = false;
-        self.promise = None;
+        self.released |= self.promise.take().is_some();
     }
 
     /// Gives the disk another shape, and tells the frontend if there is one.

@@ -223,7 +223,12 @@ pub fn connected<'t>(rig: &Rig, store: &'t Store<'t, Domain>) -> TheVbd<'t> {
 
 /// What comes next. Events that have no consequences are passed over.
 pub fn next(vbd: &mut TheVbd<'_>) -> Event {
-    vbd.advance(0).expect("XenStore works")
+    loop {
+        match vbd.advance(0).expect("XenStore works") {
+            Event::LetGo => {}
+            event => return event,
+        }
+    }
 }
 
 pub fn quiet(vbd: &mut TheVbd<'_>) {

@@ -7,22 +7,22 @@
 
 mod served;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, bail};
 use pvblk_xen::platform::{Clock, DomainId};
-use pvblk_xen::store::{self, Store};
+use pvblk_xen::store::{self, Nodes, Store};
 use rustix::event::PollFlags;
 use xen_blkback::{Address, Backends, Change, Quota};
 
-use crate::backing::Backing;
 use crate::config::Config;
 use crate::host::{Host, Sleep};
 use crate::mail::Mailbox;
 use crate::opening::NamedMemory;
+use crate::promise::Opened;
 use crate::protocol::Resize;
 use crate::runtime::{DiskName, Runtime};
 use crate::status::Registry;
@@ -33,8 +33,10 @@ use served::Served;
 /// What the daemon's thread is told.
 #[derive(Debug)]
 pub enum Message {
-    /// Leave the disks as they are, and end.
+    /// Answer what is in progress, leave the disks as they are, and end.
     Stop,
+    /// End without answers, as after `kill -9`.
+    Abandon,
     /// By a command.
     Resize(Resize),
     /// A disk was opened, or not.
@@ -42,7 +44,7 @@ pub enum Message {
         /// Whose it is.
         disk: DiskId,
         /// The disk.
-        result: Result<Backing>,
+        result: Result<Opened>,
     },
     /// By the worker of a queue.
     Worker {
@@ -81,6 +83,8 @@ pub struct Common<H> {
     pub registry: Registry,
     /// To this thread.
     pub mailbox: Mailbox<Message>,
+    /// How long requests in progress may take when the daemon is to end, in nanoseconds. Default 10 s.
+    pub patience: u64,
     /// The processors that workers are pinned to, in turn; none if they are not.
     pub processors: Vec<usize>,
     next_processor: AtomicUsize,
@@ -96,7 +100,18 @@ impl<H> Common<H> {
         processors: Vec<usize>,
     ) -> Self {
         let (named, registry, next_processor) = Default::default();
-        Self { host, config, runtime, named, registry, mailbox, processors, next_processor }
+        let patience = PATIENCE;
+        Self {
+            host,
+            config,
+            runtime,
+            named,
+            registry,
+            mailbox,
+            patience,
+            processors,
+            next_processor,
+        }
     }
 
     fn next_processor(&self) -> Option<usize> {
@@ -114,8 +129,11 @@ struct Class<'s, 't, H: Host> {
 /// How the daemon ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
-    /// It was told to.
+    /// It was told to, and every request that was taken is answered.
     Stopped,
+    /// It was told to, and some requests took too long: their queues are still at it. They are left
+    /// to the journals, so that the program may end at any moment.
+    Unfinished,
 }
 
 /// The daemon.
@@ -130,6 +148,8 @@ pub struct Daemon<'s, 't, H: Host> {
     /// Files of disks that there are no more were removed.
     swept: bool,
     stopping: bool,
+    /// Until when workers may finish what they have begun.
+    stop_at: Option<u64>,
     /// XenStore has refused to say what disks there are: it is asked again at that time.
     retry_at: Option<u64>,
     /// When workers are told to look through what they keep, if there are any.
@@ -137,6 +157,10 @@ pub struct Daemon<'s, 't, H: Host> {
     /// XenStore is gone: what is connected is served on, and nothing else can be done.
     orphaned: bool,
 }
+
+/// How long requests in progress may take at the end, in nanoseconds: much less than systemd waits
+/// before it kills.
+const PATIENCE: u64 = 10_000_000_000;
 
 /// How long to wait before XenStore is asked again that has refused something, in nanoseconds.
 const RETRY: u64 = 1_000_000_000;
@@ -175,6 +199,7 @@ impl<'s, 't, H: Host> Daemon<'s, 't, H> {
             last: 0,
             swept: false,
             stopping: false,
+            stop_at: None,
             retry_at: None,
             tidy_at: None,
             orphaned: false,
@@ -187,8 +212,13 @@ impl<'s, 't, H: Host> Daemon<'s, 't, H> {
             for message in self.common.mailbox.take() {
                 self.handle(message);
             }
-            if self.stopping && self.served.values().all(Served::has_no_workers) {
-                return Ending::Stopped;
+            if self.stopping {
+                if self.served.values().all(Served::has_no_workers) {
+                    return Ending::Stopped;
+                }
+                if self.stop_at.is_some_and(|at| at <= self.control.now()) {
+                    return self.give_up();
+                }
             }
             let mut again = false;
             if !self.stopping && !self.orphaned {
@@ -202,6 +232,18 @@ impl<'s, 't, H: Host> Daemon<'s, 't, H> {
                 self.sleep();
             }
         }
+    }
+
+    /// Workers are still busy with what they have begun.
+    fn give_up(&self) -> Ending {
+        for served in self.served.values().filter(|served| !served.has_no_workers()) {
+            log::warn!(
+                "{}: requests in progress take longer than {} s: the next pvblkd does them again",
+                served.path(),
+                self.common.patience / 1_000_000_000
+            );
+        }
+        Ending::Unfinished
     }
 
     fn tidy(&mut self) {
@@ -231,7 +273,7 @@ impl<'s, 't, H: Host> Daemon<'s, 't, H> {
     fn sleep(&self) {
         let mailbox = (self.common.mailbox.as_fd(), PollFlags::IN);
         let deadline = match self.stopping || self.orphaned {
-            true => None,
+            true => self.stop_at,
             false => self.served.values().filter_map(Served::deadline).chain(self.retry_at).min(),
         };
         self.control.sleep(&[mailbox], deadline.into_iter().chain(self.tidy_at).min());
@@ -289,11 +331,20 @@ impl<'s, 't, H: Host> Daemon<'s, 't, H> {
             }
         }
         if !std::mem::replace(&mut self.swept, true) {
-            let names: BTreeSet<DiskName> =
-                self.served.values().map(|served| served.name().clone()).collect();
-            self.common.runtime.sweep(&names);
+            self.sweep();
         }
         Ok(())
+    }
+
+    /// Removes the files of disks that went while no daemon was there. XenStore must say so: one that
+    /// cannot be served now is there still.
+    fn sweep(&self) {
+        let classes: Vec<_> = self.classes.iter().map(|class| class.name).collect();
+        self.common.runtime.sweep(&classes, |disk| {
+            let DiskName { class, domain, device } = disk;
+            let path = format!("/local/domain/{}/backend/{class}/{domain}/{device}", self.domain.0);
+            self.store.exists(&path).is_ok_and(|there| !there)
+        });
     }
 
     fn begin(&mut self, class: &'static str, address: Address) -> Result<(), store::Error> {
@@ -331,11 +382,19 @@ impl<'s, 't, H: Host> Daemon<'s, 't, H> {
     fn handle(&mut self, message: Message) {
         match message {
             Message::Stop => {
-                log::info!("stopping: guests wait for their disks until pvblkd is started again");
+                log::info!(
+                    "stopping: requests in progress are finished, and guests wait for their disks \
+                     until pvblkd is started again"
+                );
                 self.stopping = true;
+                self.stop_at = Some(self.control.now().saturating_add(self.common.patience));
                 for served in self.served.values_mut() {
                     served.stop();
                 }
+            }
+            Message::Abandon => {
+                self.stopping = true;
+                self.served.values_mut().for_each(Served::abandon);
             }
             Message::Resize(resize) => {
                 let result = self.resize(&resize);

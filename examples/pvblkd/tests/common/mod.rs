@@ -185,32 +185,57 @@ impl Running {
     }
 
     pub fn start_with(host: &SimulatedHost, folder: &Path, config: Config) -> Self {
+        Self::start_all(host, folder, config, &["vbd", toolstack::CLASS], None)
+    }
+
+    /// One that does not wait for its workers at the end.
+    pub fn start_impatient(host: &SimulatedHost, folder: &Path) -> Self {
+        let classes = &["vbd", toolstack::CLASS];
+        Self::start_all(host, folder, Config::default(), classes, Some(0))
+    }
+
+    /// One that serves these classes only.
+    pub fn start_of(host: &SimulatedHost, folder: &Path, classes: &'static [&'static str]) -> Self {
+        Self::start_all(host, folder, Config::default(), classes, None)
+    }
+
+    fn start_all(
+        host: &SimulatedHost,
+        folder: &Path,
+        config: Config,
+        classes: &'static [&'static str],
+        patience: Option<u64>,
+    ) -> Self {
         let mailbox = Mailbox::new().unwrap();
         let runtime = Runtime::open(folder).unwrap();
         let simulated = Simulated(host.clone());
-        let common = Common::new(simulated, config, runtime, mailbox.clone(), Vec::new());
+        let mut common = Common::new(simulated, config, runtime, mailbox.clone(), Vec::new());
+        common.patience = patience.unwrap_or(common.patience);
         let registry = common.registry.clone();
         let control = Platform(host.domain(BACK));
         let thread = thread::spawn(move || {
             let store = Store::new(&control);
-            let classes = ["vbd", toolstack::CLASS];
-            let daemon = Daemon::<Simulated>::new(Arc::new(common), &store, &control, &classes);
+            let daemon = Daemon::<Simulated>::new(Arc::new(common), &store, &control, classes);
             daemon.unwrap().run()
         });
         Self { host: host.clone(), registry, mailbox, thread: Some(thread) }
     }
 
     /// In an orderly way.
-    pub fn stop(mut self) {
+    pub fn stop(self) {
+        assert_eq!(self.end(), Ending::Stopped);
+    }
+
+    /// As SIGTERM does. Workers may be busy still.
+    pub fn end(mut self) -> Ending {
         self.mailbox.send(Message::Stop);
-        let ending = self.thread.take().unwrap().join().unwrap();
-        assert_eq!(ending, Ending::Stopped);
+        self.thread.take().unwrap().join().unwrap()
     }
 
     /// As `kill -9` does: nothing that it does has an effect any more.
     pub fn kill(mut self) {
         self.host.kill_program(BACK);
-        self.mailbox.send(Message::Stop);
+        self.mailbox.send(Message::Abandon);
         self.thread.take().unwrap().join().unwrap();
     }
 

@@ -12,6 +12,7 @@ use super::{Message, Served};
 use crate::backing::Backing;
 use crate::host::Host;
 use crate::opening::Opening;
+use crate::promise::{self, Opened};
 use crate::source::Source;
 use crate::toolstack;
 
@@ -31,6 +32,10 @@ pub(super) struct Medium {
     state: State,
     /// Whether the guest has used the disk already: it must find what it left there.
     is_old: bool,
+    /// Whether it is opened as the guest was told, and not as it is configured.
+    is_bent: bool,
+    /// It is to be opened once more: what it is being opened for is over.
+    is_stale: bool,
     /// How long to wait after the next failure.
     patience: u64,
     /// Why it could not be opened, if the toolstack was not told yet.
@@ -43,7 +48,7 @@ enum State {
     /// A thread opens it.
     Opening,
     /// It is open; the vbd does not know yet.
-    Open(Backing),
+    Open(Opened),
     /// The vbd knows it.
     Inserted(Backing),
     /// It could not be opened just now.
@@ -54,13 +59,20 @@ enum State {
 
 impl Medium {
     pub fn new(is_old: bool) -> Self {
-        Self { state: State::Awaited, is_old, patience: FIRST_RETRY, untold: None }
+        Self {
+            state: State::Awaited,
+            is_old,
+            is_bent: false,
+            is_stale: false,
+            patience: FIRST_RETRY,
+            untold: None,
+        }
     }
 
     /// What it is, once that is open.
     pub fn backing(&self) -> Option<&Backing> {
         match &self.state {
-            State::Open(backing) | State::Inserted(backing) => Some(backing),
+            State::Open(Opened { backing, .. }) | State::Inserted(backing) => Some(backing),
             _ => None,
         }
     }
@@ -84,7 +96,7 @@ impl<H: Host> Served<'_, '_, H> {
         }
     }
 
-    fn begin_to_open(&self) -> Result<()> {
+    fn begin_to_open(&mut self) -> Result<()> {
         let medium = self.vbd.medium()?;
         let params = medium.physical_path.unwrap_or(medium.params);
         if params.is_empty() {
@@ -96,16 +108,30 @@ impl<H: Host> Served<'_, '_, H> {
         }
         let restrictions = self.vbd.device().restrictions;
         let guest = toolstack::domain_name(self.store, DomainId(self.name.domain));
-        let opening = Opening {
+        let mut opening = Opening {
             name: self.name.clone(),
             options: self.options.clone(),
             read_only: restrictions.read_only || self.options.read_only.unwrap_or_default(),
             keep: self.medium.is_old,
             arriving: guest.ends_with(INCOMING),
+            promised: false,
         };
+        self.medium.is_bent = false;
+        if let Some(promise) = self.vbd.promise() {
+            let configured = opening.clone();
+            opening.promised = true;
+            // What the guest was told counts more than what was configured since.
+            opening.read_only = promise.read_only;
+            // A server has its own.
+            if !matches!(source, Source::Nbd(_)) {
+                opening.options.sector = Some(promise.logical_bytes);
+            }
+            self.medium.is_bent = opening.read_only != configured.read_only
+                || opening.options.sector != configured.options.sector;
+        }
         let (common, disk) = (self.common.clone(), self.id);
         let work = move || {
-            let open = || opening.open(&source, &common.runtime, &common.named);
+            let open = || promise::open(&opening, &source, &common.runtime, &common.named);
             let result = catch_unwind(AssertUnwindSafe(open));
             let result = result.unwrap_or_else(|_| Err(anyhow!("a fault of pvblkd")));
             common.mailbox.send(Message::Opened { disk, result });
@@ -116,36 +142,64 @@ impl<H: Host> Served<'_, '_, H> {
     }
 
     /// The thread has opened it, or has not.
-    pub fn opened(&mut self, result: Result<Backing>) {
+    pub fn opened(&mut self, result: Result<Opened>) {
+        if std::mem::take(&mut self.medium.is_stale) {
+            drop(result);
+            return self.open_medium();
+        }
         match result {
-            Ok(backing) => {
+            Ok(opened) => {
+                let backing = &opened.backing;
                 let failures = backing.failure_counter();
                 self.status.update(|condition| {
                     condition.error.clear();
                     condition.source = backing.source().to_string();
                     condition.medium_errors = failures;
                 });
-                self.medium.state = State::Open(backing);
+                self.medium.state = State::Open(opened);
             }
-            Err(error) => {
-                let reason = format!("{error:#}");
-                // Not every time that it is tried.
-                if self.medium.patience == FIRST_RETRY {
-                    log::warn!("{}: {reason}", self.path());
-                    self.note_error(&reason);
-                }
-                self.medium.untold = Some(reason);
-                self.medium.state = State::Failed;
+            Err(error) => self.medium_refused(format!("{error:#}")),
+        }
+    }
+
+    /// It cannot be served, for now.
+    fn medium_refused(&mut self, reason: String) {
+        // Not every time that it is tried.
+        if self.medium.patience == FIRST_RETRY {
+            log::warn!("{}: {reason}", self.path());
+        }
+        self.note_error(&reason);
+        self.medium.untold = Some(reason);
+        self.medium.state = State::Failed;
+    }
+
+    /// The guest has let go of the disk that it was promised: what is configured now counts.
+    pub(super) fn forget_promise(&mut self) {
+        match self.medium.state {
+            State::Opening => self.medium.is_stale = true,
+            // It was refused because of the promise, as like as not.
+            State::Failed | State::Waiting(_) => self.open_medium(),
+            State::Open(_) | State::Inserted(_) if self.medium.is_bent => {
+                self.vbd.eject();
+                self.open_medium();
             }
+            _ => {}
         }
     }
 
     /// Tells the vbd, or the toolstack, what became of the medium.
     pub(super) fn advance_medium(&mut self, now: u64) -> Result<(), xen_blkback::Error> {
         match &self.medium.state {
-            State::Open(backing) => {
+            State::Open(Opened { backing, identity }) => {
                 let (geometry, features) = (backing.geometry(), backing.features());
-                self.vbd.insert(Disk { geometry, features, cdrom: false, removable: false })?;
+                let disk = Disk { geometry, features, cdrom: false, removable: false };
+                match self.vbd.insert_as(disk, identity) {
+                    Err(xen_blkback::Error::Promise(broken)) => {
+                        self.medium_refused(xen_blkback::Error::Promise(broken).to_string());
+                        return self.advance_medium(now);
+                    }
+                    result => result?,
+                }
                 let backing = backing.clone();
                 self.medium.state = State::Inserted(backing);
                 self.medium.patience = FIRST_RETRY;

@@ -55,8 +55,10 @@ enum Next {
     Disconnected,
     /// It is told that it cannot be served.
     Refuse { reason: String, errno: u32 },
-    /// The daemon ends.
+    /// The daemon ends, and what is in progress is answered before.
     Nothing,
+    /// The daemon ends at once.
+    Abandoned,
 }
 
 pub(super) struct Served<'s, 't, H: Host> {
@@ -199,6 +201,7 @@ impl<'s, 't, H: Host> Served<'s, 't, H> {
                     self.leave(Next::Disconnected);
                     self.finish()?;
                 }
+                Event::LetGo => self.forget_promise(),
                 Event::Refused(refusal) => {
                     self.repents = true;
                     self.note_error(&refusal.to_string());
@@ -267,9 +270,14 @@ impl<'s, 't, H: Host> Served<'s, 't, H> {
         }
     }
 
-    /// Has the workers end, and leaves everything else as it is.
+    /// Has the workers finish what they have begun and end, and leaves everything else as it is.
     pub fn stop(&mut self) {
         self.leave(Next::Nothing);
+    }
+
+    /// Has the workers end at once. What is in progress is left to their journals.
+    pub fn abandon(&mut self) {
+        self.leave(Next::Abandoned);
     }
 
     /// The disk is over. `remove` says that nobody else removes its nodes.
@@ -323,11 +331,17 @@ impl<'s, 't, H: Host> Served<'s, 't, H> {
     /// Has the workers end. What comes then was said before, if they are on their way out already; but
     /// the end of the daemon comes first.
     fn leave(&mut self, next: Next) {
-        if !matches!(self.stage, Stage::Leaving(_)) || next == Next::Nothing {
+        let ends = matches!(next, Next::Nothing | Next::Abandoned);
+        if !matches!(self.stage, Stage::Leaving(_)) || ends {
             self.stage = Stage::Leaving(next);
         }
+        // A guest that is gone or is refused needs no answers.
+        let order = match self.stage {
+            Stage::Leaving(Next::Nothing) => Order::Finish,
+            _ => Order::Stop,
+        };
         for worker in self.workers.iter().flatten() {
-            worker.tell(Order::Stop);
+            worker.tell(order);
         }
     }
 
@@ -338,7 +352,7 @@ impl<'s, 't, H: Host> Served<'s, 't, H> {
             return Ok(());
         }
         match next {
-            Next::Nothing => return Ok(()),
+            Next::Nothing | Next::Abandoned => return Ok(()),
             Next::Disconnected => self.vbd.disconnected(),
             Next::Refuse { reason, errno } => {
                 self.vbd.refuse(reason, *errno)?;
