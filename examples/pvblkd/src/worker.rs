@@ -207,7 +207,7 @@ fn open<'t, P: WorkerPlatform>(
             .downcast_ref::<std::io::Error>()
             .is_some_and(|error| error.kind() == ErrorKind::WouldBlock);
         let is_bound = matches!(error.downcast_ref(), Some(OpenError::Event(_)));
-        if !is_locked && !(is_bound && attempts < ATTEMPTS) {
+        if !(is_locked || is_bound && attempts < ATTEMPTS) {
             return Err(error);
         }
         if attempts == 0 {
