@@ -50,8 +50,9 @@ pub enum Command {
 /// The daemon.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The daemon runs until SIGTERM. It leaves connected disks as they are: guests wait for them, and go on
-when it is started again, as after `kill -9`. To end a disk, take it from its guest first (`pvblkd
+The daemon runs until SIGTERM. It answers what is in progress, for 10 s at most, and leaves connected
+disks as they are: guests wait for them, and go on when it is started again, as after `kill -9`. A guest
+that is connected gets the disk that it had, or waits until that is back (`pvblkd list` says why). To end a disk, take it from its guest first (`pvblkd
 detach`, `xl block-detach`).")]
 pub struct Serve {
     /// Read settings from this file (TOML); what is said here counts more
