@@ -84,7 +84,8 @@ fn run(seed: u64, order: u32, kills: usize) {
         plan.takeover = life > 0;
         let queue = Queue::open_with(back, &plan, store, memory).unwrap();
         let mut queue = std::mem::ManuallyDrop::new(queue);
-        let rounds = if life == kills { usize::MAX } else { 3 + random.index(40) };
+        // It may die before it has looked at the ring.
+        let rounds = if life == kills { usize::MAX } else { random.index(43) };
         for _ in 0..rounds {
             while busy.len() < 24 && life < kills {
                 let sectors = 1 + random.below(60);

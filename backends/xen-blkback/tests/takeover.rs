@@ -294,3 +294,28 @@ fn who_was_not_connected_was_promised_nothing() {
     let sector = BrokenPromise::Sector { told: 512, found: 4096 };
     assert!(Error::from(sector).to_string().contains("512"));
 }
+
+/// Its queues were open already, and requests may have been taken; but nobody was told of a disk.
+#[test]
+fn a_backend_that_died_before_it_was_connected_promised_nothing() {
+    let rig = Rig::new();
+    let store = rig.store();
+    {
+        let mut vbd = Vbd::open(&store, &rig.path(), &config(|_| {})).unwrap();
+        vbd.offer().unwrap();
+        vbd.insert_as(disk(), "file 1").unwrap();
+        quiet(&mut vbd);
+        rig.publish(ONE_RING, "3");
+        let Event::Connect(plans) = next(&mut vbd) else { panic!("nothing to connect") };
+        assert!(!plans[0].takeover, "it is a new ring");
+    }
+    assert_eq!(rig.back_node("disk-identity"), None);
+    let mut vbd = Vbd::open(&store, &rig.path(), &config(|_| {})).unwrap();
+    vbd.offer().unwrap();
+    assert_eq!(vbd.promise(), None);
+    let other = with(|disk| disk.geometry.logical_bytes = 4096);
+    vbd.insert_as(other, "file 2").unwrap();
+    assert!(connect(&mut vbd)[0].takeover, "its ring may have been served");
+    assert_eq!(rig.back_node("sector-size").as_deref(), Some("4096"));
+    assert_eq!(rig.back_node("disk-identity").as_deref(), Some("file 2"));
+}

@@ -391,6 +391,10 @@ fn a_ring_without_its_journal_is_refused_with_words() {
     daemon.wait(words, |disk| disk.error.contains(words) && disk.error.contains("connect again"));
     eventually("XenStore says so", || error_node(&host).is_some_and(|text| text.contains(words)));
     eventually("closing", || backend_state(&host).as_deref() == Some("5"));
+    // For longer than the daemon does not look at the guest.
+    let until = host.now() + 2_500_000_000;
+    eventually("a while later", || host.now() > until);
+    assert!(daemon.disks()[0].error.contains(words), "{}", daemon.disks()[0].error);
     // It may connect again.
     let path = format!("{}/state", place(XVDB).frontend_path());
     host.store_write(&path, "6");

@@ -3,6 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use anyhow::{Context, Result, anyhow, bail};
+use pvblk::extent::SECTOR_BYTES;
 use pvblk_xen::platform::DomainId;
 use pvblk_xen::store::Nodes;
 use pvblk_xen::xenbus;
@@ -34,6 +35,8 @@ pub(super) struct Medium {
     is_old: bool,
     /// Whether it is opened as the guest was told, and not as it is configured.
     is_bent: bool,
+    /// Whether the error that is shown is the medium's.
+    has_failed: bool,
     /// It is to be opened once more: what it is being opened for is over.
     is_stale: bool,
     /// How long to wait after the next failure.
@@ -63,6 +66,7 @@ impl Medium {
             state: State::Awaited,
             is_old,
             is_bent: false,
+            has_failed: false,
             is_stale: false,
             patience: FIRST_RETRY,
             untold: None,
@@ -126,8 +130,9 @@ impl<H: Host> Served<'_, '_, H> {
             if !matches!(source, Source::Nbd(_)) {
                 opening.options.sector = Some(promise.logical_bytes);
             }
+            let sector = configured.options.sector.unwrap_or(SECTOR_BYTES);
             self.medium.is_bent = opening.read_only != configured.read_only
-                || opening.options.sector != configured.options.sector;
+                || opening.options.sector.is_some_and(|told| told != sector);
         }
         let (common, disk) = (self.common.clone(), self.id);
         let work = move || {
@@ -152,7 +157,6 @@ impl<H: Host> Served<'_, '_, H> {
                 let backing = &opened.backing;
                 let failures = backing.failure_counter();
                 self.status.update(|condition| {
-                    condition.error.clear();
                     condition.source = backing.source().to_string();
                     condition.medium_errors = failures;
                 });
@@ -169,6 +173,7 @@ impl<H: Host> Served<'_, '_, H> {
             log::warn!("{}: {reason}", self.path());
         }
         self.note_error(&reason);
+        self.medium.has_failed = true;
         self.medium.untold = Some(reason);
         self.medium.state = State::Failed;
     }
@@ -193,6 +198,10 @@ impl<H: Host> Served<'_, '_, H> {
             State::Open(Opened { backing, identity }) => {
                 let (geometry, features) = (backing.geometry(), backing.features());
                 let disk = Disk { geometry, features, cdrom: false, removable: false };
+                // The toolstack is told last. What may turn out to be another disk fails still.
+                if self.vbd.promise().is_none() && std::mem::take(&mut self.medium.has_failed) {
+                    self.note_error("");
+                }
                 match self.vbd.insert_as(disk, identity) {
                     Err(xen_blkback::Error::Promise(broken)) => {
                         self.medium_refused(xen_blkback::Error::Promise(broken).to_string());
@@ -201,6 +210,9 @@ impl<H: Host> Served<'_, '_, H> {
                     result => result?,
                 }
                 let backing = backing.clone();
+                if std::mem::take(&mut self.medium.has_failed) {
+                    self.note_error("");
+                }
                 self.medium.state = State::Inserted(backing);
                 self.medium.patience = FIRST_RETRY;
             }
