@@ -104,7 +104,11 @@ struct Slow(PathBuf);
 
 impl Slow {
     fn new(file: &Path, bytes_per_second: u32) -> Option<Self> {
-        let device = fs::metadata(file).unwrap().dev();
+        let metadata = fs::metadata(file).unwrap();
+        let device = match metadata.rdev() {
+            0 => metadata.dev(),
+            device => device,
+        };
         let device = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
         let name = format!("pvblk-test-{}-{}", std::process::id(), bytes_per_second);
         let old = Path::new("/sys/fs/cgroup/blkio").join(&name);
@@ -158,36 +162,60 @@ fn a_dead_process_s_writes_are_waited_for() {
             thread::sleep(Duration::from_secs(60));
         }
     }
-    for method in methods() {
+    for (method, is_device) in
+        methods().into_iter().flat_map(|method| [(method, false), (method, true)])
+    {
         let image = image(1024);
         fs::write(image.path(), vec![0; 1024 * 512]).unwrap();
         image.as_file().sync_all().unwrap();
-        let Some(slow) = Slow::new(image.path(), 256 << 10) else { return };
+        let device = is_device.then(|| loop_device(image.path()));
+        let target = match &device {
+            None => image.path(),
+            Some(Some(device)) => &device.0,
+            Some(None) => continue,
+        };
+        let Some(slow) = Slow::new(target, 256 << 10) else { return };
         let part = if method == Method::Ring { "ring" } else { "synchronous" };
-        let path = image.path().display().to_string();
-        let mut child = play(TEST, part, &[&path, &slow.enter()]);
+        let path = target.to_str().unwrap();
+        let mut child = play(TEST, part, &[path, &slow.enter()]);
         await_word(&mut child, "committed");
         thread::sleep(Duration::from_millis(300));
         let (pid, default) = (child.id(), FileOptions::default());
         // As long as it lives it is named.
-        match FileDisk::open(&path, &default).unwrap_err() {
+        match FileDisk::open(path, &default).unwrap_err() {
             FileError::InUse { by: Holder::Process { pid: there, name }, .. } => {
                 assert_eq!((there, name.is_empty()), (pid, false));
             }
             error => panic!("{error}"),
         }
         child.kill().unwrap();
-        let disk = FileDisk::open(&path, &default).unwrap();
+        let disk = FileDisk::open(path, &default).unwrap();
         let mut harness = Harness::new(disk.queue(16).unwrap(), wait);
         harness.perform(write(0, 1024, 2)).unwrap();
         harness.perform(Step::Flush).unwrap();
         // Whatever the host has left of the child's writes is done by then, at that speed.
         thread::sleep(Duration::from_secs(4));
+        harness.perform(Step::Read { first: 0, count: 1024, cuts: vec![] }).unwrap();
+        drop((harness, disk, device));
         let mut bytes = vec![0; 1024 * 512];
         image.as_file().read_exact_at(&mut bytes, 0).unwrap();
         assert!(bytes == pattern(0, 1024, 2), "an old write came back");
-        harness.perform(Step::Read { first: 0, count: 1024, cuts: vec![] }).unwrap();
         child.wait().unwrap();
+    }
+}
+
+/// A loop device on an image, if this user may have one.
+fn loop_device(image: &Path) -> Option<Device> {
+    match run("losetup", &["--find", "--show", image.to_str().unwrap()]) {
+        Ok(device) => {
+            let device = device.trim().to_owned();
+            let detach = vec!["losetup".into(), "--detach".into(), device.clone()];
+            Some(Device(device.into(), vec![detach]))
+        }
+        Err(error) => {
+            println!("skipped: {error}");
+            None
+        }
     }
 }
 
@@ -299,7 +327,6 @@ fn qemu_and_we_refuse_each_other() {
     let name = path.to_str().unwrap();
     let socket = folder.path().join("socket").display().to_string();
     let reader = options(|options| options.read_only = true);
-    let shared = options(|options| options.sharing = Sharing::Shared);
 
     // They beside us.
     let write = ["-f", "raw", name, "-c", "write 0 512"];
@@ -322,7 +349,6 @@ fn qemu_and_we_refuse_each_other() {
     let export = "nbd,id=e,node-name=f,writable=on";
     let daemon = ["--nbd-server", &server, "--blockdev", &blockdev, "--export", export];
     let nbd = ["-f", "raw", "-t", "-k", &socket, name];
-    let nbd_reader = ["-r", "-f", "raw", "-t", "-k", &socket, name];
     for (program, arguments) in [("qemu-nbd", &nbd[..]), ("qemu-storage-daemon", &daemon)] {
         let child = holder(program, arguments, &path);
         for options in [&FileOptions::default(), &reader] {
@@ -339,12 +365,26 @@ fn qemu_and_we_refuse_each_other() {
         drop(child);
         let _ = fs::remove_file(&socket);
     }
-    let child = holder("qemu-nbd", &nbd_reader, &path);
-    assert!(matches!(FileDisk::open(&path, &FileOptions::default()), Err(FileError::InUse { .. })));
-    FileDisk::open(&path, &reader).unwrap();
-    assert!(matches!(FileDisk::open(&path, &shared), Err(FileError::InUse { .. })));
+    // One that reads, and does not want what it reads to change.
+    let format = folder.path().join("qcow2");
+    let name = format.to_str().unwrap();
+    run("qemu-img", &["create", "-q", "-f", "qcow2", name, "1M"]).unwrap();
+    fs::OpenOptions::new().write(true).open(&format).unwrap().set_len(1 << 20).unwrap();
+    let child = holder("qemu-nbd", &["-r", "-f", "qcow2", "-t", "-k", &socket, name], &format);
+    let raw = |change: fn(&mut FileOptions)| {
+        options(|options| {
+            options.contents = Contents::RawForSure;
+            options.logical_bytes = Some(512);
+            change(options);
+        })
+    };
+    for options in [raw(|_| ()), raw(|options| options.sharing = Sharing::Shared)] {
+        let error = FileDisk::open(&format, &options).unwrap_err();
+        assert!(matches!(error, FileError::InUse { .. }), "{error}");
+    }
+    FileDisk::open(&format, &raw(|options| options.read_only = true)).unwrap();
     drop(child);
-    FileDisk::open(&path, &FileOptions::default()).unwrap();
+    FileDisk::open(&format, &raw(|_| ())).unwrap();
 }
 
 /// Images as `qemu-img` makes them.
@@ -392,12 +432,6 @@ fn an_image_that_is_not_raw_is_refused() {
             println!("skipped: {format} {how}: {error}");
             continue;
         }
-        // What a descriptor of VMware's is, and others, need not end at a sector's end.
-        let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
-        let length = file.metadata().unwrap().len();
-        if called != Some("VHD") {
-            file.set_len(length.next_multiple_of(4096)).unwrap();
-        }
         let default = FileOptions::default();
         let (for_sure, in_use) = (
             options(|options| options.contents = Contents::RawForSure),
@@ -410,6 +444,9 @@ fn an_image_that_is_not_raw_is_refused() {
             }
             (result, _) => panic!("{format} {how}: {result:?}"),
         }
+        // Several of them, such as the text that describes one of VMware's, end anywhere.
+        let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+        file.set_len(file.metadata().unwrap().len().next_multiple_of(512)).unwrap();
         for options in [for_sure, in_use] {
             FileDisk::open(&path, &options).unwrap();
         }
@@ -439,18 +476,39 @@ fn overcommitted(folder: &Path) -> Option<Device> {
     let mut undo = vec![vec!["umount".into(), "-l".into(), name.into()]];
     let file = folder.join("file");
     fs::File::create(&file).unwrap().set_len(32 << 20).unwrap();
-    match run("losetup", &["--find", "--show", file.to_str().unwrap()]) {
-        Ok(device) => {
-            let device = device.trim().to_owned();
-            undo.insert(0, vec!["losetup".into(), "--detach".into(), device.clone()]);
-            Some(Device(device.into(), undo))
-        }
-        Err(error) => {
-            println!("skipped: {error}");
-            drop(Device(PathBuf::new(), undo));
-            None
-        }
+    let mut device = loop_device(&file);
+    match &mut device {
+        Some(device) => device.1.append(&mut undo),
+        None => drop(Device(PathBuf::new(), undo)),
     }
+    device
+}
+
+/// What this host has mounted is in use, even by a disk that is read-only: it would change under it.
+#[test]
+fn a_device_that_is_mounted_is_refused() {
+    let (image, folder) = (image(16384), TempDir::new_in(PLACE).unwrap());
+    let path = image.path().to_str().unwrap();
+    let (name, reader) = (folder.path().to_str().unwrap(), options(|it| it.read_only = true));
+    if let Err(error) = run("mkfs.ext4", &["-q", path]) {
+        return println!("skipped: {error}");
+    }
+    let Some(mut device) = loop_device(image.path()) else { return };
+    device.1.insert(0, vec!["umount".into(), "-q".into(), name.into()]);
+    let there = device.0.to_str().unwrap();
+    if let Err(error) = run("mount", &[there, name]) {
+        return println!("skipped: {error}");
+    }
+    for options in [&FileOptions::default(), &reader] {
+        let error = FileDisk::open(&device.0, options).unwrap_err();
+        assert!(error.to_string().contains(name), "{error}");
+    }
+    run("umount", &[name]).unwrap();
+    run("mount", &["-o", "ro", there, name]).unwrap();
+    FileDisk::open(&device.0, &reader).unwrap();
+    // To write to it is another matter.
+    let error = FileDisk::open(&device.0, &FileOptions::default()).unwrap_err();
+    assert!(error.to_string().contains("mounted"), "{error}");
 }
 
 /// Writes that the host has acknowledged and cannot do: every flush says so, on every queue, until the

@@ -10,7 +10,7 @@ use std::thread;
 
 use common::*;
 use pvblk_simulated::Host;
-use pvblk_xen::store::Store;
+use pvblk_xen::store::{Nodes, Store};
 use pvblkd::options::DiskOptions;
 use pvblkd::size::Size;
 use pvblkd::toolstack::NewDisk;
@@ -128,6 +128,95 @@ fn what_cannot_be_opened_is_said_to_whoever_attaches() {
     }
     attach(&host, &disk("memory:1M")).unwrap();
     guest(&host, XVDB, &Config::default(), Box::new(write_and_read));
+    daemon.stop();
+}
+
+/// One image is one disk's, unless all of its disks say that they share it.
+#[test]
+fn an_image_that_is_in_use_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, path) = file_of(folder.path(), 1);
+    let link = folder.path().join("link");
+    std::os::unix::fs::symlink(path, &link).unwrap();
+    let host = host();
+    let daemon = Running::start(&host, &folder.path().join("run"));
+    let second = |source: &str, options: DiskOptions| NewDisk {
+        place: place(VirtualDevice(51744)),
+        options,
+        ..disk(source)
+    };
+    attach(&host, &disk(&source)).unwrap();
+    let share = DiskOptions { share: Some(true), ..DiskOptions::default() };
+    for options in [DiskOptions::default(), share.clone()] {
+        let error = attach(&host, &second(link.to_str().unwrap(), options)).unwrap_err();
+        assert!(error.to_string().contains("in use by another disk of this program"), "{error}");
+    }
+    detach(&host, &place(XVDB), false).unwrap();
+    attach(&host, &NewDisk { options: share.clone(), ..disk(&source) }).unwrap();
+    attach(&host, &second(&source, share)).unwrap();
+    daemon.stop();
+}
+
+/// A guest that moves within the host: its new disk is ready while the old one is open, and is served
+/// when that is closed.
+#[test]
+fn a_guest_that_moves_has_its_disk_at_both_ends_for_a_moment() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, _) = file_of(folder.path(), 1);
+    let host = host();
+    let daemon = Running::start(&host, &folder.path().join("run"));
+    attach(&host, &disk(&source)).unwrap();
+    let name = "/local/domain/5/name";
+    host.store_write(name, "web--incoming");
+    // As in dom0, which may read all.
+    let tool = host.domain(TOOLSTACK);
+    let store = Store::new(&tool);
+    store.transaction(|nodes| nodes.set_permissions(name, TOOLSTACK, &[BACK])).unwrap();
+    let arriving = VirtualDevice(51744);
+    attach(&host, &NewDisk { place: place(arriving), ..disk(&source) }).unwrap();
+    host.store_write(name, "web");
+    thread::scope(|scope| {
+        let new = scope.spawn(|| {
+            guest(&host, arriving, &Config::default(), Box::new(write_and_read));
+        });
+        thread::sleep(std::time::Duration::from_millis(300));
+        assert!(!new.is_finished(), "served at both ends");
+        detach(&host, &place(XVDB), false).unwrap();
+        new.join().unwrap();
+    });
+    daemon.stop();
+}
+
+/// An option that cannot be followed is an error: what it was to keep from happening must not happen.
+#[test]
+fn settings_that_do_not_fit_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, path) = file_of(folder.path(), 1);
+    fs::write(&path, [&b"QFI\xfb\0\0\0\x03"[..], &[0; 65528]].concat()).unwrap();
+    let host = host();
+    let daemon = Running::start(&host, &folder.path().join("run"));
+    let raw = Some(pvblkd::options::ImageFormat::Raw);
+    for (source, options, words) in [
+        (&*source, DiskOptions::default(), "qcow2"),
+        (
+            "memory:1M",
+            DiskOptions { buffered: Some(true), ..Default::default() },
+            "buffered is for",
+        ),
+        ("memory:1M", DiskOptions { format: raw, ..Default::default() }, "format is for"),
+        (
+            "memory:1M",
+            DiskOptions { read_only: Some(true), sector: Some(513), ..Default::default() },
+            "sector is 513",
+        ),
+    ] {
+        let error = attach(&host, &NewDisk { options, ..disk(source) }).unwrap_err();
+        assert!(error.to_string().contains(words), "{source}: {error}");
+        eventually("forgotten", || daemon.disks().is_empty());
+    }
+    let options = DiskOptions { format: raw, ..Default::default() };
+    attach(&host, &NewDisk { options, ..disk(&source) }).unwrap();
+    daemon.wait("ready", |disk| disk.sectors == 128);
     daemon.stop();
 }
 

@@ -88,13 +88,6 @@ impl Bounce {
         Ok(retry_on_intr(|| pread(file, &mut *memory, place).map(|(read, _)| read.len()))?)
     }
 
-    /// The first `count` bytes of a buffer.
-    pub(super) fn copy(&self, buffer: Buffer, count: usize) -> Vec<u8> {
-        let mut bytes = std::vec![0; count];
-        self.region(buffer).read_bytes(0, &mut bytes);
-        bytes
-    }
-
     /// Copies `count` bytes that were read to where they belong: from `offset` of the request on.
     pub(super) fn store(&self, buffer: Buffer, memory: Lent<'_>, offset: u64, count: u64) {
         let from = self.region(buffer);

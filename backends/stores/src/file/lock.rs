@@ -282,6 +282,27 @@ fn is_alive(pid: u32) -> bool {
     !matches!(state, Some('Z' | 'X'))
 }
 
+/// Where a block device is mounted so that it may be written to.
+pub(super) fn mounted(device: (u32, u32)) -> Option<Holder> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
+    let place = mounted_at(&mounts, device)?;
+    Some(Holder::Mounted { place })
+}
+
+/// The same, of the text of `mountinfo`: number, parent, device, root, place, options, tags, a hyphen,
+/// type, source, options of the file system.
+fn mounted_at(mounts: &str, (major, minor): (u32, u32)) -> Option<String> {
+    let device = format!("{major}:{minor}");
+    mounts.lines().find_map(|line| {
+        let (mount, system) = line.split_once(" - ")?;
+        let mut words = mount.split(' ').skip(2);
+        let is_it = words.next()? == device;
+        let place = words.nth(1)?;
+        let options = system.split(' ').nth(2)?;
+        (is_it && options.split(',').any(|option| option == "rw")).then(|| place.to_string())
+    })
+}
+
 fn name_of(pid: u32) -> Option<String> {
     Some(fs::read_to_string(format!("/proc/{pid}/comm")).ok()?.trim().to_string())
 }
@@ -301,6 +322,17 @@ mod tests {
         assert_eq!(tagged(locks, (0xfe, 1), 10133507), []);
         assert!(is_alive(std::process::id()) && !is_alive(0x3fff_ffff));
         assert!(name_of(std::process::id()).is_some_and(|name| !name.is_empty()));
+    }
+
+    #[test]
+    fn mounts_that_are_written_to_are_found() {
+        let mounts = "23 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw,discard\n\
+                      24 23 7:3 / /mnt/a\\040b ro,relatime - ext4 /dev/loop3 rw\n\
+                      25 23 7:4 / /mnt/c ro - squashfs /dev/loop4 ro\n";
+        assert_eq!(mounted_at(mounts, (254, 0)).as_deref(), Some("/"));
+        assert_eq!(mounted_at(mounts, (7, 3)).as_deref(), Some("/mnt/a\\040b"));
+        assert_eq!(mounted_at(mounts, (7, 4)), None);
+        assert_eq!(mounted_at(mounts, (7, 5)), None);
     }
 
     #[test]

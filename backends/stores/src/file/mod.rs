@@ -88,6 +88,11 @@ pub enum Holder {
         /// Its name.
         name: String,
     },
+    /// This host: it is mounted, and may be written to.
+    Mounted {
+        /// Where.
+        place: String,
+    },
     /// One that the host does not name: that of another user, or on another host.
     Unknown,
 }
@@ -97,6 +102,7 @@ impl fmt::Display for Holder {
         match self {
             Self::Ourselves => f.write_str("another disk of this program"),
             Self::Process { pid, name } => write!(f, "process {pid} ({name})"),
+            Self::Mounted { place } => write!(f, "this host, at {place}"),
             Self::Unknown => {
                 f.write_str("another program (see lslocks, fuser; or on another host)")
             }

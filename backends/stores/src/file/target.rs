@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
+use std::vec;
+use std::vec::Vec;
 
 use pvblk::backend::StoreError;
 use pvblk::command::{DiscardUnits, Features};
@@ -19,10 +21,10 @@ use rustix::fs::{
     AtFlags, FileType, Mode, OFlags, SeekFrom, Stat, StatxFlags, fcntl_setfl, fstat, ftruncate,
     ioctl_blkpbszget, ioctl_blksszget, major, minor, open, seek, statx,
 };
-use rustix::io::Errno;
+use rustix::io::{Errno, pread, retry_on_intr};
 
-use super::bounce::{BUFFER_BYTES, Bounce};
-use super::lock::{Claim, Refusal};
+use super::bounce::Bounce;
+use super::lock::{self, Claim, Refusal};
 use super::{Contents, FileError, FileOptions, Sharing};
 use crate::format::{HEAD_BYTES, TAIL_BYTES, probe};
 
@@ -92,6 +94,11 @@ impl Target {
             Err(Refusal::Unlockable(_)) if options.sharing == Sharing::Shared => {}
             taken => taken.map_err(|refusal| refused(path, refusal))?,
         }
+        if options.sharing != Sharing::Shared
+            && let Some(by) = device.and_then(lock::mounted)
+        {
+            return Err(FileError::InUse { path: path.into(), by });
+        }
         if device.is_some() && !options.read_only && options.sharing == Sharing::Exclusive {
             // It is not mounted, and will not be as long as we have it.
             let exclusive = open_exclusively(&first, path, access).map_err(cannot_open)?;
@@ -136,12 +143,13 @@ impl Target {
             device,
             flush_failed: AtomicBool::new(false),
         };
+        // First: an image in another format need not end at a sector's end.
+        if options.contents == Contents::Raw {
+            target.check_contents(options.in_use)?;
+        }
         target.measure(options.in_use)?;
         if options.direct {
             target.go_direct().map_err(|source| inspect_io(path, source))?;
-        }
-        if options.contents == Contents::Raw {
-            target.check_contents(options.in_use)?;
         }
         Ok(target)
     }
@@ -189,12 +197,15 @@ impl Target {
         self.measure(false)
     }
 
+    fn bytes(&self) -> Result<u64, FileError> {
+        // It serves files and block devices, and moves a position that no other call uses.
+        seek(&self.first, SeekFrom::End(0)).map_err(|error| inspect_io(&self.path, error.into()))
+    }
+
     /// Asks the host how large the file is. What is left over is an error unless a guest uses the disk
     /// already.
     fn measure(&self, in_use: bool) -> Result<(), FileError> {
-        // It serves files and block devices, and moves a position that no other call uses.
-        let bytes = seek(&self.first, SeekFrom::End(0))
-            .map_err(|error| inspect_io(&self.path, error.into()))?;
+        let bytes = self.bytes()?;
         let logical = u64::from(self.logical_bytes);
         let whole = bytes / logical * logical;
         if bytes == 0 {
@@ -264,20 +275,17 @@ impl Target {
     /// Refuses an image that is not raw. What a guest has written to its disk is its own affair, and no
     /// reason to take the disk from it.
     fn check_contents(&self, in_use: bool) -> Result<(), FileError> {
-        let failed = |source| inspect_io(&self.path, source);
-        let bytes = self.sectors.load(Ordering::Relaxed) * u64::from(SECTOR_BYTES);
-        let mut bounce = Bounce::new(1).map_err(failed)?;
-        let Some(buffer) = bounce.take() else { return Ok(()) };
-        let read = |place, count: u64| {
-            let count = count.min(BUFFER_BYTES as u64) as usize;
-            let count = bounce.read(self.first.as_fd(), buffer, place, count)?;
-            Ok(bounce.copy(buffer, count))
+        let bytes = self.bytes()?;
+        let read = |place, most: usize| -> Result<Vec<u8>, FileError> {
+            let mut bytes = vec![0; most];
+            let count = retry_on_intr(|| pread(&self.first, &mut bytes[..], place))
+                .map_err(|error| inspect_io(&self.path, error.into()))?;
+            bytes.truncate(count);
+            Ok(bytes)
         };
-        let head = read(0, bytes.min(HEAD_BYTES as u64)).map_err(failed)?;
-        let logical = u64::from(self.logical_bytes);
-        let last = read(bytes - logical, logical).map_err(failed)?;
-        let tail = &last[last.len().saturating_sub(TAIL_BYTES)..];
-        if let Some(format) = probe(&head, tail) {
+        let head = read(0, HEAD_BYTES)?;
+        let tail = read(bytes.saturating_sub(TAIL_BYTES as u64), TAIL_BYTES)?;
+        if let Some(format) = probe(&head, &tail) {
             let error = FileError::Format { path: self.path.clone(), format };
             if !in_use {
                 return Err(error);
