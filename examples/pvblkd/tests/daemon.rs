@@ -10,7 +10,7 @@ use std::thread;
 
 use common::*;
 use pvblk_simulated::Host;
-use pvblk_xen::store::{Nodes, Store};
+use pvblk_xen::store::Store;
 use pvblkd::options::DiskOptions;
 use pvblkd::size::Size;
 use pvblkd::toolstack::NewDisk;
@@ -150,8 +150,10 @@ fn an_image_that_is_in_use_is_refused() {
     for options in [DiskOptions::default(), share.clone()] {
         let error = attach(&host, &second(link.to_str().unwrap(), options)).unwrap_err();
         assert!(error.to_string().contains("in use by another disk of this program"), "{error}");
+        eventually("forgotten", || daemon.disks().len() == 1);
     }
     detach(&host, &place(XVDB), false).unwrap();
+    eventually("forgotten", || daemon.disks().is_empty());
     attach(&host, &NewDisk { options: share.clone(), ..disk(&source) }).unwrap();
     attach(&host, &second(&source, share)).unwrap();
     daemon.stop();
@@ -164,16 +166,23 @@ fn a_guest_that_moves_has_its_disk_at_both_ends_for_a_moment() {
     let folder = tempfile::tempdir().unwrap();
     let (source, _) = file_of(folder.path(), 1);
     let host = host();
-    let daemon = Running::start(&host, &folder.path().join("run"));
-    attach(&host, &disk(&source)).unwrap();
-    let name = "/local/domain/5/name";
+    // In dom0, which may read what the guest is called.
+    let (run, config) = (folder.path().join("run"), pvblkd::config::Config::default());
+    let daemon = Running::start_in(TOOLSTACK, &host, &run, config);
+    let disk = |device| {
+        let mut vbd = pvblk_simulated::Vbd::new(TOOLSTACK, GUEST, device);
+        vbd.params = source.clone();
+        vbd.script = Some("/etc/xen/scripts/block-pvblkd".into());
+        host.attach_vbd(&vbd);
+        vbd
+    };
+    let opened = |count| daemon.disks().iter().filter(|disk| disk.sectors == 2048).count() == count;
+    let old = disk(XVDB.0);
+    eventually("open", || opened(1));
+    let (name, arriving) = ("/local/domain/5/name", VirtualDevice(51744));
     host.store_write(name, "web--incoming");
-    // As in dom0, which may read all.
-    let tool = host.domain(TOOLSTACK);
-    let store = Store::new(&tool);
-    store.transaction(|nodes| nodes.set_permissions(name, TOOLSTACK, &[BACK])).unwrap();
-    let arriving = VirtualDevice(51744);
-    attach(&host, &NewDisk { place: place(arriving), ..disk(&source) }).unwrap();
+    disk(arriving.0);
+    eventually("open at both ends", || opened(2));
     host.store_write(name, "web");
     thread::scope(|scope| {
         let new = scope.spawn(|| {
@@ -181,7 +190,7 @@ fn a_guest_that_moves_has_its_disk_at_both_ends_for_a_moment() {
         });
         thread::sleep(std::time::Duration::from_millis(300));
         assert!(!new.is_finished(), "served at both ends");
-        detach(&host, &place(XVDB), false).unwrap();
+        host.detach_vbd(&old);
         new.join().unwrap();
     });
     daemon.stop();

@@ -149,14 +149,14 @@ unsafe impl ForeignGrants for Platform {
 
 /// Where the daemon's platforms come from.
 #[derive(Clone)]
-pub struct Simulated(pub SimulatedHost);
+pub struct Simulated(pub SimulatedHost, pub DomainId);
 
 impl Host for Simulated {
     type Control = Platform;
     type Worker = Platform;
 
     fn worker(&self) -> Result<Platform> {
-        Ok(Platform(self.0.domain(BACK)))
+        Ok(Platform(self.0.domain(self.1)))
     }
 }
 
@@ -185,21 +185,27 @@ impl Running {
     }
 
     pub fn start_with(host: &SimulatedHost, folder: &Path, config: Config) -> Self {
-        Self::start_all(host, folder, config, &["vbd", toolstack::CLASS], None)
+        Self::start_in(BACK, host, folder, config)
+    }
+
+    /// In another domain than the tests' usual one.
+    pub fn start_in(domain: DomainId, host: &SimulatedHost, folder: &Path, config: Config) -> Self {
+        Self::start_all(domain, host, folder, config, &["vbd", toolstack::CLASS], None)
     }
 
     /// One that does not wait for its workers at the end.
     pub fn start_impatient(host: &SimulatedHost, folder: &Path) -> Self {
         let classes = &["vbd", toolstack::CLASS];
-        Self::start_all(host, folder, Config::default(), classes, Some(0))
+        Self::start_all(BACK, host, folder, Config::default(), classes, Some(0))
     }
 
     /// One that serves these classes only.
     pub fn start_of(host: &SimulatedHost, folder: &Path, classes: &'static [&'static str]) -> Self {
-        Self::start_all(host, folder, Config::default(), classes, None)
+        Self::start_all(BACK, host, folder, Config::default(), classes, None)
     }
 
     fn start_all(
+        domain: DomainId,
         host: &SimulatedHost,
         folder: &Path,
         config: Config,
@@ -208,11 +214,11 @@ impl Running {
     ) -> Self {
         let mailbox = Mailbox::new().unwrap();
         let runtime = Runtime::open(folder).unwrap();
-        let simulated = Simulated(host.clone());
+        let simulated = Simulated(host.clone(), domain);
         let mut common = Common::new(simulated, config, runtime, mailbox.clone(), Vec::new());
         common.patience = patience.unwrap_or(common.patience);
         let registry = common.registry.clone();
-        let control = Platform(host.domain(BACK));
+        let control = Platform(host.domain(domain));
         let thread = thread::spawn(move || {
             let store = Store::new(&control);
             let daemon = Daemon::<Simulated>::new(Arc::new(common), &store, &control, classes);
