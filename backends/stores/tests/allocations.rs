@@ -54,8 +54,16 @@ impl Requests for Same {
 }
 
 /// Does 1,000 operations in batches of eight, and counts.
-fn count<S: Store>(mut store: S, wakeup: fn(&S) -> Option<Wakeup<'_>>) -> usize {
-    let requests = Same(Memory::new(&[4096; 16], 4096));
+fn count<S: Store>(store: S, wakeup: fn(&S) -> Option<Wakeup<'_>>) -> usize {
+    count_with(Memory::new(&[4096; 16], 4096), store, wakeup)
+}
+
+fn count_with<S: Store>(
+    memory: Memory,
+    mut store: S,
+    wakeup: fn(&S) -> Option<Wakeup<'_>>,
+) -> usize {
+    let requests = Same(memory);
     let geometry = store.geometry();
     let (mut done, mut tag) = (0, 0);
     let before = ALLOCATIONS.get();
@@ -107,6 +115,16 @@ fn file() {
     image.as_file().set_len(1 << 20).unwrap();
     let disk = FileDisk::open(image.path(), &FileOptions::default()).unwrap();
     assert_eq!(count(disk.queue(8).unwrap(), |store| Some(store.wakeup())), 0);
+}
+
+/// The data is copied: the host cannot access this memory past the page cache.
+#[test]
+fn file_from_any_memory() {
+    let image = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    image.as_file().set_len(1 << 20).unwrap();
+    let disk = FileDisk::open(image.path(), &FileOptions::default()).unwrap();
+    let memory = Memory::new(&[1, 65_000, 535], 8);
+    assert_eq!(count_with(memory, disk.queue(32).unwrap(), |store| Some(store.wakeup())), 0);
 }
 
 #[test]

@@ -27,8 +27,14 @@ const PLACE: &str = env!("CARGO_TARGET_TMPDIR");
 
 fn options(change: impl FnOnce(&mut FileOptions)) -> FileOptions {
     let mut options = FileOptions::default();
+    options.patience = Duration::ZERO;
     change(&mut options);
     options
+}
+
+/// The default, without patience.
+fn default() -> FileOptions {
+    options(|_| ())
 }
 
 fn image(sectors: u64) -> NamedTempFile {
@@ -180,7 +186,7 @@ fn a_dead_process_s_writes_are_waited_for() {
         let mut child = play(TEST, part, &[path, &slow.enter()]);
         await_word(&mut child, "committed");
         thread::sleep(Duration::from_millis(300));
-        let (pid, default) = (child.id(), FileOptions::default());
+        let (pid, default) = (child.id(), default());
         // As long as it lives it is named.
         match FileDisk::open(path, &default).unwrap_err() {
             FileError::InUse { by: Holder::Process { pid: there, name }, .. } => {
@@ -226,7 +232,7 @@ fn one_image_is_for_one_writer_or_for_readers() {
     fs::write(&path, vec![0; 1 << 20]).unwrap();
     symlink(&path, folder.path().join("symbolic")).unwrap();
     fs::hard_link(&path, folder.path().join("hard")).unwrap();
-    let writer = FileOptions::default();
+    let writer = default();
     let reader = options(|options| options.read_only = true);
     let shared = options(|options| options.sharing = Sharing::Shared);
     let refused = |path: &Path, options: &FileOptions| {
@@ -256,7 +262,15 @@ fn one_image_is_for_one_writer_or_for_readers() {
     refused(&path, &reader);
     assert!(sharing.iter().all(|disk| disk.queue(1).is_ok()));
     drop(sharing);
-    FileDisk::open(&path, &writer).unwrap();
+    // One that is about to end is waited for.
+    let disk = FileDisk::open(&path, &writer).unwrap();
+    let patient = options(|options| options.patience = Duration::from_secs(60));
+    thread::scope(|scope| {
+        let next = scope.spawn(|| FileDisk::open(&path, &patient).map(drop));
+        thread::sleep(Duration::from_millis(200));
+        drop(disk);
+        next.join().unwrap().unwrap();
+    });
 }
 
 /// A guest moves: its disk is opened at the new place while it is open at the old one, and only when the
@@ -265,7 +279,7 @@ fn one_image_is_for_one_writer_or_for_readers() {
 fn a_disk_that_arrives_waits_for_where_it_comes_from() {
     let image = image(64);
     let arriving = options(|options| options.sharing = Sharing::Arriving);
-    let old = FileDisk::open(image.path(), &FileOptions::default()).unwrap();
+    let old = FileDisk::open(image.path(), &default()).unwrap();
     let queue = old.queue(4).unwrap();
     let new = FileDisk::open(image.path(), &arriving).unwrap();
     assert_eq!(new.geometry(), old.geometry());
@@ -283,7 +297,7 @@ fn a_disk_that_arrives_waits_for_where_it_comes_from() {
         harness.perform(write(0, 8, 1)).unwrap();
     });
     // Now it is a disk like any other.
-    let error = FileDisk::open(image.path(), &FileOptions::default()).unwrap_err();
+    let error = FileDisk::open(image.path(), &default()).unwrap_err();
     assert!(matches!(error, FileError::InUse { .. }));
 }
 
@@ -331,7 +345,7 @@ fn qemu_and_we_refuse_each_other() {
     // They beside us.
     let write = ["-f", "raw", name, "-c", "write 0 512"];
     let read = ["-r", "-f", "raw", name, "-c", "read 0 512"];
-    let disk = FileDisk::open(&path, &FileOptions::default()).unwrap();
+    let disk = FileDisk::open(&path, &default()).unwrap();
     let error = run("qemu-io", &write).unwrap_err();
     assert!(error.contains("lock"), "{error}");
     run("qemu-img", &["info", "-U", name]).unwrap();
@@ -351,7 +365,7 @@ fn qemu_and_we_refuse_each_other() {
     let nbd = ["-f", "raw", "-t", "-k", &socket, name];
     for (program, arguments) in [("qemu-nbd", &nbd[..]), ("qemu-storage-daemon", &daemon)] {
         let child = holder(program, arguments, &path);
-        for options in [&FileOptions::default(), &reader] {
+        for options in [&default(), &reader] {
             match FileDisk::open(&path, options).unwrap_err() {
                 FileError::InUse { by: Holder::Process { pid, name }, .. } => {
                     assert_eq!(pid, child.0.id());
@@ -432,7 +446,7 @@ fn an_image_that_is_not_raw_is_refused() {
             println!("skipped: {format} {how}: {error}");
             continue;
         }
-        let default = FileOptions::default();
+        let default = default();
         let (for_sure, in_use) = (
             options(|options| options.contents = Contents::RawForSure),
             options(|options| options.in_use = true),
@@ -499,7 +513,7 @@ fn a_device_that_is_mounted_is_refused() {
     if let Err(error) = run("mount", &[there, name]) {
         return println!("skipped: {error}");
     }
-    for options in [&FileOptions::default(), &reader] {
+    for options in [&default(), &reader] {
         let error = FileDisk::open(&device.0, options).unwrap_err();
         assert!(error.to_string().contains(name), "{error}");
     }
@@ -507,7 +521,7 @@ fn a_device_that_is_mounted_is_refused() {
     run("mount", &["-o", "ro", there, name]).unwrap();
     FileDisk::open(&device.0, &reader).unwrap();
     // To write to it is another matter.
-    let error = FileDisk::open(&device.0, &FileOptions::default()).unwrap_err();
+    let error = FileDisk::open(&device.0, &default()).unwrap_err();
     assert!(error.to_string().contains("mounted"), "{error}");
 }
 

@@ -38,10 +38,6 @@ const EXCLUDES: i64 = 200;
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LAST_PAUSE: Duration = Duration::from_millis(500);
 
-/// How often somebody who holds the image is looked at again before it is refused: programs look at
-/// images for a moment (`qemu-img info`).
-const LOOKS: u32 = 5;
-
 /// How often it is said what is waited for.
 const REMINDER: Duration = Duration::from_secs(30);
 
@@ -80,13 +76,8 @@ impl Claim {
     }
 
     /// Takes the locks. It waits, for however long that takes, for the input and output of a process that
-    /// is dead.
-    pub(super) fn take(self, file: BorrowedFd<'_>, stat: &Stat, path: &str) -> Result<(), Refusal> {
-        self.take_within(file, stat, path, Duration::ZERO)
-    }
-
-    /// As [`take`](Self::take), and waits so long for a process that lives.
-    pub(super) fn take_within(
+    /// is dead, and for `patience` for one that lives.
+    pub(super) fn take(
         self,
         file: BorrowedFd<'_>,
         stat: &Stat,
@@ -94,7 +85,7 @@ impl Claim {
         patience: Duration,
     ) -> Result<(), Refusal> {
         let start = Instant::now();
-        let (mut pause, mut looks, mut said) = (FIRST_PAUSE, 0, None);
+        let (mut pause, mut said) = (FIRST_PAUSE, None);
         loop {
             let holders = Holders::of(stat);
             if let Some(pid) = holders.dead() {
@@ -107,8 +98,7 @@ impl Claim {
                 if free {
                     return Ok(());
                 }
-                looks += 1;
-                if looks >= LOOKS && start.elapsed() >= patience {
+                if start.elapsed() >= patience {
                     return Err(Refusal::InUse(holders.alive()));
                 }
             }

@@ -18,6 +18,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::string::String;
 use std::sync::Arc;
+use std::time::Duration;
 
 use pvblk::backend::{Completed, Operation, Requests, Store, Submitted};
 use pvblk::command::Features;
@@ -128,6 +129,9 @@ pub struct FileOptions {
     pub sharing: Sharing,
     /// What is in the image.
     pub contents: Contents,
+    /// How long to wait for another program that has the image: one may be about to end, or have it for a
+    /// moment only (`qemu-img info`). Default two seconds.
+    pub patience: Duration,
     /// Whether a guest uses the disk already, and only the program that serves it is another one. What
     /// the image holds and how long it is are no reason to refuse it then. Default no.
     pub in_use: bool,
@@ -142,6 +146,7 @@ impl Default for FileOptions {
             method: Method::Automatic,
             sharing: Sharing::Exclusive,
             contents: Contents::Raw,
+            patience: Duration::from_secs(2),
             in_use: false,
         }
     }

@@ -88,7 +88,7 @@ impl Target {
         };
         let claim = Claim::new(options.read_only, options.sharing);
         let name = path.display().to_string();
-        let taken = claim.take(first.as_fd(), &stat, &name);
+        let taken = claim.take(first.as_fd(), &stat, &name, options.patience);
         match taken {
             // Where there are no locks, no other program can have been kept out.
             Err(Refusal::Unlockable(_)) if options.sharing == Sharing::Shared => {}
@@ -179,7 +179,7 @@ impl Target {
         if *claim != self.wanted {
             let name = self.path.display().to_string();
             self.wanted
-                .take_within(self.first.as_fd(), &self.stat, &name, ARRIVAL)
+                .take(self.first.as_fd(), &self.stat, &name, ARRIVAL)
                 .map_err(|refusal| refused(&self.path, refusal))?;
             *claim = self.wanted;
         }
