@@ -5,14 +5,14 @@
 
 use alloc::collections::{BTreeSet, VecDeque};
 use alloc::format;
-use alloc::string::String;
+use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
 use pvblk_xen::platform::{Clock, DomainId, StoreTransport};
-use pvblk_xen::store::{Error as StoreError, ErrorKind, Nodes, Store, WatchId};
+use pvblk_xen::store::{Changed, Error as StoreError, ErrorKind, Nodes, Store, WatchId};
 use pvblk_xen::xenbus::{self, State};
 
-use crate::device::{decimal, domain_id, optional_text};
+use crate::device::{decimal, domain_id, has_frontend, optional_text};
 use crate::error::Error;
 use crate::fmt::message;
 
@@ -59,8 +59,8 @@ pub struct Backends<'s, 't, T: StoreTransport + Clock> {
     root: String,
     quota: Quota,
     watch: WatchId,
-    /// Look, even without an event.
-    again: bool,
+    /// The guests whose folders are to be looked at.
+    pending: Changed,
     known: BTreeSet<(DomainId, u32)>,
     /// Whether a message said that there are too many.
     told: bool,
@@ -79,11 +79,11 @@ impl<'s, 't, T: StoreTransport + Clock> Backends<'s, 't, T> {
             return Err(Error::BadDevice { node: "path", value: root.into(), reason });
         }
         Ok(Self {
-            watch: store.watch(root)?,
+            watch: store.watch_children(root)?,
             store,
             root: root.into(),
             quota,
-            again: true,
+            pending: Changed::Anything,
             known: BTreeSet::new(),
             told: false,
             changes: VecDeque::new(),
@@ -100,10 +100,10 @@ impl<'s, 't, T: StoreTransport + Clock> Backends<'s, 't, T> {
     pub fn advance(&mut self) -> Result<Option<Change>, Error> {
         if self.changes.is_empty() {
             self.store.poll()?;
-            if self.store.take(self.watch) | self.again {
-                self.again = true;
-                self.scan()?;
-                self.again = false;
+            self.pending.join(self.store.take_changed(self.watch));
+            while self.pending != Changed::Nothing {
+                let next = self.scan()?;
+                self.pending = next;
             }
         }
         Ok(self.changes.pop_front())
@@ -112,17 +112,34 @@ impl<'s, 't, T: StoreTransport + Clock> Backends<'s, 't, T> {
     /// Forgets a device whose [`Vbd`](crate::Vbd) is over. A new one in the same place appears then,
     /// even if the old one was never seen to go.
     pub fn forget(&mut self, address: &Address) {
-        self.again |= self.known.remove(&(address.frontend_id, address.virtual_device));
+        if self.known.remove(&(address.frontend_id, address.virtual_device)) {
+            self.pending.add(&address.frontend_id.0.to_string());
+        }
     }
 
-    fn scan(&mut self) -> Result<(), StoreError> {
-        let mut present = BTreeSet::new();
-        for folder in self.list(&self.root)? {
+    /// Looks at the folders of the guests that are pending. Says which are to be looked at next.
+    fn scan(&mut self) -> Result<Changed, StoreError> {
+        let folders = match &self.pending {
+            Changed::Children(names) => names.iter().cloned().collect(),
+            _ => self.list(&self.root)?,
+        };
+        let is_whole = self.pending == Changed::Anything;
+        let (mut looked_at, mut present) = (BTreeSet::new(), BTreeSet::new());
+        for folder in folders {
             let Some(frontend) = domain_id(&folder) else { continue };
             let names = self.list(&format!("{}/{folder}", self.root))?;
             present.extend(names.iter().filter_map(|name| Some((frontend, decimal(name)?))));
+            looked_at.insert(frontend);
         }
-        let gone: Vec<_> = self.known.difference(&present).copied().collect();
+        let gone = self.known.difference(&present);
+        let gone = gone.filter(|device| is_whole || looked_at.contains(&device.0));
+        let gone: Vec<_> = gone.copied().collect();
+        // There may be room now for devices of other guests.
+        let is_freed = self.told && !gone.is_empty() && !is_whole;
+        if is_freed {
+            // Also if what follows fails.
+            self.pending = Changed::Anything;
+        }
         for device in gone {
             self.known.remove(&device);
             self.told = false;
@@ -134,7 +151,7 @@ impl<'s, 't, T: StoreTransport + Clock> Backends<'s, 't, T> {
                 self.changes.push_back(Change::Appeared(self.address(device)));
             }
         }
-        Ok(())
+        Ok(if is_freed { Changed::Anything } else { Changed::Nothing })
     }
 
     fn list(&self, path: &str) -> Result<Vec<String>, StoreError> {
@@ -158,11 +175,14 @@ impl<'s, 't, T: StoreTransport + Clock> Backends<'s, 't, T> {
     fn is_there(&self, device: (DomainId, u32)) -> Result<bool, StoreError> {
         let path = self.address(device).path;
         let state = xenbus::read_state(self.store, &path)?;
-        if state == State::Unknown || !self.store.exists(&format!("{path}/frontend"))? {
-            return Ok(false);
+        let frontend = optional_text(self.store, &path, "frontend")?;
+        let Some(frontend) = frontend.filter(|_| state != State::Unknown) else { return Ok(false) };
+        if state != State::Closed {
+            return Ok(true);
         }
+        // Closed, and without a frontend: nobody else is going to use it.
         let online = optional_text(self.store, &path, "online")?;
-        Ok(state != State::Closed || online.is_some_and(|flag| flag != "0"))
+        Ok(online.is_some_and(|flag| flag != "0") && has_frontend(self.store, &frontend)?)
     }
 
     fn address(&self, (frontend_id, virtual_device): (DomainId, u32)) -> Address {

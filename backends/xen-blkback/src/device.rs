@@ -101,6 +101,15 @@ impl Medium {
     }
 }
 
+/// Whether a frontend's directory is there.
+pub(crate) fn has_frontend(nodes: &impl Nodes, path: &str) -> Result<bool, StoreError> {
+    match nodes.exists(path) {
+        // What a driver domain is told of a home that is gone.
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => Ok(false),
+        result => result,
+    }
+}
+
 /// A node that may be missing. One that is not text counts as missing.
 pub(crate) fn optional_text(
     nodes: &impl Nodes,

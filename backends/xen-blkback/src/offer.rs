@@ -130,7 +130,7 @@ pub(crate) fn read(
 
     let mut plans = Vec::new();
     for number in 0..asked {
-        let at = if asked == 1 { String::new() } else { format!("queue-{number}/") };
+        let at = queue(number, asked);
         plans.push(QueuePlan {
             number: number as usize,
             peer: terms.peer,
@@ -145,6 +145,21 @@ pub(crate) fn read(
     }
     check_distinct(&plans)?;
     Ok(plans)
+}
+
+/// Reads the event channel of the first of `queues` queues alone.
+pub(crate) fn first_channel(
+    nodes: &impl Nodes,
+    frontend: &str,
+    queues: usize,
+) -> Result<Port, Problem> {
+    let at = queue(0, queues as u32);
+    Reader { nodes, frontend }.required(&format!("{at}event-channel")).map(Port)
+}
+
+/// Where the nodes of a queue are.
+fn queue(number: u32, queues: u32) -> String {
+    if queues == 1 { String::new() } else { format!("queue-{number}/") }
 }
 
 /// A page that is in two rings, or twice in one, would be changed behind the backend's back by

@@ -158,3 +158,53 @@ fn watches_end_with_whoever_set_them() {
     }
     assert!(!rig.host.dump().contains("  watch "), "{}", rig.host.dump());
 }
+
+#[test]
+fn a_change_of_one_guests_device_costs_no_look_at_all_others() {
+    let rig = Rig::empty(BACK);
+    let store = rig.store();
+    for guest in 10..60 {
+        let path = format!("{}/{guest}/51712", root(&rig));
+        let front = format!("/local/domain/{guest}/device/vbd/51712");
+        rig.host.store_write_all(&[
+            (&*format!("{path}/frontend"), front.as_bytes()),
+            (&*format!("{path}/state"), b"4"),
+        ]);
+    }
+    let mut backends = Backends::open(&store, &root(&rig), Quota::default()).unwrap();
+    assert_eq!(changes(&mut backends).len(), 50);
+    let cost = || rig.back.statistics().store_requests;
+    for round in 0..3 {
+        let before = cost();
+        rig.host
+            .store_write(&format!("{}/17/51712/state", root(&rig)), format!("{}", 4 + round % 2));
+        assert_eq!(changes(&mut backends), []);
+        assert!(cost() - before <= 2, "{} requests", cost() - before);
+    }
+    // What is there at the root itself is found by a look at all.
+    rig.host.store_remove(&root(&rig));
+    assert_eq!(changes(&mut backends).len(), 50);
+}
+
+#[test]
+fn room_that_one_guest_leaves_is_used_by_another() {
+    let rig = Rig::empty(BACK);
+    let store = rig.store();
+    let path = |guest: u16| format!("{}/{guest}/51712", root(&rig));
+    for guest in [5, 6] {
+        let front = format!("/local/domain/{guest}/device/vbd/51712");
+        rig.host.store_write_all(&[
+            (&*format!("{}/frontend", path(guest)), front.as_bytes()),
+            (&*format!("{}/state", path(guest)), b"1"),
+        ]);
+    }
+    let quota = Quota { per_domain: 9, total: 1 };
+    let mut backends = Backends::open(&store, &root(&rig), quota).unwrap();
+    let [Change::Appeared(first)] = &*changes(&mut backends) else { panic!("one of them") };
+    assert_eq!(first.path, path(5));
+    rig.host.store_remove(&path(5));
+    let [Change::Disappeared(_), Change::Appeared(second)] = &*changes(&mut backends) else {
+        panic!("the other one")
+    };
+    assert_eq!(second.path, path(6));
+}

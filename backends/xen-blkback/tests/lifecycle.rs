@@ -157,10 +157,65 @@ fn repeated_states_of_a_connected_frontend_change_nothing() {
     let mut vbd = connected(&rig, &store);
     for state in ["4", "3", "4", "7", "8", "3", "3", "4", "4"] {
         rig.publish(ONE_RING, state);
-        quiet(&mut vbd);
+        assert_eq!(next(&mut vbd), Event::Nothing);
         assert_eq!(rig.state(), "4");
     }
     assert!(vbd.negotiated().is_some());
+}
+
+/// Four queues with rings of sixteen pages, of which all nodes but one are changed by `other`.
+fn many_rings(other: u32) -> Vec<(String, String)> {
+    let mut nodes = vec![
+        ("multi-queue-num-queues".into(), "4".into()),
+        ("ring-page-order".into(), "4".into()),
+        ("protocol".into(), "x86_64-abi".into()),
+    ];
+    for queue in 0..4_u32 {
+        let port = if queue == 0 { 3 } else { 3 + queue + other };
+        nodes.push((format!("queue-{queue}/event-channel"), port.to_string()));
+        for page in 0..16 {
+            let reference = 8 + queue * 16 + page + other;
+            nodes.push((format!("queue-{queue}/ring-ref{page}"), reference.to_string()));
+        }
+    }
+    nodes
+}
+
+#[test]
+fn a_frontend_that_writes_its_state_again_and_again_costs_little() {
+    let rig = Rig::new();
+    let store = rig.store();
+    let mut vbd = offered(&rig, &store, &config(|_| {}));
+    let publish = |other: u32, state: &str| {
+        let nodes = many_rings(other);
+        let nodes: Vec<_> = nodes.iter().map(|(node, value)| (&**node, &**value)).collect();
+        rig.publish(&nodes, state);
+    };
+    publish(0, "3");
+    assert_eq!(connect(&mut vbd).len(), 4);
+    let cost = || rig.back.statistics().store_requests;
+    let mut looks = Vec::new();
+    for second in 0..3_u64 {
+        for tenth in 0..10 {
+            let before = cost();
+            publish(0, "4");
+            let now = second * 1_000_000_000 + tenth * 100_000_000;
+            assert_eq!(vbd.advance(now).unwrap(), Event::Nothing);
+            looks.push(cost() - before);
+        }
+    }
+    // All 70 nodes are read once a second.
+    let (whole, short): (Vec<u64>, Vec<u64>) = looks.iter().copied().partition(|cost| *cost > 5);
+    assert_eq!((whole.len(), short.len()), (3, 27), "{looks:?}");
+    assert!(whole.iter().all(|cost| *cost < 100), "{looks:?}");
+    // What has not been read in time is read in the end, and without another event.
+    assert_eq!(vbd.deadline(), Some(3_100_000_000));
+    publish(100, "4");
+    assert_eq!(vbd.advance(3_050_000_000).unwrap(), Event::Nothing);
+    assert_eq!(vbd.advance(3_100_000_000).unwrap(), Event::Disconnect);
+    vbd.disconnected();
+    let Event::Connect(plans) = vbd.advance(3_100_000_000).unwrap() else { panic!("new rings") };
+    assert_eq!(plans[0].references[0].0, 108);
 }
 
 #[test]

@@ -4,7 +4,9 @@
 mod xenstore;
 
 use pvblk_simulated::Faults;
-use xen_blkback::{Error, ErrorKind, Event, Hotplug, Medium, Restrictions, Vbd};
+use xen_blkback::{
+    Backends, Change, Error, ErrorKind, Event, Hotplug, Medium, Quota, Restrictions, Vbd,
+};
 use xenstore::*;
 
 #[test]
@@ -99,12 +101,59 @@ fn a_crashed_guest_loses_its_queues_and_then_its_device() {
     let mut vbd = connected(&rig, &store);
     rig.remove_guest();
     disconnect(&mut vbd);
-    quiet(&mut vbd);
+    // Whether or not the toolstack ends it: nobody can use it any more.
+    assert_eq!(next(&mut vbd), Event::Removed);
     assert_eq!(rig.state(), "6");
     assert!(rig.front_node("state").is_none(), "the guest stays dead");
-    rig.detach();
-    rig.set_back("state", "6");
+}
+
+/// `xl destroy` in the middle of `xl block-attach`: the backend's nodes stay.
+#[test]
+fn a_guest_that_goes_while_its_device_is_made_leaves_nothing_that_is_served() {
+    let rig = Rig::new();
+    let store = rig.store();
+    let mut backends =
+        Backends::open(&store, "/local/domain/2/backend/vbd", Quota::default()).unwrap();
+    let Some(Change::Appeared(address)) = backends.advance().unwrap() else { panic!("a device") };
+    let mut vbd = offered(&rig, &store, &config(|_| {}));
+    rig.remove_guest();
     assert_eq!(next(&mut vbd), Event::Removed);
+    drop(vbd);
+    backends.forget(&address);
+    assert_eq!((backends.advance().unwrap(), rig.state()), (None, "6".into()));
+    // A new one in its place is found.
+    rig.create();
+    assert_eq!(backends.advance().unwrap(), Some(Change::Appeared(address)));
+}
+
+#[test]
+fn nothing_is_said_of_a_device_that_is_gone() {
+    let rig = Rig::new();
+    let store = rig.store();
+    let mut vbd = connected(&rig, &store);
+    let reason = "\u{20ac}".repeat(2000);
+    vbd.refuse(&reason, 5).unwrap();
+    let error = rig.error().unwrap();
+    assert!(error.len() <= 1024 && error.starts_with("5 \u{20ac}"), "{error}");
+    rig.host.store_remove(&format!("/local/domain/{}/error", BACK.0));
+    rig.host.store_remove(&rig.path());
+    vbd.refuse(&reason, 5).unwrap();
+    assert_eq!((rig.error(), rig.state()), (None, String::new()));
+}
+
+#[test]
+fn what_was_said_of_a_device_goes_with_it() {
+    let rig = Rig::new();
+    let store = rig.store();
+    let mut vbd = connected(&rig, &store);
+    vbd.refuse("a reason", 22).unwrap();
+    assert!(rig.error().is_some());
+    rig.publish(&[], "6");
+    rig.set_back("online", "0");
+    while next(&mut vbd) != Event::Removed {}
+    assert!(vbd.remove().unwrap());
+    let folder = format!("/local/domain/{}/error/backend/vbd/{}", BACK.0, FRONT.0);
+    assert!(rig.host.store_list(&folder).is_err(), "{}", rig.host.store_dump());
 }
 
 /// At each of the steps of a device's life, its directory goes.

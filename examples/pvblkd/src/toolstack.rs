@@ -59,19 +59,8 @@ impl Place {
 
     /// Where the backend says what went wrong.
     fn error_path(&self) -> String {
-        format!("{}/error", error_folder(&self.backend_path()))
+        xenbus::error_path(&self.backend_path())
     }
-}
-
-/// Where a backend says what went wrong with the device whose directory is `path`.
-fn error_folder(path: &str) -> String {
-    path.replacen("/backend/", "/error/backend/", 1)
-}
-
-/// Removes what a backend said about a device that is over.
-pub fn forget_error<T: StoreTransport + Clock>(store: &Store<'_, T>, path: &str) {
-    // It is there if something went wrong; what goes wrong now is no harm.
-    let _ = remove_in_folder(store, &error_folder(path));
 }
 
 /// The number of this domain.
@@ -211,6 +200,9 @@ pub fn wait_ready<T: StoreTransport + Clock>(
         }
         let status = store.read_optional(&format!("{path}/hotplug-status"))?;
         let state = xenbus::read_state(store, &path)?;
+        if state == State::Unknown {
+            return Ok(Some(Some("the disk is gone: was its guest destroyed?".into())));
+        }
         let ready = status.as_deref() == Some("connected")
             && matches!(state, State::InitWait | State::Initialised | State::Connected);
         Ok(ready.then_some(None))
@@ -223,7 +215,7 @@ pub fn wait_ready<T: StoreTransport + Clock>(
     store.remove(&place.frontend_path())?;
     if xenbus::read_state(store, &path)? == State::Initialising {
         // Nobody has looked at it.
-        remove_in_folder(store, &place.backend_path())?;
+        xenbus::remove_directory(store, &place.backend_path())?;
     } else {
         store.transaction(|nodes| match nodes.exists(&format!("{path}/state"))? {
             true => nodes.write(&format!("{path}/online"), "0"),
@@ -280,23 +272,7 @@ pub fn detach<T: StoreTransport + Clock>(
     }
     store.remove(&front)?;
     // The daemon does that, too.
-    remove_in_folder(store, &place.backend_path())?;
-    Ok(())
-}
-
-/// Removes a device's directory, and the guest's folder if nothing else is in it.
-fn remove_in_folder<T: StoreTransport + Clock>(
-    store: &Store<'_, T>,
-    path: &str,
-) -> Result<(), pvblk_xen::store::Error> {
-    let there = store.remove(path)?;
-    let Some((folder, _)) = path.rsplit_once('/').filter(|_| there) else { return Ok(()) };
-    // In a transaction of its own: the one that removed what was in it must not (EIO). What fails is
-    // no harm: it is an empty folder, or the daemon has removed it.
-    let _ = store.transaction(|nodes| match nodes.directory(folder)?.is_empty() {
-        true => nodes.remove(folder),
-        false => Ok(false),
-    });
+    xenbus::remove_directory(store, &place.backend_path())?;
     Ok(())
 }
 

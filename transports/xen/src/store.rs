@@ -22,7 +22,7 @@ use core::time::Duration;
 pub use error::{Error, ErrorKind, StoreErrno, Violation};
 pub use nodes::Nodes;
 pub use transaction::{TRANSACTION_ATTEMPTS, Transaction};
-pub use watch::WatchId;
+pub use watch::{Changed, WatchId};
 
 use link::{Link, Reply};
 use watch::Watches;
@@ -93,9 +93,23 @@ impl<'t, T: StoreTransport + Clock> Store<'t, T> {
     /// example), [`Error::TimedOut`], [`Error::Busy`], and those of the connection
     /// ([`Error::Broken`], [`Error::Protocol`]).
     pub fn watch(&self, path: &str) -> Result<WatchId, Error> {
+        self.begin_watch(path, false)
+    }
+
+    /// As [`watch`](Self::watch), for a folder of many things: [`take_changed`](Self::take_changed) says
+    /// below which of its children something has changed.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`watch`](Self::watch).
+    pub fn watch_children(&self, path: &str) -> Result<WatchId, Error> {
+        self.begin_watch(path, true)
+    }
+
+    fn begin_watch(&self, path: &str, names: bool) -> Result<WatchId, Error> {
         check_path(path)?;
         // The first event may arrive before the reply, so the flag must be there first.
-        let watch = self.inner()?.watches.insert(path);
+        let watch = self.inner()?.watches.insert(path, names);
         let result = self.send_watch(watch, path);
         if result.is_err() {
             self.inner()?.watches.remove(watch);
@@ -119,6 +133,11 @@ impl<'t, T: StoreTransport + Clock> Store<'t, T> {
     /// for a watch that has been ended.
     pub fn take(&self, watch: WatchId) -> bool {
         self.inner().is_ok_and(|mut inner| inner.watches.take(watch))
+    }
+
+    /// As [`take`](Self::take), with what has changed since the last time.
+    pub fn take_changed(&self, watch: WatchId) -> Changed {
+        self.inner().map(|mut inner| inner.watches.take_changed(watch)).unwrap_or_default()
     }
 
     /// Takes in the events that have arrived, without waiting. `true` if any watch has fired and

@@ -15,7 +15,8 @@ use crate::store::{self, Error, Nodes, Store};
 /// The first number that no domain has (`DOMID_FIRST_RESERVED` of `xen/include/public/xen.h`).
 const FIRST_RESERVED_DOMAIN: u32 = 0x7FF0;
 
-/// Bytes of an error message that are written to XenStore, which is no place for long stories.
+/// Bytes of an error message that are written to XenStore. A request of 4096 bytes holds its path,
+/// too, and a domain that is not privileged may have nodes of 2048 bytes as xenstored is shipped.
 const MESSAGE_MAX: usize = 1024;
 
 /// The state of one end of a device.
@@ -185,27 +186,74 @@ impl Device {
 /// `error/device/vbd/51712/error` of the domain's home, say, with the value `22 bad ring-ref`.
 ///
 /// `device` is the directory of this end, `errno` the (positive) number of the error as on Linux.
-/// What goes wrong here is not reported: there is something worse to report already.
-pub fn report_error(nodes: &impl Nodes, device: &str, errno: u32, message: &str) {
-    let mut value = format!("{errno} {message}");
-    value.truncate(value.floor_char_boundary(MESSAGE_MAX));
-    let _ = nodes.write(&error_path(device), &value);
+/// Nothing is written about a device that is gone: it would stay for good. What goes wrong here is
+/// not reported: there is something worse to report already.
+pub fn report_error<T: StoreTransport + Clock>(
+    store: &Store<'_, T>,
+    device: &str,
+    errno: u32,
+    message: &str,
+) {
+    let value = format!("{errno} {message}");
+    let node = error_path(device);
+    let _ = store.transaction(|nodes| match nodes.exists(&format!("{device}/state"))? {
+        true => nodes.write(&node, shorten(&value)),
+        false => Ok(()),
+    });
 }
 
-/// Takes back what [`report_error`] said about a device, which works now.
-pub fn forget_error(nodes: &impl Nodes, device: &str) {
+/// The beginning of a message, as long as XenStore takes it: at most 1024 bytes, in whole characters.
+pub fn shorten(message: &str) -> &str {
+    &message[..message.floor_char_boundary(MESSAGE_MAX)]
+}
+
+/// Takes back what [`report_error`] said about a device, which works now, or is over.
+pub fn forget_error<T: StoreTransport + Clock>(store: &Store<'_, T>, device: &str) {
     // If it stays, it is out of date, and nothing worse.
-    let _ = nodes.remove(&error_path(device));
+    let _ = remove_directory(store, &error_folder(device));
 }
 
-/// The error node is below `error` in the home that the device's directory is in.
-fn error_path(device: &str) -> String {
+/// Removes a device's directory, and the folder that it is in if that is empty then: the guest's.
+/// `false` if there was none.
+///
+/// # Errors
+///
+/// Those of [`Nodes`], as far as the directory is concerned.
+pub fn remove_directory<T: StoreTransport + Clock>(
+    store: &Store<'_, T>,
+    directory: &str,
+) -> Result<bool, Error> {
+    let removed = store.remove(directory)?;
+    if removed {
+        remove_empty_folder(store, directory);
+    }
+    Ok(removed)
+}
+
+/// Removes the folder that a device's directory was in, if nothing else is in it.
+pub fn remove_empty_folder<T: StoreTransport + Clock>(store: &Store<'_, T>, directory: &str) {
+    let Some((folder, _)) = directory.rsplit_once('/') else { return };
+    // In a transaction of its own: the one that removed what was in it must not (EIO). What fails is
+    // no harm: it is an empty folder, or the toolstack's, which removes it then.
+    let _ = store.transaction(|nodes| match nodes.directory(folder)?.is_empty() {
+        true => nodes.remove(folder),
+        false => Ok(false),
+    });
+}
+
+/// The node that [`report_error`] writes.
+pub fn error_path(device: &str) -> String {
+    format!("{}/error", error_folder(device))
+}
+
+/// What is said about a device is below `error` in the home that its directory is in.
+fn error_folder(device: &str) -> String {
     let in_home = |rest: &str| {
         let (domain, device) = rest.split_once('/')?;
-        Some(format!("/local/domain/{domain}/error/{device}/error"))
+        Some(format!("/local/domain/{domain}/error/{device}"))
     };
     device
         .strip_prefix("/local/domain/")
         .and_then(in_home)
-        .unwrap_or_else(|| format!("error/{}/error", device.trim_start_matches('/')))
+        .unwrap_or_else(|| format!("error/{}", device.trim_start_matches('/')))
 }

@@ -1173,6 +1173,13 @@ fn reads_a_device() {
 fn reports_errors_of_devices() {
     let daemon = Daemon::new();
     let store = Store::new(&daemon);
+    for device in ["device/vbd/51712", "/local/domain/0/backend/vbd/1/51712", "d"] {
+        // Of what is not there nothing is said: it would stay for good.
+        xenbus::report_error(&store, device, 22, "too late");
+        daemon.put(&format!("{device}/state"), "4");
+    }
+    assert_eq!(daemon.get("error/device/vbd/51712/error"), None);
+    assert_eq!(daemon.get("/local/domain/0/error/backend/vbd/1/51712/error"), None);
     xenbus::report_error(&store, "device/vbd/51712", 22, "bad ring-ref");
     assert_eq!(daemon.get("error/device/vbd/51712/error").unwrap(), "22 bad ring-ref");
     xenbus::report_error(&store, "/local/domain/0/backend/vbd/1/51712", 5, "no disk");
@@ -1180,10 +1187,13 @@ fn reports_errors_of_devices() {
     assert_eq!(daemon.get(path).unwrap(), "5 no disk");
     xenbus::forget_error(&store, "/local/domain/0/backend/vbd/1/51712");
     assert_eq!(daemon.get(path), None);
+    assert_eq!(daemon.get("/local/domain/0/error/backend/vbd/1"), None, "nor its folder");
     xenbus::forget_error(&store, "/local/domain/0/backend/vbd/1/51712");
     assert_eq!(daemon.get("error/device/vbd/51712/error").unwrap(), "22 bad ring-ref");
     xenbus::report_error(&store, "d", 5, &"\u{20ac}".repeat(5000));
-    assert!(daemon.get("error/d/error").unwrap().len() <= 1024);
+    let text = daemon.get("error/d/error").unwrap();
+    assert!(text.len() <= 1024 && text.ends_with('\u{20ac}'), "{} bytes", text.len());
+    assert_eq!(xenbus::shorten("short"), "short");
     daemon.silent.set(true);
     xenbus::report_error(&store, "d", 5, "nobody hears this");
     xenbus::forget_error(&store, "d");

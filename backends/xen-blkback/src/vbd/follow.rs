@@ -9,6 +9,7 @@
 //! | any up | 6, gone | disconnect, Closed |
 //! | Closing | 1, 2, 6, gone | disconnect, Closed |
 //! | Closed | any, and the device is to end | over |
+//! | Closed | its directory is gone | over: whoever made the device did not end it |
 //! | Closed | 1, 2, or 3, 4 at last | back to InitWait |
 //!
 //! The toolstack asks for an end by writing our own state (5), and `online` (0), and by removing
@@ -25,7 +26,7 @@ use pvblk_xen::store::{Error as StoreError, Nodes};
 use pvblk_xen::xenbus::{self, State};
 
 use super::{Event, Held, Vbd};
-use crate::device::{is_peers_doing, optional_text};
+use crate::device::{self, is_peers_doing, optional_text};
 use crate::error::Error;
 use crate::fmt::message;
 use crate::offer::{self, Problem, Refusal, Terms};
@@ -123,7 +124,9 @@ impl<'t, T: StoreTransport + Clock> Vbd<'_, 't, T> {
                 }
                 Ok(Event::Nothing)
             }
-            State::Initialised | State::Connected if self.held.is_some() => self.look_twice(before),
+            State::Initialised | State::Connected if self.held.is_some() => {
+                self.look_twice(before, now)
+            }
             State::Initialised | State::Connected => {
                 if self.disk.is_none() || !self.plugged {
                     return Ok(Event::Nothing);
@@ -142,7 +145,7 @@ impl<'t, T: StoreTransport + Clock> Vbd<'_, 't, T> {
         if self.held.is_some() {
             return Ok(self.leave());
         }
-        if self.ending || !self.is_online()? {
+        if self.ending || !self.is_online()? || !self.has_frontend()? {
             self.over = true;
             return Ok(Event::Removed);
         }
@@ -209,9 +212,22 @@ impl<'t, T: StoreTransport + Clock> Vbd<'_, 't, T> {
 
     /// The frontend said once more that it has published its rings. Linux's does that when it has
     /// connected; one that has other rings now was resumed, or restarted.
-    fn look_twice(&mut self, before: State) -> Result<Event, Error> {
+    ///
+    /// Each such look costs one node, the event channel of the first queue. All nodes, of which there
+    /// may be a thousand, are read once in a while, and late rather than never: so a frontend that
+    /// writes its state again and again costs XenStore no more than that.
+    fn look_twice(&mut self, before: State, now: u64) -> Result<Event, Error> {
         let expected = (before, self.frontend) == (State::Initialised, State::Connected);
-        if expected || !self.republished {
+        let again = self.republished && !expected;
+        self.recheck |= again;
+        if !self.recheck {
+            return Ok(Event::Nothing);
+        }
+        if again && !self.has_its_channel()? {
+            return Ok(self.leave());
+        }
+        if now < self.recheck_at {
+            self.deadline = Some(self.recheck_at);
             return Ok(Event::Nothing);
         }
         let offer = self.read_offer()?;
@@ -219,7 +235,18 @@ impl<'t, T: StoreTransport + Clock> Vbd<'_, 't, T> {
             (Ok(plans), Some(held)) => *plans == held.plans,
             _ => false,
         };
+        (self.recheck, self.recheck_at) = (false, now.saturating_add(RECHECK));
         Ok(if same { Event::Nothing } else { self.leave() })
+    }
+
+    /// Whether the first queue has the event channel that it was connected with.
+    fn has_its_channel(&self) -> Result<bool, StoreError> {
+        let Some(held) = &self.held else { return Ok(false) };
+        match offer::first_channel(self.store, &self.device.frontend_path, held.plans.len()) {
+            Ok(port) => Ok(held.plans.first().is_some_and(|plan| plan.port == port)),
+            Err(Problem::Refused(_)) => Ok(false),
+            Err(Problem::Store(error)) => Err(error),
+        }
     }
 
     fn read_offer(&self) -> Result<Result<Vec<QueuePlan>, Refusal>, StoreError> {
@@ -246,12 +273,20 @@ impl<'t, T: StoreTransport + Clock> Vbd<'_, 't, T> {
         }
     }
 
+    /// Whether the frontend's directory is there.
+    fn has_frontend(&self) -> Result<bool, StoreError> {
+        device::has_frontend(self.store, &self.device.frontend_path)
+    }
+
     /// Whether the toolstack keeps the device when it is closed. Linux takes a missing node for no.
     fn is_online(&self) -> Result<bool, StoreError> {
         let online = optional_text(self.store, &self.device.path, "online")?;
         Ok(online.is_some_and(|flag| flag != "0"))
     }
 }
+
+/// How long the rings of a connected frontend are not read again, in nanoseconds.
+const RECHECK: u64 = 1_000_000_000;
 
 /// From one state to the last one that follows from it by itself, and to spare.
 const STEPS_MAX: u32 = 8;

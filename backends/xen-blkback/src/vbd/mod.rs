@@ -125,6 +125,10 @@ pub struct Vbd<'s, 't, T: StoreTransport + Clock> {
     ending: bool,
     /// The owner was told that the device is over.
     over: bool,
+    /// A connected frontend wrote its state again, and its rings are to be read once more.
+    recheck: bool,
+    /// When they may be.
+    recheck_at: u64,
 }
 
 /// What became of a change of state.
@@ -181,6 +185,8 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
             leaving: false,
             ending: false,
             over: false,
+            recheck: false,
+            recheck_at: 0,
         })
     }
 
@@ -330,6 +336,7 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
         self.held = None;
         self.leaving = false;
         self.let_go();
+        self.recheck = false;
         self.again = true;
     }
 
@@ -403,12 +410,9 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
         let removed = self.store.transaction(|nodes| {
             Ok(xenbus::read_state(nodes, path)? == State::Closed && nodes.remove(path)?)
         })?;
-        if let Some((folder, _)) = path.rsplit_once('/').filter(|_| removed) {
-            // It may be the toolstack's, which removes it then.
-            let _ = self.store.transaction(|nodes| match nodes.directory(folder)?.is_empty() {
-                true => nodes.remove(folder),
-                false => Ok(false),
-            });
+        if removed {
+            xenbus::remove_empty_folder(self.store, path);
+            xenbus::forget_error(self.store, path);
         }
         Ok(removed)
     }

@@ -244,10 +244,10 @@ impl Link {
         let kind = header.kind.get();
 
         if kind == wire::WATCH_EVENT {
-            // A path, NUL, the token, NUL. The path is not needed: the driver reads what it wants.
+            // A path, NUL, the token, NUL.
             let mut parts = payload.split(|&byte| byte == 0);
-            let (_path, token) = (parts.next(), parts.next().ok_or(Violation::MalformedEvent)?);
-            watches.fire_token(token);
+            let (path, token) = (parts.next(), parts.next().ok_or(Violation::MalformedEvent)?);
+            watches.fire_token(token, path.unwrap_or_default());
             return Ok(());
         }
 

@@ -1,8 +1,10 @@
 //! The table of watches: one flag each, however many events come.
 //!
 //! A client that queues watch events lets whoever may write a watched node fill its memory (Xen
-//! advisory 349). A flag is all a driver needs: it reads the node again anyway.
+//! advisory 349). A flag is all a driver needs: it reads the node again anyway. Who watches a folder
+//! of many devices may have their names, too, but only so many.
 
+use alloc::collections::BTreeSet;
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -31,12 +33,53 @@ impl WatchId {
     }
 }
 
+/// The most names that are noted, and the longest one in bytes. Beyond that all are to be looked at.
+const NAMES_MOST: usize = 64;
+const NAME_LONGEST: usize = 32;
+
+/// Below which children of a watched node something has changed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Changed {
+    /// Below none.
+    #[default]
+    Nothing,
+    /// Below these.
+    Children(BTreeSet<String>),
+    /// Perhaps below any, or it was the node itself.
+    Anything,
+}
+
+impl Changed {
+    /// Adds a child.
+    pub fn add(&mut self, name: &str) {
+        let mut names = match core::mem::take(self) {
+            Self::Anything => return *self = Self::Anything,
+            Self::Nothing => BTreeSet::new(),
+            Self::Children(names) => names,
+        };
+        names.insert(name.into());
+        let many = names.len() > NAMES_MOST || name.len() > NAME_LONGEST;
+        *self = if many { Self::Anything } else { Self::Children(names) };
+    }
+
+    /// Adds what has changed besides.
+    pub fn join(&mut self, other: Self) {
+        match other {
+            Self::Nothing => {}
+            Self::Children(names) => names.iter().for_each(|name| self.add(name)),
+            Self::Anything => *self = Self::Anything,
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Slot {
     generation: u32,
     /// The watched path, or `None` if the slot is free.
     path: Option<String>,
     pending: bool,
+    /// What has changed, if its owner wants to know.
+    changed: Option<Changed>,
 }
 
 /// Every watch of a store. It grows with the watches, never with their events.
@@ -48,14 +91,16 @@ pub(super) struct Watches {
 }
 
 impl Watches {
-    pub(super) fn insert(&mut self, path: &str) -> WatchId {
+    /// `names` says whether the owner wants to know what has changed.
+    pub(super) fn insert(&mut self, path: &str, names: bool) -> WatchId {
         let free = self.slots.iter().position(|slot| slot.path.is_none());
         let index = free.unwrap_or(self.slots.len());
         if free.is_none() {
-            self.slots.push(Slot { generation: 0, path: None, pending: false });
+            self.slots.push(Slot { generation: 0, path: None, pending: false, changed: None });
         }
         let slot = &mut self.slots[index];
         slot.path = Some(path.into());
+        slot.changed = names.then(Changed::default);
         // A 32-bit index is enough: each slot is a watch that `xenstored` keeps for this domain.
         WatchId { index: index as u32, generation: slot.generation }
     }
@@ -70,16 +115,42 @@ impl Watches {
 
     /// Flags the watch that `token` names. An event of any other watch is none of ours: of one that
     /// was removed, or that another client of this domain set before us.
-    pub(super) fn fire_token(&mut self, token: &[u8]) {
+    pub(super) fn fire_token(&mut self, token: &[u8], path: &[u8]) {
         if let Some(watch) = WatchId::from_token(token) {
-            self.fire(watch);
+            self.fire_at(watch, path);
         }
     }
 
+    /// Flags a watch. Anything may have changed.
     pub(super) fn fire(&mut self, watch: WatchId) {
-        if let Some(slot) = self.slot(watch).filter(|slot| !slot.pending) {
-            slot.pending = true;
+        self.fire_at(watch, &[]);
+    }
+
+    /// Flags a watch, for a change of the node at `path`.
+    fn fire_at(&mut self, watch: WatchId, path: &[u8]) {
+        let Some(slot) = self.slot(watch) else { return };
+        if let (Some(changed), Some(watched)) = (&mut slot.changed, &slot.path) {
+            let below = path.strip_prefix(watched.as_bytes());
+            let below = below.and_then(|below| below.strip_prefix(b"/"));
+            let child = below.and_then(|below| below.split(|&byte| byte == b'/').next());
+            match child.and_then(|child| core::str::from_utf8(child).ok()) {
+                Some(name) => changed.add(name),
+                None => *changed = Changed::Anything,
+            }
+        }
+        if !core::mem::replace(&mut slot.pending, true) {
             self.pending += 1;
+        }
+    }
+
+    /// What has changed for a watch since it was last taken, which takes its flag, too.
+    pub(super) fn take_changed(&mut self, watch: WatchId) -> Changed {
+        let was_flagged = self.take(watch);
+        let Some(slot) = self.slot(watch) else { return Changed::Nothing };
+        match &mut slot.changed {
+            Some(changed) => core::mem::take(changed),
+            None if was_flagged => Changed::Anything,
+            None => Changed::Nothing,
         }
     }
 

@@ -238,6 +238,7 @@ impl<H: Host> Served<'_, '_, H> {
         if self.has_our_script && !self.medium.is_old {
             self.store.transaction(|nodes| {
                 if nodes.exists(&format!("{path}/state"))? {
+                    let reason = xenbus::shorten(reason);
                     nodes.write(&format!("{path}/hotplug-error"), reason)?;
                     nodes.write(&format!("{path}/hotplug-status"), "error")?;
                 }

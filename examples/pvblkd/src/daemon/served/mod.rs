@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use pvblk::command::Features;
-use pvblk_xen::store::{ErrorKind, Nodes, Store};
-use pvblk_xen::xenbus::State;
+use pvblk_xen::store::{Nodes, Store};
+use pvblk_xen::xenbus::{self, State};
 use xen_blkback::{Address, Event, Feature, Hotplug, QueuePlan, Vbd};
 
 use self::medium::Medium;
@@ -210,23 +210,7 @@ impl<'s, 't, H: Host> Served<'s, 't, H> {
                 _ => {}
             }
         }
-        // A guest that is gone leaves its disks to those who made them.
-        if self.name.class == toolstack::CLASS
-            && self.vbd.state() == State::Closed
-            && !self.has_frontend()?
-        {
-            self.vbd.close()?;
-        }
         Ok(false)
-    }
-
-    /// Whether the frontend's directory is there.
-    fn has_frontend(&self) -> Result<bool, xen_blkback::Error> {
-        match self.store.exists(&self.vbd.device().frontend_path) {
-            // What a driver domain is told of a home that is gone.
-            Err(error) if error.kind() == ErrorKind::PermissionDenied => Ok(false),
-            result => Ok(result?),
-        }
     }
 
     /// When there is something to do without an event.
@@ -288,7 +272,7 @@ impl<'s, 't, H: Host> Served<'s, 't, H> {
         if remove && let Err(error) = self.vbd.remove() {
             log::warn!("{path}: its nodes cannot be removed: {error}");
         }
-        toolstack::forget_error(self.store, &path);
+        xenbus::forget_error(self.store, &path);
         self.common.registry.remove(&self.name);
     }
 
