@@ -1,15 +1,15 @@
 //! Counters over HTTP, for Prometheus.
 
-use std::fs::Permissions;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+
+use crate::deadline::Deadline;
 
 /// Where the counters can be read.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,10 +63,7 @@ impl Listener {
             }
             Address::Unix(path) => {
                 // Anybody may read counters who may look into the folder.
-                let mode = Permissions::from_mode(0o666);
-                let listener = crate::socket::bind(path)
-                    .and_then(|listener| std::fs::set_permissions(path, mode).map(|()| listener));
-                listener
+                crate::socket::bind(path, 0o666, None)
                     .map(Self::Unix)
                     .with_context(|| format!("no metrics at {}", path.display()))
             }
@@ -103,25 +100,18 @@ enum Stream {
 /// The longest head of a request, in bytes.
 const HEAD_MAX: u64 = 8192;
 
-/// How long a client may take to ask, and to take what it asked for.
+/// How long a client may take to ask and to take what it asked for, in all: others wait meanwhile.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 fn respond(stream: Stream, text: &impl Fn() -> String) -> io::Result<()> {
     match stream {
-        Stream::Tcp(stream) => {
-            stream.set_read_timeout(Some(PATIENCE))?;
-            stream.set_write_timeout(Some(PATIENCE))?;
-            exchange(&stream, &stream, text)
-        }
-        Stream::Unix(stream) => {
-            stream.set_read_timeout(Some(PATIENCE))?;
-            stream.set_write_timeout(Some(PATIENCE))?;
-            exchange(&stream, &stream, text)
-        }
+        Stream::Tcp(stream) => exchange(Deadline::new(&stream, PATIENCE), text),
+        Stream::Unix(stream) => exchange(Deadline::new(&stream, PATIENCE), text),
     }
 }
 
-fn exchange(from: impl Read, mut to: impl Write, text: &impl Fn() -> String) -> io::Result<()> {
+fn exchange(stream: impl Read + Write + Copy, text: &impl Fn() -> String) -> io::Result<()> {
+    let (from, mut to) = (stream, stream);
     let mut head = BufReader::new(from.take(HEAD_MAX));
     let mut first = String::new();
     head.read_line(&mut first)?;
@@ -168,6 +158,32 @@ mod tests {
         assert!(body.contains("daemon_disks 1"));
         assert!(get("GET /x HTTP/1.1\r\n\r\n").starts_with("HTTP/1.1 404"));
         assert!(get("POST / HTTP/1.1\r\n\r\n").starts_with("HTTP/1.1 405"));
+    }
+
+    #[test]
+    fn slow_clients_do_not_keep_others_waiting() {
+        let listener = Listener::open(&"127.0.0.1:0".parse().unwrap()).unwrap();
+        let Listener::Tcp(tcp) = &listener else { panic!() };
+        let address = tcp.local_addr().unwrap();
+        // More than any socket holds: one that does not read is noticed.
+        std::thread::spawn(move || listener.serve(|| "x".repeat(64 << 20)));
+        // One that says nothing, one that does not listen, and one that would take an hour to ask.
+        let silent = TcpStream::connect(address).unwrap();
+        let mut deaf = TcpStream::connect(address).unwrap();
+        deaf.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+        let mut dripping = TcpStream::connect(address).unwrap();
+        std::thread::spawn(move || {
+            while dripping.write_all(b"x").is_ok() {
+                std::thread::sleep(Duration::from_millis(450));
+            }
+        });
+        let mut other = TcpStream::connect(address).unwrap();
+        other.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
+        other.write_all(b"GET /x HTTP/1.1\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        other.read_to_string(&mut answer).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 404"), "{answer}");
+        drop((silent, deaf));
     }
 
     #[test]

@@ -6,6 +6,8 @@
 #![deny(unsafe_code)]
 
 pub mod backing;
+pub mod deadline;
+pub mod folder;
 pub mod http;
 pub mod logging;
 pub mod mail;

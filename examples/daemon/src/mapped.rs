@@ -1,9 +1,7 @@
 //! A file that is mapped: memory that survives this process.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
 use std::ptr::{NonNull, null_mut};
 
 use pvblk::extent::{Geometry, SECTOR_BYTES};
@@ -12,10 +10,13 @@ use pvblk_stores::memory::{MemoryDisk, MemoryError};
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
+use crate::folder::Folder;
+
 /// A file of a tmpfs, mapped. This process has it for itself: it holds a lock on the file.
 #[derive(Debug)]
 pub struct MappedFile {
-    path: PathBuf,
+    folder: Folder,
+    name: String,
     /// Holds the lock.
     _file: File,
     base: NonNull<u8>,
@@ -38,23 +39,18 @@ pub enum Origin {
 }
 
 impl MappedFile {
-    /// Opens the file at `path` if there is one of `bytes` bytes (rounded up to pages) and `keep` says
-    /// so, else makes it anew. Its memory is reserved at once, so that none is missing later.
+    /// Opens the file `name` in the folder if there is one of `bytes` bytes (rounded up to pages) and
+    /// `keep` says so, else makes it anew. Its memory is reserved at once, so that none is missing later.
     ///
     /// # Errors
     ///
-    /// What the system says: above all that another process has the file, and that there is no space.
-    pub fn open(path: &Path, bytes: u64, keep: bool) -> io::Result<(Self, Origin)> {
+    /// What the system says: above all that another process has the file, and that there is no space;
+    /// those of [`Folder::file`].
+    pub fn open(folder: &Folder, name: &str, bytes: u64, keep: bool) -> io::Result<(Self, Origin)> {
         let pages = bytes.div_ceil(PAGE_BYTES as u64).max(1);
         let bytes = pages.checked_mul(PAGE_BYTES as u64).ok_or(io::ErrorKind::FileTooLarge)?;
         let length = usize::try_from(bytes).map_err(|_| io::ErrorKind::FileTooLarge)?;
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(path)?;
+        let file = folder.file(name)?;
         // Before it is looked at: an earlier daemon may be on its way out.
         flock(&file, FlockOperation::NonBlockingLockExclusive)?;
         let origin = match keep && file.metadata()?.len() == bytes {
@@ -65,7 +61,7 @@ impl MappedFile {
             file.set_len(0)?;
             fallocate(&file, FallocateFlags::empty(), 0, bytes).inspect_err(|_| {
                 // What there is of it would be taken for the whole the next time, or stay forever.
-                let _ = std::fs::remove_file(path);
+                let _ = folder.remove(name);
             })?;
         }
         let access = ProtFlags::READ | ProtFlags::WRITE;
@@ -74,7 +70,8 @@ impl MappedFile {
         // SAFETY: at an address that the system chooses nothing else is mapped.
         let base = unsafe { mmap(null_mut(), length, access, flags, &file, 0) }?;
         let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok((Self { path: path.into(), _file: file, base, bytes: length }, origin))
+        let (folder, name) = (folder.clone(), name.into());
+        Ok((Self { folder, name, _file: file, base, bytes: length }, origin))
     }
 
     /// The file's memory.
@@ -102,8 +99,8 @@ impl MappedFile {
 
     /// Removes the file: what is in it is not wanted any more. The memory stays until the drop.
     pub fn remove(&self) {
-        if let Err(error) = std::fs::remove_file(&self.path) {
-            log::warn!("cannot remove {}: {error}", self.path.display());
+        if let Err(error) = self.folder.remove(&self.name) {
+            log::warn!("cannot remove {}: {error}", self.folder.path().join(&self.name).display());
         }
     }
 }
@@ -132,37 +129,41 @@ mod tests {
 
     #[test]
     fn memory_outlives_its_process() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("memory");
-        let (file, origin) = MappedFile::open(&path, 5000, true).unwrap();
+        let temporary = tempfile::tempdir().unwrap();
+        let path = temporary.path().join("memory");
+        let folder = Folder::open(temporary.path()).unwrap();
+        let open = |bytes, keep| MappedFile::open(&folder, "memory", bytes, keep);
+        let (file, origin) = open(5000, true).unwrap();
         assert_eq!((origin, file.region().len()), (Origin::New, 8192));
         file.region().write_bytes(5000, b"kept");
         drop(file);
-        let (file, origin) = MappedFile::open(&path, 8192, true).unwrap();
+        let (file, origin) = open(8192, true).unwrap();
         let mut bytes = [0; 4];
         file.region().read_bytes(5000, &mut bytes);
         assert_eq!((origin, &bytes), (Origin::Kept, b"kept"));
         // It is ours alone.
-        let error = MappedFile::open(&path, 8192, true).unwrap_err();
+        let error = open(8192, true).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
         drop(file);
         // Of another size, or not to be kept: it is made anew.
         for (bytes, keep) in [(4096, true), (4096, false)] {
-            let (file, origin) = MappedFile::open(&path, bytes, keep).unwrap();
+            let (file, origin) = open(bytes, keep).unwrap();
             assert_eq!(origin, Origin::New);
             file.region().read_bytes(0, &mut [0; 4096]);
         }
-        let (file, _) = MappedFile::open(&path, 4096, true).unwrap();
+        let (file, _) = open(4096, true).unwrap();
         file.remove();
         assert!(!path.exists());
     }
 
     #[test]
     fn what_there_is_no_space_for_leaves_nothing_behind() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("memory");
-        assert!(MappedFile::open(&path, u64::MAX, true).is_err());
-        assert!(MappedFile::open(&path, i64::MAX as u64 - 8191, true).is_err());
+        let temporary = tempfile::tempdir().unwrap();
+        let path = temporary.path().join("memory");
+        let folder = Folder::open(temporary.path()).unwrap();
+        let open = |bytes| MappedFile::open(&folder, "memory", bytes, true);
+        assert!(open(u64::MAX).is_err());
+        assert!(open(i64::MAX as u64 - 8191).is_err());
         assert!(!path.exists());
     }
 }

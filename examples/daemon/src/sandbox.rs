@@ -7,15 +7,15 @@
 //!
 //! What it keeps: opening files, since disks come at any time; sockets, for NBD and its own two; new
 //! threads; `ioctl`, which is how Xen's drivers are spoken to; `io_uring`, whose operations no filter
-//! sees.
+//! sees. Root without capabilities is still the owner of most files of a system: that is a lot, and
+//! what it may write to is for the service manager to bound, or for another user.
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::chown;
-use std::path::Path;
+use std::os::fd::BorrowedFd;
 
 use anyhow::{Context, Result, anyhow, bail};
-use rustix::fs::{Gid, Uid};
+use rustix::fs::{AtFlags, Gid, Uid, chownat};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
@@ -65,14 +65,25 @@ impl User {
         Ok(Self { uid, gid, groups })
     }
 
-    /// Makes a file or folder the user's.
+    /// Makes what was opened the user's: by its descriptor, since a path may lead elsewhere by now.
     ///
     /// # Errors
     ///
     /// What the system says.
-    pub fn own(&self, path: &Path) -> Result<()> {
-        chown(path, Some(self.uid), Some(self.gid))
-            .with_context(|| format!("cannot give {} to the user", path.display()))
+    pub fn own(&self, descriptor: BorrowedFd<'_>) -> Result<()> {
+        let (uid, gid) = (Uid::from_raw(self.uid), Gid::from_raw(self.gid));
+        chownat(descriptor, "", Some(uid), Some(gid), AtFlags::EMPTY_PATH)
+            .context("cannot give it to the user")
+    }
+
+    /// Its number.
+    pub fn uid(&self) -> u32 {
+        self.uid
+    }
+
+    #[cfg(test)]
+    pub(crate) fn with_ids(uid: u32, gid: u32) -> Self {
+        Self { uid, gid, groups: Vec::new() }
     }
 
     /// Becomes the user, for good.
@@ -142,6 +153,22 @@ fn allowed() -> Result<BpfProgram> {
     for number in [libc::SYS_mmap, libc::SYS_mprotect] {
         rules.insert(number, vec![without_flag(2, libc::PROT_EXEC as u64)?]);
     }
+    // Signals to this process alone: by `abort`. Without that, root without capabilities may end, pin
+    // or signal every other process of root.
+    let own = std::process::id().into();
+    rules.insert(libc::SYS_tgkill, vec![rule([equal(0, own)?])?]);
+    rules.insert(libc::SYS_sched_setaffinity, vec![rule([equal(0, 0)?])?]);
+    let signals = [F_SETOWN, F_SETSIG, F_SETOWN_EX].map(|command| differs(1, command));
+    rules.insert(libc::SYS_fcntl, vec![rule(signals.into_iter().collect::<Result<Vec<_>>>()?)?]);
+    // No input to the terminal that it was started from, which a shell of root reads.
+    let typing = [libc::TIOCSTI as u64, TIOCLINUX].map(|request| differs(1, request));
+    rules.insert(libc::SYS_ioctl, vec![rule(typing.into_iter().collect::<Result<Vec<_>>>()?)?]);
+    // The network and local sockets, none of the kernel's other interfaces.
+    let families = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6];
+    let family = |family: &i32| rule([equal(0, *family as u64)?]);
+    rules.insert(libc::SYS_socket, families.iter().map(family).collect::<Result<_>>()?);
+    // To name a thread.
+    rules.insert(libc::SYS_prctl, vec![rule([equal(0, libc::PR_SET_NAME as u64)?])?]);
     program(rules, SeccompAction::Errno(libc::EPERM as u32), SeccompAction::Allow)
 }
 
@@ -156,6 +183,40 @@ fn program(
         .map_err(|error| anyhow!("the filter of system calls: {error}"))
 }
 
+/// Commands of `fcntl` that say to whom a signal goes, and which (`asm-generic/fcntl.h`).
+const F_SETOWN: u64 = 8;
+const F_SETSIG: u64 = 10;
+const F_SETOWN_EX: u64 = 15;
+
+/// The request of `ioctl` that pastes into a console (`asm-generic/ioctls.h`).
+const TIOCLINUX: u64 = 0x541C;
+
+/// The kernel takes only the lower half of these arguments: a filter that looked at all of it would
+/// be passed by with a bit in the upper half.
+fn equal(argument: u8, value: u64) -> Result<SeccompCondition> {
+    condition(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)
+}
+
+fn differs(argument: u8, value: u64) -> Result<SeccompCondition> {
+    condition(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, value)
+}
+
+fn condition(
+    argument: u8,
+    length: SeccompCmpArgLen,
+    operator: SeccompCmpOp,
+    value: u64,
+) -> Result<SeccompCondition> {
+    SeccompCondition::new(argument, length, operator, value)
+        .map_err(|error| anyhow!("the filter of system calls: {error}"))
+}
+
+/// All of the conditions.
+fn rule(conditions: impl Into<Vec<SeccompCondition>>) -> Result<SeccompRule> {
+    SeccompRule::new(conditions.into())
+        .map_err(|error| anyhow!("the filter of system calls: {error}"))
+}
+
 fn flag(argument: u8, flag: u64) -> Result<SeccompRule> {
     masked(argument, flag, flag)
 }
@@ -166,12 +227,10 @@ fn without_flag(argument: u8, flag: u64) -> Result<SeccompRule> {
 
 fn masked(argument: u8, mask: u64, value: u64) -> Result<SeccompRule> {
     let operator = SeccompCmpOp::MaskedEq(mask);
-    SeccompCondition::new(argument, SeccompCmpArgLen::Qword, operator, value)
-        .and_then(|condition| SeccompRule::new(vec![condition]))
-        .map_err(|error| anyhow!("the filter of system calls: {error}"))
+    rule([condition(argument, SeccompCmpArgLen::Qword, operator, value)?])
 }
 
-/// What serving disks takes.
+/// What serving disks takes, besides what is looked at more closely.
 const ALLOWED: &[i64] = &[
     // Files: disks, the runtime folder, what the system says of devices.
     libc::SYS_openat,
@@ -200,14 +259,11 @@ const ALLOWED: &[i64] = &[
     libc::SYS_unlinkat,
     libc::SYS_mkdirat,
     libc::SYS_fchmodat,
-    libc::SYS_fcntl,
-    libc::SYS_ioctl,
     // io_uring.
     libc::SYS_io_uring_setup,
     libc::SYS_io_uring_enter,
     libc::SYS_io_uring_register,
     // Sockets: NBD, commands, metrics.
-    libc::SYS_socket,
     libc::SYS_connect,
     libc::SYS_bind,
     libc::SYS_listen,
@@ -222,7 +278,7 @@ const ALLOWED: &[i64] = &[
     libc::SYS_getsockname,
     libc::SYS_getpeername,
     libc::SYS_shutdown,
-    // Memory. Mapping and protecting is looked at more closely.
+    // Memory.
     libc::SYS_munmap,
     libc::SYS_mremap,
     libc::SYS_madvise,
@@ -233,7 +289,6 @@ const ALLOWED: &[i64] = &[
     libc::SYS_rseq,
     libc::SYS_sched_yield,
     libc::SYS_sched_getaffinity,
-    libc::SYS_sched_setaffinity,
     libc::SYS_sigaltstack,
     libc::SYS_rt_sigprocmask,
     libc::SYS_rt_sigaction,
@@ -251,8 +306,6 @@ const ALLOWED: &[i64] = &[
     libc::SYS_clock_gettime,
     libc::SYS_gettimeofday,
     libc::SYS_getrandom,
-    // To name a thread.
-    libc::SYS_prctl,
     // To know, and to end.
     libc::SYS_getpid,
     libc::SYS_gettid,
@@ -260,7 +313,6 @@ const ALLOWED: &[i64] = &[
     libc::SYS_geteuid,
     libc::SYS_uname,
     libc::SYS_sysinfo,
-    libc::SYS_tgkill,
     libc::SYS_exit,
     libc::SYS_exit_group,
     // What only some processors have.
@@ -287,6 +339,7 @@ const ALLOWED: &[i64] = &[
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mapped::MappedFile;
 
     const USERS: &str = "root:x:0:0:root:/root:/bin/bash\npvblkd:x:123:456::/:/bin/false\n";
     const GROUPS: &str = "root:x:0:\ndisk:x:6:other,pvblkd\nxen:x:99:pvblkd\npv:x:98:pvblkdx\n";
@@ -326,8 +379,10 @@ mod tests {
             let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
             std::thread::spawn(move || listener.accept().map(drop).unwrap())
                 .join_after(|| drop(std::os::unix::net::UnixStream::connect(&socket).unwrap()));
-            let (mapped, _) = crate::mapped::MappedFile::open(&file, 8192, false).unwrap();
+            let opened = crate::folder::Folder::open(folder.path()).unwrap();
+            let (mapped, _) = MappedFile::open(&opened, "file", 8192, false).unwrap();
             mapped.remove();
+            assert!(opened.names() == ["socket"] && opened.size_of("file").is_none());
             let boxed = vec![1_u8; 32 << 20];
             assert_eq!(boxed.iter().map(|byte| u64::from(*byte)).sum::<u64>(), 32 << 20);
             drop(folder);
@@ -352,6 +407,78 @@ mod tests {
             assert_eq!(error.kind(), std::io::ErrorKind::PermissionDenied);
             let error = rustix::mm::mlockall(rustix::mm::MlockAllFlags::CURRENT).unwrap_err();
             assert_eq!(error, rustix::io::Errno::PERM);
+        });
+    }
+
+    /// What `confined` refuses.
+    fn refused<T>(result: rustix::io::Result<T>) -> bool {
+        result.err() == Some(rustix::io::Errno::PERM)
+    }
+
+    #[test]
+    #[allow(unsafe_code, reason = "system calls with arguments that no safe wrapper takes")]
+    fn no_memory_is_run() {
+        use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect};
+
+        confined(|| {
+            let map = |protection| {
+                // SAFETY: a new mapping of its own, which nobody uses.
+                unsafe { mmap_anonymous(std::ptr::null_mut(), 4096, protection, MapFlags::PRIVATE) }
+            };
+            let page = map(ProtFlags::READ | ProtFlags::WRITE).unwrap();
+            for more in [ProtFlags::EXEC, ProtFlags::READ | ProtFlags::EXEC, ProtFlags::all()] {
+                assert!(refused(map(more)), "{more:?}");
+            }
+            // SAFETY: as above.
+            let protect = |flags| unsafe { mprotect(page, 4096, flags) };
+            for more in [MprotectFlags::EXEC, MprotectFlags::READ | MprotectFlags::EXEC] {
+                assert!(refused(protect(more)), "{more:?}");
+            }
+            protect(MprotectFlags::READ).unwrap();
+        });
+    }
+
+    #[test]
+    #[allow(unsafe_code, reason = "system calls with arguments that no safe wrapper takes")]
+    fn nobody_else_is_reached() {
+        use rustix::net::{AddressFamily, SocketType, socket};
+
+        confined(|| {
+            // Their other halves, too, which the kernel does not look at.
+            let high = 1_i64 << 32;
+            let call = |number: i64, arguments: [i64; 3]| {
+                let [first, second, third] = arguments;
+                // SAFETY: none of these takes an address, or it is null.
+                let result = unsafe { libc::syscall(number, first, second, third) };
+                (result, std::io::Error::last_os_error().raw_os_error())
+            };
+            let eperm = (-1, Some(libc::EPERM));
+            let own = i64::from(std::process::id());
+            let thread = rustix::thread::gettid().as_raw_nonzero().get().into();
+            for other in [1, 1 | high, own + high + 1] {
+                assert_eq!(call(libc::SYS_tgkill, [other, 1, 0]), eperm);
+                assert_eq!(call(libc::SYS_sched_setaffinity, [other, 0, 0]), eperm);
+            }
+            assert_eq!(call(libc::SYS_tgkill, [own, thread, 0]).0, 0);
+            for request in [libc::TIOCSTI as i64, TIOCLINUX as i64] {
+                assert_eq!(call(libc::SYS_ioctl, [0, request, 0]), eperm);
+                assert_eq!(call(libc::SYS_ioctl, [0, request | high, 0]), eperm);
+            }
+            for command in [F_SETOWN, F_SETSIG, F_SETOWN_EX] {
+                assert_eq!(call(libc::SYS_fcntl, [0, command as i64, 0]), eperm);
+                assert_eq!(call(libc::SYS_fcntl, [0, command as i64 | high, 0]), eperm);
+            }
+            for option in [libc::PR_SET_DUMPABLE, libc::PR_SET_PTRACER] {
+                assert_eq!(call(libc::SYS_prctl, [option.into(), 0, 0]), eperm);
+            }
+            for family in [AddressFamily::NETLINK, AddressFamily::PACKET, AddressFamily::VSOCK] {
+                assert!(refused(socket(family, SocketType::RAW, None)), "{family:?}");
+            }
+            for family in [AddressFamily::UNIX, AddressFamily::INET, AddressFamily::INET6] {
+                assert!(!refused(socket(family, SocketType::STREAM, None)), "{family:?}");
+            }
+            rustix::thread::set_name(c"confined").unwrap();
+            rustix::io::fcntl_getfd(std::io::stdin()).unwrap();
         });
     }
 }

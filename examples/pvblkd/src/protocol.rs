@@ -19,7 +19,9 @@ use anyhow::{Context, Result, anyhow};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::deadline::Deadline;
 use crate::mail::Mailbox;
+use crate::sandbox::User;
 use crate::size::Size;
 use crate::socket;
 use crate::status::Registry;
@@ -68,16 +70,17 @@ pub struct Resize {
 /// The longest request, in bytes.
 const LINE_MAX: u64 = 4096;
 
-/// How long a client may take for a line, and the daemon for an answer.
+/// How long a client may take to ask, the daemon to find the answer, and the client to take it: each
+/// as a whole.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Waits for clients at `path`, which only the owner may connect to.
+/// Waits for clients at `path`, which only the owner may connect to: `user`, if there is one.
 ///
 /// # Errors
 ///
 /// If the socket cannot be made; above all, if another daemon has it.
-pub fn listen(path: &Path) -> Result<UnixListener> {
-    socket::listen(path, 0o600)
+pub fn listen(path: &Path, user: Option<&User>) -> Result<UnixListener> {
+    socket::listen(path, 0o600, user)
 }
 
 /// Answers clients, one after the other. It returns only if the socket breaks.
@@ -103,18 +106,16 @@ fn serve_client<T: From<Resize>>(
     registry: &Registry,
     daemon: &Mailbox<T>,
 ) -> Result<()> {
-    client.set_read_timeout(Some(PATIENCE))?;
-    client.set_write_timeout(Some(PATIENCE))?;
+    let asking = Deadline::new(client, PATIENCE);
     let mut line = String::new();
-    BufReader::new(client.take(LINE_MAX)).read_line(&mut line)?;
+    BufReader::new(asking.take(LINE_MAX)).read_line(&mut line)?;
     let answer = match answer(&line, registry, daemon) {
         Ok(value) => Answer::Ok(value),
         Err(error) => Answer::Error(format!("{error:#}")),
     };
     let mut text = serde_json::to_string(&answer)?;
     text.push('\n');
-    let mut client = client;
-    client.write_all(text.as_bytes())?;
+    Deadline::new(client, PATIENCE).write_all(text.as_bytes())?;
     Ok(())
 }
 
@@ -172,10 +173,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("control.sock");
         fs::write(&path, "what was there before").unwrap();
-        assert!(listen(&path).is_err(), "it is somebody's file");
+        assert!(listen(&path, None).is_err(), "it is somebody's file");
         fs::remove_file(&path).unwrap();
-        drop(listen(&path).unwrap());
-        let listener = listen(&path).unwrap();
+        drop(listen(&path, None).unwrap());
+        let listener = listen(&path, None).unwrap();
         let registry = Registry::default();
         let name = DiskName { class: "pvblk", domain: 7, device: 51728 };
         registry.add(&name).update(|condition| condition.guest = "web".into());
@@ -221,8 +222,30 @@ mod tests {
         assert_eq!(mode & 0o777, 0o600);
     }
 
+    #[test]
+    fn a_client_that_drips_does_not_keep_others_waiting() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("control.sock");
+        let listener = listen(&path, None).unwrap();
+        let mailbox = Mailbox::<Resize>::new().unwrap();
+        thread::spawn(move || serve(&listener, &Registry::default(), &mailbox));
+        let mut dripping = UnixStream::connect(&path).unwrap();
+        dripping.write_all(b"{").unwrap();
+        thread::spawn(move || {
+            while dripping.write_all(b" ").is_ok() {
+                thread::sleep(Duration::from_millis(450));
+            }
+        });
+        let mut other = UnixStream::connect(&path).unwrap();
+        other.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
+        other.write_all(b"{\"command\":\"list\"}\n").unwrap();
+        let mut line = String::new();
+        BufReader::new(other).read_line(&mut line).unwrap();
+        assert_eq!(line, "{\"ok\":[]}\n");
+    }
+
     fn listen_is_taken(path: &Path) -> bool {
-        listen(path).is_err_and(|error| error.to_string().contains("another daemon"))
+        listen(path, None).is_err_and(|error| error.to_string().contains("another daemon"))
     }
 
     #[test]

@@ -4,18 +4,24 @@
 //! memory, and what their queues had in progress, are in files of a tmpfs, one each, which are
 //! removed when a disk or a connection ends in an orderly way.
 
-use std::fs;
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use anyhow::{Context, Result};
 use pvblk::memory::PAGE_BYTES;
 
+use crate::folder::Folder;
 use crate::mapped::{MappedFile, Origin};
+use crate::protocol;
+use crate::sandbox::User;
 
 /// The socket in the folder by which commands reach the daemon.
+const SOCKET: &str = "control.sock";
+
+/// Where the socket in a folder is.
 pub fn socket(folder: &Path) -> PathBuf {
-    folder.join("control.sock")
+    folder.join(SOCKET)
 }
 
 /// A disk, as the names of its files have it: class, guest, device.
@@ -32,7 +38,7 @@ pub struct DiskName {
 /// The folder.
 #[derive(Clone, Debug)]
 pub struct Runtime {
-    folder: PathBuf,
+    folder: Folder,
 }
 
 impl Runtime {
@@ -40,18 +46,40 @@ impl Runtime {
     ///
     /// # Errors
     ///
-    /// What the system says.
-    pub fn open(folder: &Path) -> io::Result<Self> {
-        match fs::DirBuilder::new().mode(0o700).create(folder) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            result => result?,
-        }
-        Ok(Self { folder: folder.into() })
+    /// If it is another user's, or others may write to it; what the system says.
+    pub fn open(folder: &Path) -> Result<Self> {
+        Self::open_for(folder, None)
+    }
+
+    /// The same for a `user` that this program is going to be.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`open`](Self::open).
+    pub fn open_for(folder: &Path, user: Option<&User>) -> Result<Self> {
+        let opened = Folder::open_own(folder, user);
+        let opened = opened.with_context(|| format!("the folder {}", folder.display()))?;
+        Ok(Self { folder: opened })
     }
 
     /// Where it is.
     pub fn folder(&self) -> &Path {
-        &self.folder
+        self.folder.path()
+    }
+
+    /// Waits for commands, by the socket in the folder.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`protocol::listen`].
+    pub fn listen(&self, user: Option<&User>) -> Result<UnixListener> {
+        let place = || format!("for the commands, in {}", self.folder().display());
+        protocol::listen(&self.folder.path_of(SOCKET), user).with_context(place)
+    }
+
+    /// Removes the socket: nobody answers any more.
+    pub fn remove_socket(&self) {
+        let _ = self.folder.remove(SOCKET);
     }
 
     /// The content of a disk in memory.
@@ -65,17 +93,23 @@ impl Runtime {
         bytes: u64,
         keep: bool,
     ) -> io::Result<(MappedFile, Origin)> {
-        MappedFile::open(&self.path("memory", disk, None), bytes, keep)
+        MappedFile::open(&self.folder, &name("memory", disk, None), bytes, keep)
     }
 
     /// Whether there is the content of a disk of that size.
     pub fn has_memory(&self, disk: &DiskName, bytes: u64) -> bool {
-        is_file_of(&self.path("memory", disk, None), bytes)
+        self.has(&name("memory", disk, None), bytes)
     }
 
     /// Whether there is memory with that name, of that size.
     pub fn has_named_memory(&self, name: &str, bytes: u64) -> bool {
-        is_file_of(&self.folder.join(format!("named-{name}")), bytes)
+        self.has(&format!("named-{name}"), bytes)
+    }
+
+    /// Whether there is a file of so many bytes, rounded up to pages.
+    fn has(&self, name: &str, bytes: u64) -> bool {
+        let wanted = bytes.next_multiple_of(PAGE_BYTES as u64);
+        self.folder.size_of(name) == Some(wanted)
     }
 
     /// Memory that has a name: it stays until somebody removes its file, or the machine is shut down.
@@ -84,17 +118,17 @@ impl Runtime {
     ///
     /// If it is there with another size; those of [`MappedFile::open`].
     pub fn named_memory(&self, name: &str, bytes: u64) -> io::Result<MappedFile> {
-        let path = self.folder.join(format!("named-{name}"));
-        let there = fs::metadata(&path).map(|metadata| metadata.len());
+        let name = format!("named-{name}");
+        let there = self.folder.size_of(&name);
         let wanted = bytes.next_multiple_of(PAGE_BYTES as u64);
-        if there.as_ref().is_ok_and(|there| *there != wanted) {
+        if there.is_some_and(|there| there != wanted) {
             let text = format!(
                 "{} is there with another size: remove it if it is not wanted any more",
-                path.display()
+                self.folder().join(&name).display()
             );
             return Err(io::Error::other(text));
         }
-        MappedFile::open(&path, bytes, true).map(|(file, _)| file)
+        MappedFile::open(&self.folder, &name, bytes, true).map(|(file, _)| file)
     }
 
     /// What a queue of a disk has in progress: `bytes` bytes, of zeroes unless `keep` says that the
@@ -110,32 +144,24 @@ impl Runtime {
         bytes: u64,
         keep: bool,
     ) -> io::Result<(MappedFile, Origin)> {
-        let path = self.path("journal", disk, Some(queue));
+        let name = name("journal", disk, Some(queue));
         if !keep {
             // Another daemon may still have it mapped, whose connection is over.
-            let _ = fs::remove_file(&path);
+            let _ = self.folder.remove(&name);
         }
-        MappedFile::open(&path, bytes, keep)
-    }
-
-    fn path(&self, kind: &str, disk: &DiskName, queue: Option<usize>) -> PathBuf {
-        let DiskName { class, domain, device } = disk;
-        let queue = queue.map(|queue| format!("-{queue}")).unwrap_or_default();
-        self.folder.join(format!("{kind}-{class}-{domain}-{device}{queue}"))
+        MappedFile::open(&self.folder, &name, bytes, keep)
     }
 
     /// Removes the files of disks that there are no more: of guests that went while no daemon was
     /// there. `is_gone` says of a disk of one of the `classes` whether that is so; files of other
     /// classes are those of another daemon, or of this one with other settings.
     pub fn sweep(&self, classes: &[&'static str], is_gone: impl Fn(&DiskName) -> bool) {
-        let Ok(entries) = fs::read_dir(&self.folder) else { return };
-        for entry in entries.flatten() {
-            let name = entry.file_name();
-            let Some((class, domain, device)) = name.to_str().and_then(disk_of) else { continue };
+        for name in self.folder.names() {
+            let Some((class, domain, device)) = disk_of(&name) else { continue };
             let Some(class) = classes.iter().find(|served| **served == class) else { continue };
             if is_gone(&DiskName { class, domain, device }) {
-                log::info!("removing {}: its disk is gone", entry.path().display());
-                let _ = fs::remove_file(entry.path());
+                log::info!("removing {}: its disk is gone", self.folder().join(&name).display());
+                let _ = self.folder.remove(&name);
             }
         }
     }
@@ -152,21 +178,20 @@ impl Runtime {
     }
 
     fn remove(&self, kind: &str, disk: &DiskName) {
-        let Ok(entries) = fs::read_dir(&self.folder) else { return };
-        for entry in entries.flatten() {
-            let name = entry.file_name();
-            let of = name.to_str().filter(|name| name.starts_with(kind)).and_then(disk_of);
+        for name in self.folder.names() {
+            let of = Some(&*name).filter(|name| name.starts_with(kind)).and_then(disk_of);
             if of.is_some_and(|of| (&*of.0, of.1, of.2) == (disk.class, disk.domain, disk.device)) {
-                let _ = fs::remove_file(entry.path());
+                let _ = self.folder.remove(&name);
             }
         }
     }
 }
 
-/// Whether there is a file of so many bytes, rounded up to pages.
-fn is_file_of(path: &Path, bytes: u64) -> bool {
-    let wanted = bytes.next_multiple_of(PAGE_BYTES as u64);
-    fs::metadata(path).is_ok_and(|there| there.len() == wanted)
+/// What a file of a disk is called.
+fn name(kind: &str, disk: &DiskName, queue: Option<usize>) -> String {
+    let DiskName { class, domain, device } = disk;
+    let queue = queue.map(|queue| format!("-{queue}")).unwrap_or_default();
+    format!("{kind}-{class}-{domain}-{device}{queue}")
 }
 
 /// Whose file this is.
@@ -179,6 +204,9 @@ fn disk_of(name: &str) -> Option<(String, u16, u32)> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
     use super::*;
 
     fn disk(domain: u16) -> DiskName {
@@ -196,6 +224,26 @@ mod tests {
         assert_eq!(&bytes, b"kept");
         let error = runtime.named_memory("swap", 8192).unwrap_err();
         assert!(error.to_string().contains("another size"));
+    }
+
+    #[test]
+    fn nothing_is_written_through_a_link() {
+        let outer = tempfile::tempdir().unwrap();
+        let target = outer.path().join("target");
+        fs::write(&target, "untouched").unwrap();
+        let runtime = Runtime::open(&outer.path().join("run")).unwrap();
+        for name in ["named-swap", "memory-pvblk-1-51728", "journal-pvblk-1-51728-0", SOCKET] {
+            symlink(&target, runtime.folder().join(name)).unwrap();
+        }
+        assert!(runtime.named_memory("swap", 512).is_err());
+        assert!(runtime.memory(&disk(1), 4096, false).is_err());
+        assert!(runtime.journal(&disk(1), 0, 4096, true).is_err());
+        assert!(runtime.listen(None).is_err());
+        assert_eq!(fs::read(&target).unwrap(), b"untouched");
+        runtime.sweep(&["pvblk"], |_| true);
+        runtime.remove_socket();
+        assert_eq!(fs::read_dir(runtime.folder()).unwrap().count(), 1, "the one with a name");
+        assert_eq!(fs::read(&target).unwrap(), b"untouched");
     }
 
     #[test]

@@ -20,7 +20,7 @@ use crate::mail::Mailbox;
 use crate::metrics;
 use crate::notify;
 use crate::protocol;
-use crate::runtime::{self, Runtime};
+use crate::runtime::Runtime;
 use crate::sandbox::{self, User};
 use crate::toolstack;
 
@@ -46,25 +46,20 @@ pub fn serve(options: &Serve) -> Result<()> {
     let control = Control::open()?;
     raise_file_limit();
     let folder = config.runtime.clone().unwrap_or_else(|| RUNTIME.into());
-    let runtime = Runtime::open(&folder).with_context(|| format!("no {}", folder.display()))?;
-    let commands = protocol::listen(&runtime::socket(&folder))?;
+    let user = config.user.as_deref().map(User::find).transpose()?;
+    if options.no_sandbox && user.is_some() {
+        bail!("--user makes no sense with --no-sandbox");
+    }
+    let runtime = Runtime::open_for(&folder, user.as_ref())?;
+    let commands = runtime.listen(user.as_ref())?;
     let metrics = config.metrics.as_deref().map(str::parse::<Address>).transpose()?;
     let metrics = metrics.as_ref().map(Listener::open).transpose()?;
-    let user = config.user.as_deref().map(User::find).transpose()?;
-    if let Some(user) = &user {
-        user.own(&folder)?;
-        user.own(&runtime::socket(&folder))?;
-    }
     let processors = if config.pin.unwrap_or(false) { processors() } else { Vec::new() };
 
     let signals = Signals::new([SIGTERM, SIGINT]).context("signals")?;
 
     // Before there are other threads: they have what this one has.
-    if options.no_sandbox {
-        if user.is_some() {
-            bail!("--user makes no sense with --no-sandbox");
-        }
-    } else {
+    if !options.no_sandbox {
         sandbox::drop_privileges(user.as_ref())?;
         sandbox::filter_system_calls()?;
         // Again, as what it is now.
@@ -73,7 +68,7 @@ pub fn serve(options: &Serve) -> Result<()> {
 
     let mailbox = Mailbox::new()?;
     let store = Store::new(&control);
-    let common = Common::new(Xen, config, runtime, mailbox.clone(), processors);
+    let common = Common::new(Xen, config, runtime.clone(), mailbox.clone(), processors);
     let registry = common.registry.clone();
     let mut daemon = Daemon::new(Arc::new(common), &store, &control, &classes)?;
 
@@ -86,7 +81,7 @@ pub fn serve(options: &Serve) -> Result<()> {
     notify::ready();
     daemon.run();
     notify::stopping();
-    let _ = std::fs::remove_file(runtime::socket(&folder));
+    runtime.remove_socket();
     Ok(())
 }
 

@@ -303,6 +303,46 @@ fn a_disk_that_our_script_waits_for_says_why_it_fails() {
     daemon.stop();
 }
 
+/// XenStore takes 4096 bytes at a time, and the names of files are longer.
+#[test]
+fn a_long_reason_reaches_the_toolstack() {
+    let folder = tempfile::tempdir().unwrap();
+    let host = host();
+    let daemon = Running::start(&host, folder.path());
+    let mut vbd = pvblk_simulated::Vbd::new(BACK, GUEST, XVDB.0);
+    vbd.params = format!("/{}", "nowhere/".repeat(505));
+    vbd.script = Some("/etc/xen/scripts/block-pvblkd".into());
+    host.attach_vbd(&vbd);
+    let at = |name: &str| host.store_read(&format!("{}/{name}", vbd.backend_path()));
+    eventually("the script is told", || at("hotplug-status").as_deref() == Some("error"));
+    let reason = at("hotplug-error").unwrap();
+    assert!(reason.len() <= 1024 && reason.contains("/nowhere/nowhere/"), "{reason}");
+    daemon.stop();
+}
+
+/// `xl destroy` in the middle of `xl block-attach`: nobody takes the device away.
+#[test]
+fn a_disk_whose_guest_is_gone_is_let_go() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, path) = file_of(folder.path(), 1);
+    let host = host();
+    let daemon = Running::start(&host, &folder.path().join("run"));
+    let mut vbd = pvblk_simulated::Vbd::new(BACK, GUEST, XVDB.0);
+    vbd.params = source;
+    vbd.script = Some("/etc/xen/scripts/block-pvblkd".into());
+    host.attach_vbd(&vbd);
+    let is_open = || {
+        let open = fs::read_dir("/proc/self/fd").unwrap().flatten();
+        open.into_iter().any(|link| fs::read_link(link.path()).is_ok_and(|target| target == path))
+    };
+    daemon.wait("opened", |disk| disk.sectors > 0);
+    assert!(is_open());
+    host.store_remove(&format!("/local/domain/{}", GUEST.0));
+    eventually("forgotten", || daemon.disks().is_empty());
+    eventually("closed", || !is_open());
+    daemon.stop();
+}
+
 #[test]
 fn several_queues_and_several_disks() {
     let folder = tempfile::tempdir().unwrap();
@@ -571,7 +611,7 @@ fn nothing_that_is_given_up_is_missed() {
         let host = host();
         let daemon = Running::start(&host, &run);
         let socket = pvblkd::runtime::socket(&run);
-        let listener = pvblkd::protocol::listen(&socket).unwrap();
+        let listener = pvblkd::protocol::listen(&socket, None).unwrap();
         let (registry, mailbox) = (daemon.registry.clone(), daemon.mailbox.clone());
         thread::spawn(move || pvblkd::protocol::serve(&listener, &registry, &mailbox));
         let synchronous = DiskOptions { synchronous: Some(true), ..DiskOptions::default() };

@@ -1,11 +1,13 @@
 //! Everything around the device.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::sync::Arc;
 use std::thread;
 
 use anyhow::{Context, Result, bail};
 use pvblk_daemon::backing::{Backing, DiskOrigin};
+use pvblk_daemon::folder::Folder;
 use pvblk_daemon::http::{Address, Listener};
 use pvblk_daemon::mapped::{MappedFile, Origin};
 use pvblk_daemon::sandbox::{self, User};
@@ -32,26 +34,24 @@ pub fn serve(cli: &Cli) -> Result<()> {
 
     // What takes privileges.
     raise_file_limit();
+    let user = cli.user.as_deref().map(User::find).transpose()?;
+    if cli.no_sandbox && user.is_some() {
+        bail!("--user makes no sense with --no-sandbox");
+    }
     // A socket that was left there is one of an earlier process, whose guest comes back.
     let origin = match fs::symlink_metadata(&cli.socket) {
         Ok(_) => DiskOrigin::InUse,
         Err(_) => DiskOrigin::New,
     };
-    let listener = socket::listen(&cli.socket, cli.socket_mode)?;
+    let listener = socket::listen(&cli.socket, cli.socket_mode, user.as_ref())?;
     let metrics = cli.metrics.as_deref().map(str::parse::<Address>).transpose()?;
     let metrics = metrics.as_ref().map(Listener::open).transpose()?;
-    let user = cli.user.as_deref().map(User::find).transpose()?;
-    if let Some(user) = &user {
-        user.own(&cli.socket)?;
-    }
     let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("signals")?;
 
     // Before there are other threads: they have what this one has.
     if !cli.no_sandbox {
         sandbox::drop_privileges(user.as_ref())?;
         sandbox::filter_system_calls()?;
-    } else if user.is_some() {
-        bail!("--user makes no sense with --no-sandbox");
     }
 
     // As what it is now: it must be able to open it again and again.
@@ -110,15 +110,17 @@ fn open(cli: &Cli, source: &Source, origin: DiskOrigin) -> Result<Backing> {
     Backing::open(source, &options, |memory| {
         let (size, file) = (memory.size, cli.memory_file());
         let geometry = options.memory(size)?;
-        let there = fs::metadata(&file).map(|metadata| metadata.len());
-        if there.is_ok_and(|there| !is_as_large(there, size)) {
+        let place = || format!("no {size} of memory in {}", folder(&file).display());
+        let opened = Folder::open(folder(&file)).with_context(place)?;
+        let name = file.file_name().and_then(OsStr::to_str).context("the name of the socket")?;
+        if opened.size_of(name).is_some_and(|there| !is_as_large(there, size)) {
             bail!(
                 "{} is there with another size: remove it if it is not wanted any more",
                 file.display()
             );
         }
-        let place = || format!("no {size} of memory in {}", folder(&file).display());
-        let (mapped, origin) = MappedFile::open(&file, size.bytes(), true).with_context(place)?;
+        let (mapped, origin) =
+            MappedFile::open(&opened, name, size.bytes(), true).with_context(place)?;
         if origin == Origin::Kept {
             log::info!("{}: as it was left", file.display());
         }
