@@ -419,3 +419,33 @@ fn an_indirect_round_fetches_tables_then_data_then_gives_both_back() {
     drop(queue);
     raw.close();
 }
+
+/// What is kept for one queue leaves room for the ring of the next; and when there are more to share
+/// with, it gives up what is more than its share.
+#[test]
+fn kept_pages_leave_room_for_the_rings_of_others() {
+    let (world, disk) = (World::new(), disk());
+    world.back.set_map_limit(104);
+    world.back.set_kept_limit(100, usize::MAX);
+    let mut first = Pair::new(&world, ABIS[0], 0, &kept(300), &disk);
+    let pages = first.raw.pages(200);
+    let read_all = |pair: &mut Pair<'_>, from: u64| {
+        for (id, page) in (from..).zip(&pages) {
+            let answers = pair.ask_all(&[ABIS[0].direct(READ, id, 0, &[page.whole()])]);
+            assert!(answers.len() == 1 && answers[0].status == OKAY);
+        }
+    };
+    read_all(&mut first, 0);
+    assert_eq!(world.back.statistics().foreign_pages, 100, "the rest is copied");
+    let second = Pair::new(&world, ABIS[0], 0, &kept(300), &disk);
+    assert_eq!(world.back.statistics().foreign_pages, 101);
+    world.back.set_kept_limit(100, 30);
+    first.queue.engine_mut().tidy(0);
+    assert_eq!(world.back.statistics().foreign_pages, 2 + 30);
+    read_all(&mut first, 1000);
+    assert_eq!(world.back.statistics().foreign_pages, 2 + 30, "no more than the share");
+    let Pair { raw, queue, .. } = second;
+    drop(queue);
+    raw.end();
+    first.close(&world);
+}

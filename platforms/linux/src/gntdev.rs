@@ -149,6 +149,8 @@ pub(crate) struct GrantDevice {
     group_most: usize,
     /// Groups of which some pages were unmapped, with how many are left.
     broken: RefCell<BTreeMap<u64, usize>>,
+    /// Its queue's share of the mappings.
+    _member: budget::Member,
 }
 
 impl GrantDevice {
@@ -161,18 +163,20 @@ impl GrantDevice {
             file: device::open(Device::GrantMapping)?,
             group_most: if can_unmap_parts() { GROUP_MOST } else { 1 },
             broken: RefCell::default(),
+            _member: budget::Member::join(),
         })
     }
 
     pub(crate) fn map(&self, peer: DomainId, operations: &mut [MapOperation]) {
-        for alike in operations.chunk_by_mut(|one, next| one.access == next.access) {
+        let kind = |operation: &MapOperation| (operation.access, operation.purpose);
+        for alike in operations.chunk_by_mut(|one, next| kind(one) == kind(next)) {
             for group in alike.chunks_mut(self.group_most) {
                 self.map_group(peer, group);
             }
         }
     }
 
-    /// Maps pages with the same access as a group: two calls of the system, and one hypercall.
+    /// Maps pages with the same access and purpose as a group: two calls of the system, and one hypercall.
     /// The driver maps all or none, so after a bad reference each is tried alone.
     fn map_group(&self, peer: DomainId, group: &mut [MapOperation]) {
         match self.try_map(peer, group) {
@@ -197,7 +201,7 @@ impl GrantDevice {
         group: &[MapOperation],
     ) -> Result<(NonNull<u8>, u64), ForeignError> {
         let Some(first) = group.first() else { return Err(ForeignError::Refused) };
-        let reserved = budget::take(group.len()).ok_or(ForeignError::Exhausted)?;
+        let reserved = budget::take(group.len(), first.purpose).ok_or(ForeignError::Exhausted)?;
         let none = GrantName { domain: 0, reference: 0 };
         let count = group.len() as u32;
         let mut names = MapGrantRef { count, pad: 0, index: 0, names: [none; GROUP_MOST] };

@@ -119,6 +119,10 @@ unsafe impl ForeignGrants for Linux {
         // SAFETY: passed on from the caller.
         unsafe { self.worker.copy(peer, operations) }
     }
+
+    fn kept_share(&self) -> usize {
+        self.worker.kept_share()
+    }
 }
 
 impl EventChannels for Linux {

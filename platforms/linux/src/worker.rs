@@ -112,6 +112,11 @@ unsafe impl ForeignGrants for Worker {
         // SAFETY: passed on from the caller.
         unsafe { self.grants.copy(peer, operations) }
     }
+
+    /// The process's mappings are shared by all its queues, each with a device of its own.
+    fn kept_share(&self) -> usize {
+        crate::budget::share()
+    }
 }
 
 impl EventChannels for Worker {

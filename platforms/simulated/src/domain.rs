@@ -114,6 +114,13 @@ impl Domain {
         self.with(|domain| domain.foreign.limit = pages);
     }
 
+    /// From how many foreign pages on none is mapped to be kept, and how many each queue should keep.
+    pub fn set_kept_limit(&self, pages: usize, share: usize) {
+        self.with(|domain| {
+            (domain.foreign.kept_limit, domain.foreign.kept_share) = (pages, share);
+        });
+    }
+
     /// How many event channels may be open at once; 4095 at first.
     pub fn set_port_limit(&self, ports: usize) {
         self.with(|domain| domain.events.limit = ports);

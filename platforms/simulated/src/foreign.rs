@@ -3,6 +3,7 @@
 use pvblk::memory::{Access, PAGE_BYTES};
 use pvblk_xen::platform::{
     CopyDirection, CopyOperation, DomainId, ForeignError, GrantRef, MapOperation, MappedPage,
+    Purpose,
 };
 
 use crate::grants::GrantTable;
@@ -30,6 +31,10 @@ pub(crate) struct ForeignState {
     slots: Vec<Slot>,
     free: Vec<u32>,
     pub(crate) limit: usize,
+    /// Pages to be kept are not mapped from here on.
+    pub(crate) kept_limit: usize,
+    /// Pages that a queue should keep.
+    pub(crate) kept_share: usize,
     pub(crate) mapped: usize,
     pub(crate) most: usize,
     pub(crate) maps: u64,
@@ -50,6 +55,8 @@ impl ForeignState {
             slots: Vec::new(),
             free: Vec::new(),
             limit: usize::MAX,
+            kept_limit: usize::MAX,
+            kept_share: usize::MAX,
             mapped: 0,
             most: 0,
             maps: 0,
@@ -176,6 +183,11 @@ impl State {
     ) {
         self.domain(id).foreign.map_calls += 1;
         for operation in operations {
+            let foreign = &self.domain(id).foreign;
+            if operation.purpose == Purpose::Keep && foreign.mapped >= foreign.kept_limit {
+                operation.result = Err(ForeignError::Exhausted);
+                continue;
+            }
             let mapped = self.map_foreign(id, peer, operation.reference, operation.access);
             let mapped = mapped.map(|(token, page)| MappedPage { address: page.pointer(), token });
             operation.result = mapped.map_err(ForeignError::from);

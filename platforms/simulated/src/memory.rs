@@ -338,6 +338,10 @@ unsafe impl ForeignGrants for Domain {
         }
         self.if_alive((), |state| state.copy_batch(self.id, peer, operations));
     }
+
+    fn kept_share(&self) -> usize {
+        self.if_alive(0, |state| state.domain(self.id).foreign.kept_share)
+    }
 }
 
 #[cfg(test)]

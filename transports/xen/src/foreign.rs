@@ -22,6 +22,7 @@ use pvblk::plan::Segment;
 use crate::kept::Kept;
 use crate::platform::{
     CopyDirection, CopyOperation, DomainId, ForeignGrants, GrantRef, MapOperation, MappedPage,
+    Purpose,
 };
 
 /// How pages are reached that are not kept mapped.
@@ -144,11 +145,13 @@ impl<P: ForeignGrants> ForeignMemory<P> {
         let slots = (0..count as u32)
             .map(|i| Slot { next: if i + 1 < count as u32 { i + 1 } else { NONE }, ..empty })
             .collect();
+        let mut kept = Kept::new(reach.kept_references, reach.kept_pages, reach.kept_unused);
+        kept.set_share(platform.kept_share());
         Some(Self {
             platform,
             peer,
             path: reach.path,
-            kept: Kept::new(reach.kept_references, reach.kept_pages, reach.kept_unused),
+            kept,
             round: 0,
             slots,
             free: if count > 0 { 0 } else { NONE },
@@ -263,8 +266,8 @@ impl<P: ForeignGrants> ForeignMemory<P> {
                 slot.how = How::Mapped(page);
                 Some(page.address)
             }
-            // Kept pages are mapped to write. One that is granted for reading only is reached for
-            // this request alone.
+            // Kept pages are mapped to write, and only while there is much room. One that is granted
+            // for reading only, or finds no room, is reached for this request alone.
             (None, true) => return self.begin_once(number),
             (None, false) => None,
         };
@@ -344,7 +347,8 @@ unsafe impl<P: ForeignGrants> PeerMemory for ForeignMemory<P> {
         *slot = Slot { segment: *segment, access, how: How::Failed, ..*slot };
         if self.kept.wants(segment.handle, self.coming) {
             self.coming += 1;
-            self.maps.push(MapOperation::new(segment.handle, Access::ReadWrite));
+            let access = Access::ReadWrite;
+            self.maps.push(MapOperation::with_purpose(segment.handle, access, Purpose::Keep));
             self.begun.push(Begun { slot: number, keep: true });
         } else {
             self.begin_once(number);
@@ -387,6 +391,7 @@ unsafe impl<P: ForeignGrants> PeerMemory for ForeignMemory<P> {
 
     fn tidy(&mut self, oldest: u32, now: u64) {
         let Self { kept, unmaps, counts, platform, .. } = self;
+        kept.set_share(platform.kept_share());
         kept.tidy(self.round, oldest, now, |page| {
             counts.given_up += 1;
             if unmaps.len() == unmaps.capacity() {

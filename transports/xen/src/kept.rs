@@ -29,7 +29,10 @@ pub(crate) struct Kept {
     rounds: Box<[u32]>,
     /// What is kept, in no order, with what the platform wants to unmap it.
     members: Vec<(GrantRef, u64)>,
+    /// The most pages that there is memory for here.
     limit: usize,
+    /// The most that should be kept now, as others need room, too: at most `limit`.
+    share: usize,
     /// Whether a page was not kept since the last purge because there were too many.
     overflowed: bool,
     /// Rounds of the past, and the times at which they were.
@@ -51,10 +54,16 @@ impl Kept {
             rounds: core::iter::repeat_n(0, references).collect(),
             members: Vec::with_capacity(limit),
             limit,
+            share: limit,
             overflowed: false,
             marks: heapless::Deque::new(),
             unused,
         }
+    }
+
+    /// Keeps no more than `share` pages from now on. What is more goes with the next [tidy](Self::tidy).
+    pub fn set_share(&mut self, share: usize) {
+        self.share = share.min(self.limit);
     }
 
     /// Looks a page up by its reference; it counts as used in `round`.
@@ -155,7 +164,7 @@ impl Kept {
         if reference.0 as usize >= self.pages.len() {
             return false;
         }
-        let full = self.members.len() + coming >= self.limit;
+        let full = self.members.len() + coming >= self.share;
         self.overflowed |= full;
         !full
     }
@@ -183,21 +192,23 @@ impl Kept {
         self.members.len()
     }
 
-    /// Gives up what is not needed: pages that were unused for long, and if more are wanted than
-    /// there is room for, a twentieth of all, those that were unused the longest. What was used in
-    /// the round `oldest` or later stays.
+    /// Gives up what is not needed: pages that were unused for long; what is more than the share; and
+    /// if more are wanted than there is room for, a twentieth of all. Those that were unused the
+    /// longest go. What was used in the round `oldest` or later stays.
     pub fn tidy(&mut self, round: u32, oldest: u32, now: u64, mut give_up: impl FnMut(MappedPage)) {
         let stale = self.stale(round, now);
-        let Self { pages, rounds, members, overflowed, .. } = self;
+        let Self { pages, rounds, members, overflowed, share, .. } = self;
         // In rounds: 0 is the present one.
         let age = |reference: GrantRef| {
             rounds.get(reference.0 as usize).map_or(0, |last| round.wrapping_sub(*last))
         };
         // Nothing is in use if `oldest` is the round to come.
         let in_use = round.wrapping_sub(oldest).wrapping_add(1);
-        let mut surplus = 0;
+        let mut surplus = members.len().saturating_sub(*share);
         if core::mem::take(overflowed) {
-            surplus = members.len().div_ceil(20);
+            surplus = surplus.max(members.len().div_ceil(20));
+        }
+        if surplus > 0 {
             members.sort_unstable_by_key(|(member, _)| age(*member));
         }
         let first = members.len() - surplus;

@@ -4,7 +4,9 @@ use alloc::vec::Vec;
 
 use pvblk::memory::{Access, SharedRegion};
 
-use crate::platform::{DomainId, ForeignError, ForeignGrants, GrantRef, MapOperation, MappedPage};
+use crate::platform::{
+    DomainId, ForeignError, ForeignGrants, GrantRef, MapOperation, MappedPage, Purpose,
+};
 
 /// Pages of another domain, unmapped when this is dropped.
 pub struct MappedPages<P: ForeignGrants> {
@@ -24,7 +26,8 @@ impl<P: ForeignGrants> MappedPages<P> {
         references: &[GrantRef],
         access: Access,
     ) -> Result<Self, ForeignError> {
-        let operation = |reference: &GrantRef| MapOperation::new(*reference, access);
+        let operation =
+            |reference: &GrantRef| MapOperation::with_purpose(*reference, access, Purpose::Ring);
         let mut operations: Vec<_> = references.iter().map(operation).collect();
         platform.map(peer, &mut operations);
         // What was mapped before an error is unmapped when this is dropped.

@@ -91,6 +91,19 @@ unsafe impl Send for MappedPage {}
 // SAFETY: as above.
 unsafe impl Sync for MappedPage {}
 
+/// What a page is mapped for. If there is not room for all, what comes first here is refused first, so
+/// that what some guests do leaves others what they cannot do without.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Purpose {
+    /// To be kept mapped between requests. Without that a page is copied, or mapped each time.
+    Keep,
+    /// For one request, which fails without it.
+    #[default]
+    Request,
+    /// For as long as a queue is connected: a ring, without which its disk does not exist.
+    Ring,
+}
+
 /// One page to map.
 #[derive(Clone, Copy, Debug)]
 pub struct MapOperation {
@@ -98,14 +111,21 @@ pub struct MapOperation {
     pub reference: GrantRef,
     /// What is going to be done to the page.
     pub access: Access,
+    /// What it is mapped for.
+    pub purpose: Purpose,
     /// Out: where it is.
     pub result: Result<MappedPage, ForeignError>,
 }
 
 impl MapOperation {
-    /// Maps `reference`, once it is [performed](ForeignGrants::map).
+    /// Maps `reference` for a request, once it is [performed](ForeignGrants::map).
     pub fn new(reference: GrantRef, access: Access) -> Self {
-        Self { reference, access, result: Err(ForeignError::Refused) }
+        Self::with_purpose(reference, access, Purpose::Request)
+    }
+
+    /// The same for another purpose.
+    pub fn with_purpose(reference: GrantRef, access: Access, purpose: Purpose) -> Self {
+        Self { reference, access, purpose, result: Err(ForeignError::Refused) }
     }
 }
 
@@ -165,10 +185,20 @@ pub unsafe trait ForeignGrants: PageAllocator {
     /// The local memory of each operation comes from this platform's allocator and is not used for
     /// anything else meanwhile.
     unsafe fn copy(&self, peer: DomainId, operations: &mut [CopyOperation]);
+
+    /// The most pages that one queue should keep mapped now: its share of what there is room for, by
+    /// how many queues there are. A queue asks again now and then, and gives up what is more.
+    fn kept_share(&self) -> usize {
+        usize::MAX
+    }
 }
 
 // SAFETY: forwards to the platform it points to.
 unsafe impl<T: ForeignGrants + ?Sized> ForeignGrants for &T {
+    fn kept_share(&self) -> usize {
+        (**self).kept_share()
+    }
+
     fn map(&self, peer: DomainId, operations: &mut [MapOperation]) {
         (**self).map(peer, operations);
     }

@@ -70,6 +70,10 @@ unsafe impl ForeignGrants for Spy<'_> {
         unsafe { self.domain.copy(peer, operations) }
         self.tell(Call::Copy(operations.len()));
     }
+
+    fn kept_share(&self) -> usize {
+        self.domain.kept_share()
+    }
 }
 
 impl EventChannels for Spy<'_> {

@@ -145,6 +145,10 @@ unsafe impl ForeignGrants for Platform {
         // SAFETY: passed on from the caller.
         unsafe { self.0.copy(peer, operations) }
     }
+
+    fn kept_share(&self) -> usize {
+        self.0.kept_share()
+    }
 }
 
 /// Where the daemon's platforms come from.
