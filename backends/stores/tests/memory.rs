@@ -184,3 +184,45 @@ fn a_disk_over_memory_keeps_what_is_there() {
     unsafe { heap.release_pages(base, pages) };
     assert_eq!(*heap.left.borrow(), 1024);
 }
+
+#[cfg(feature = "std")]
+#[test]
+fn long_ranges_are_cleared_in_steps() {
+    use pvblk::backend::{Operation, Submitted};
+    use pvblk::table::Tag;
+    use pvblk_stores::memory::HostPages;
+
+    const STEP: u64 = 2048;
+    let geometry = Geometry {
+        sectors: 5 * STEP / 2,
+        logical_bytes: 512,
+        physical_bytes: 512,
+        read_only: false,
+    };
+    let mut disk = MemoryDisk::new(HostPages, geometry).unwrap();
+    let tag = Tag::from_id(0).unwrap();
+    for secure in [Some(false), Some(true), None] {
+        disk.write_at(0, &vec![7; 5 << 19]).unwrap();
+        let mut submit = |first: u64| {
+            let extent = geometry.extent(first, geometry.sectors - first).unwrap();
+            let operation = match secure {
+                Some(secure) => Operation::Discard { extent, secure },
+                None => Operation::WriteZeroes { extent, may_unmap: false },
+            };
+            disk.submit(tag, operation)
+        };
+        assert_eq!(submit(0), Submitted::Partly(STEP));
+        assert_eq!(submit(STEP), Submitted::Partly(STEP));
+        let mut bytes = [0; 512];
+        let last = 2 * STEP * 512;
+        disk.read_at(last - 512, &mut bytes).unwrap();
+        assert_eq!(bytes, [0; 512]);
+        disk.read_at(last, &mut bytes).unwrap();
+        assert_eq!(bytes, [7; 512], "it is not done yet");
+        let extent = geometry.extent(2 * STEP, STEP / 2).unwrap();
+        let rest = disk.submit(tag, Operation::Discard { extent, secure: false });
+        assert_eq!(rest, Submitted::Done(Ok(())));
+        disk.read_at(last, &mut bytes).unwrap();
+        assert_eq!(bytes, [0; 512]);
+    }
+}

@@ -63,7 +63,8 @@ impl<S: Store> Cached<S> {
                 Submitted::Pending
             }
             Submitted::Done(Ok(())) => self.store.submit(tag, Operation::Flush),
-            failed => failed,
+            // It failed, or is not done yet.
+            other => other,
         }
     }
 }
