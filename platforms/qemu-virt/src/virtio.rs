@@ -165,6 +165,10 @@ fn parse(text: &str) -> Option<(usize, usize, u8)> {
 
 #[cfg(test)]
 mod tests {
+    extern crate std;
+
+    use std::string::ToString;
+
     use virtio_drivers::transport::pci::bus::DeviceFunction;
 
     use super::*;
