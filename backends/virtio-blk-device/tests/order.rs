@@ -289,3 +289,36 @@ fn without_a_log_nothing_is_left() {
     assert_eq!(queue.wait().result, Err(IoError::Device));
     disk.stuck.store(false, Ordering::SeqCst);
 }
+
+/// A store whose call does not return: the thread that waits for it cannot give its queue back, so the
+/// monitor is sent away. It connects again, and its queue goes on when that thread is done with it.
+#[test]
+fn a_monitor_does_not_wait_for_a_store_that_does_not_return() {
+    let served = Served::new(settings());
+    let disk = served.disk.clone();
+    let ram = GuestFile::new(1024);
+    let mut queue = Queue::<Split>::new(&ram, FEATURES);
+    let mut monitor = Monitor::connect(&served.path, &ram, FEATURES, 1);
+    let log = monitor.new_log(1);
+    monitor.set_log(&log);
+    monitor.start(0, &queue, 0);
+    disk.blocked.store(true, Ordering::SeqCst);
+    queue.begin(Request::Flush);
+    wait_until(|| disk.events.lock().unwrap().contains(&Event::Begun));
+    assert!(monitor.vhost.get_vring_base(0).is_err());
+    drop(monitor);
+
+    let mut monitor = Monitor::connect(&served.path, &ram, FEATURES, 1);
+    monitor.set_log(&log);
+    monitor.start(0, &queue, 0);
+    disk.blocked.store(false, Ordering::SeqCst);
+    queue.wait().result.unwrap();
+    queue.write(1, &[9; 512]);
+    assert_eq!(queue.read(1, 512), [9; 512]);
+    assert_eq!(disk.flushes.load(Ordering::Relaxed), 1, "it was done once");
+    assert!(queue.front.next().unwrap().is_none(), "and answered once");
+    drop(monitor);
+    let ends = served.end();
+    let [Err(error), Ok(_)] = &ends[..] else { panic!("{ends:?}") };
+    assert!(error.to_string().contains("queue 0 cannot be stopped"), "{error}");
+}

@@ -101,6 +101,8 @@ pub struct Watched {
     pub flushes: Arc<AtomicU64>,
     /// As long as it is set, flushes are begun and not done.
     pub stuck: Arc<AtomicBool>,
+    /// As long as it is set, flushes do not even return.
+    pub blocked: Arc<AtomicBool>,
     /// How often it was asked what is done while it was stuck.
     pub asked: Arc<AtomicU64>,
     /// What has happened, in order.
@@ -127,6 +129,7 @@ impl Clone for Watched {
             sectors: self.sectors.clone(),
             flushes: self.flushes.clone(),
             stuck: self.stuck.clone(),
+            blocked: self.blocked.clone(),
             asked: self.asked.clone(),
             events: self.events.clone(),
             begun: Vec::new(),
@@ -150,6 +153,7 @@ impl Watched {
             sectors: Arc::new(SECTORS.into()),
             flushes: Arc::default(),
             stuck: Arc::default(),
+            blocked: Arc::default(),
             asked: Arc::default(),
             events: Arc::default(),
             begun: Vec::new(),
@@ -217,6 +221,13 @@ impl Store for Watched {
             self.note(Event::Begun);
             self.begun.push(tag);
             return Submitted::Pending;
+        }
+        if matches!(operation, Operation::Flush) && self.blocked.load(Ordering::SeqCst) {
+            self.note(Event::Begun);
+            while self.blocked.load(Ordering::SeqCst) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            self.note(Event::LetGo);
         }
         self.note(Event::Moved);
         if matches!(operation, Operation::Flush) {
