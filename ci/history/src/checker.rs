@@ -289,15 +289,14 @@ impl Checker {
     }
 
     fn die(&mut self, death: Death) {
-        let is_failing = self.is_failing;
+        let (now, is_failing) = (self.now, self.is_failing);
         let registers = self.registers.values_mut();
         match death {
             Death::Daemon | Death::Server { keeps_cache: true } => {}
             Death::Server { keeps_cache: false } => {
-                registers.for_each(|register| register.lose_cache(is_failing))
+                registers.for_each(|register| register.lose_cache(now, is_failing))
             }
             Death::GuestRing => {
-                let now = self.now;
                 for (&sector, register) in &mut self.registers {
                     if register.void(now) {
                         self.void.insert(sector);

@@ -73,7 +73,8 @@ pub enum Death {
     /// its successor.
     Daemon,
     /// The server behind the daemon. If it keeps its page cache nothing is lost. If not, writes that
-    /// were not flushed may be lost now, and the next flush of whose they were fails.
+    /// were not flushed may be lost now, and the next flush of whose they were fails: the next that is
+    /// submitted. One in flight may have been done before.
     Server {
         /// Whether what it had acknowledged outlives it.
         keeps_cache: bool,

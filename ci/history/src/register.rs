@@ -50,8 +50,8 @@ struct Write {
     durable: bool,
     /// A failed flush has covered it: it may be lost at any moment, and no later flush can help.
     doubtful: bool,
-    /// A flush that covers it has to fail.
-    owed: bool,
+    /// A flush that covers it and was submitted after that moment has to fail.
+    owed: Option<Moment>,
 }
 
 impl Write {
@@ -151,7 +151,7 @@ impl Register {
 
     pub fn write(&mut self, version: Version, writer: Writer, kind: Kind, submitted: Moment) {
         let state = State::InFlight;
-        let (durable, doubtful, owed) = (false, false, false);
+        let (durable, doubtful, owed) = (false, false, None);
         let write = Write { version, writer, kind, submitted, state, durable, doubtful, owed };
         self.writes.push(write);
     }
@@ -249,8 +249,10 @@ impl Register {
         if self.writes.is_empty() {
             return Ok(());
         }
-        let owed =
-            |write: &&Write| write.owed && write.is_covered(submitted) && whose(write.writer);
+        let owed = |write: &&Write| {
+            let is_owed = write.owed.is_some_and(|since| since < submitted);
+            is_owed && write.is_covered(submitted) && whose(write.writer)
+        };
         if let Some(write) = self.writes.iter().find(owed) {
             return Err(write.version);
         }
@@ -272,7 +274,9 @@ impl Register {
             return Err(lost);
         }
         self.worlds = right;
-        self.writes.iter_mut().filter(|write| covered(write)).for_each(|it| it.durable = true);
+        for write in self.writes.iter_mut().filter(|write| covered(write)) {
+            (write.durable, write.owed) = (true, None);
+        }
         self.tidy();
         Ok(())
     }
@@ -284,11 +288,11 @@ impl Register {
                 continue;
             }
             if is_sticky {
-                write.owed = true;
+                write.owed = Some(0);
             } else if write.writer == writer {
-                write.owed = false;
+                write.owed = None;
             } else if !write.doubtful {
-                write.owed = true;
+                write.owed = Some(0);
             }
             write.doubtful = true;
         }
@@ -296,15 +300,18 @@ impl Register {
     }
 
     /// What was not flushed may be lost now, and flushes have to say so.
-    pub fn lose_cache(&mut self, is_failing: bool) {
+    pub fn lose_cache(&mut self, now: Moment, is_failing: bool) {
         self.settle(is_failing);
-        let worlds = mem::take(&mut self.worlds);
-        let keeps = worlds
-            .iter()
-            .flat_map(|world| (0..world.survivors.len()).map(|keep| world.revert(keep, |_| false)));
-        self.worlds = keeps.collect();
+        let mut left = Vec::new();
+        for world in &self.worlds {
+            let keeps = 0..world.survivors.len();
+            left.extend(keeps.map(|keep| world.revert(keep, |it| self.is_acknowledged(it))));
+        }
+        self.worlds = left;
         for write in &mut self.writes {
-            write.owed |= matches!(write.state, State::Acknowledged(_)) && !write.durable;
+            if matches!(write.state, State::Acknowledged(_)) && !write.durable {
+                write.owed = Some(now);
+            }
         }
         self.tidy();
     }
@@ -332,7 +339,7 @@ impl Register {
     fn set_durable(&mut self) {
         for write in &mut self.writes {
             write.durable |= !write.can_land();
-            (write.doubtful, write.owed) = (false, false);
+            (write.doubtful, write.owed) = (false, None);
         }
         self.tidy();
     }
@@ -359,7 +366,7 @@ impl Register {
     }
 
     pub fn reopened(&mut self) {
-        self.writes.iter_mut().for_each(|write| write.owed = false);
+        self.writes.iter_mut().for_each(|write| write.owed = None);
         self.tidy();
     }
 
@@ -438,6 +445,7 @@ impl Register {
                 world.survivors.iter().chain(&world.lost).chain(found).any(|it| *it == version)
             })
         };
-        self.writes.retain(|write| write.owed || write.can_land() || is_named(write.version));
+        self.writes
+            .retain(|write| write.owed.is_some() || write.can_land() || is_named(write.version));
     }
 }

@@ -57,6 +57,17 @@ pub struct Monitor {
 }
 
 impl Monitor {
+    /// What the device at this socket offers.
+    ///
+    /// # Errors
+    ///
+    /// [`MonitorError`].
+    pub fn offered(path: &Path) -> Result<Features, MonitorError> {
+        let vhost = Vhost::connect(path, 1)?;
+        vhost.set_owner()?;
+        Ok(Features::from_bits_truncate(vhost.get_features()?))
+    }
+
     /// Connects, and agrees on `features`, with at least so many queues.
     ///
     /// # Errors

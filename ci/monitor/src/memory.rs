@@ -35,6 +35,17 @@ impl GuestFile {
         Ok(Self { map: Arc::new(map.map_err(io::Error::other)?), next: Arc::default() })
     }
 
+    /// The same memory for the guest's next kernel, which hands out the same pages again. What a device
+    /// still does for the one before shows there.
+    ///
+    /// # Panics
+    ///
+    /// If the kernel before still has some of it.
+    pub fn kexec(self) -> Self {
+        assert_eq!(Arc::strong_count(&self.next), 1, "a queue of the old kernel is still there");
+        Self { map: self.map, next: Arc::default() }
+    }
+
     /// The memory as vhost-user describes it.
     pub fn region(&self) -> VhostUserMemoryRegionInfo {
         let file = self.map.file_offset().expect("it is made of a file").file();
@@ -61,7 +72,10 @@ unsafe impl PageAllocator for GuestFile {
             return None;
         }
         // SAFETY: inside of the mapping.
-        NonNull::new(unsafe { self.map.as_ptr().add(at) })
+        let pages = unsafe { self.map.as_ptr().add(at) };
+        // SAFETY: as above, all of them; the next kernel finds what the one before has left.
+        unsafe { pages.write_bytes(0, count * PAGE_BYTES) };
+        NonNull::new(pages)
     }
 
     unsafe fn release_pages(&self, _base: NonNull<u8>, _count: usize) {}

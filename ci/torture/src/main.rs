@@ -1,1 +1,212 @@
-fn main() {}
+//! Kills daemons, servers and rings under load, and judges what is read afterwards.
+//!
+//! `cargo xtask torture` builds the daemon and runs this.
+
+mod client;
+mod medium;
+mod plan;
+mod process;
+mod virtio;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use pvblk_history::log;
+
+use crate::medium::Missing;
+use crate::plan::{MEDIA, Medium, Plan};
+
+/// Media on which a wrong history is known and not mended yet, and what is wrong. They are run and
+/// counted apart. Empty when everything is mended.
+const KNOWN: &[(&str, &str)] = &[];
+
+/// Kills daemons, servers and rings under load, and judges what is read afterwards.
+#[derive(Parser)]
+#[command(name = "torture")]
+struct Options {
+    /// The `vhost-user-blkd` to kill
+    #[arg(long, value_name = "PATH")]
+    daemon: PathBuf,
+    /// Where a folder is made for each seed; those of failed ones stay
+    #[arg(long, value_name = "PATH")]
+    folder: PathBuf,
+    /// How many seeds [default: 100, or as many as there is time for]
+    #[arg(long, value_name = "COUNT")]
+    seeds: Option<u64>,
+    /// The first one
+    #[arg(long, value_name = "SEED", default_value_t = 1)]
+    first: u64,
+    /// Begin no seed after so many minutes
+    #[arg(long, value_name = "COUNT")]
+    minutes: Option<u64>,
+    /// How many seeds are played at a time
+    #[arg(long, value_name = "COUNT", default_value_t = 3)]
+    jobs: usize,
+    /// Only this medium
+    #[arg(long, value_name = "NAME", value_parser = medium)]
+    medium: Option<Medium>,
+}
+
+fn medium(name: &str) -> Result<Medium, String> {
+    let names = || MEDIA.map(|(medium, _)| medium.name()).join(", ");
+    let found = MEDIA.into_iter().find(|(medium, _)| medium.name() == name);
+    found.map(|(medium, _)| medium).ok_or_else(|| format!("one of {} is expected", names()))
+}
+
+/// What all seeds came to.
+#[derive(Default)]
+struct Tally {
+    passed: u64,
+    failed: Vec<u64>,
+    known: u64,
+    deaths: u64,
+    skipped: BTreeMap<String, u64>,
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    match torture(&options) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn torture(options: &Options) -> Result<bool> {
+    fs::create_dir_all(&options.folder).context("there is no place for the seeds")?;
+    let start = Instant::now();
+    let end = options.minutes.map(|minutes| start + Duration::from_secs(minutes * 60));
+    let seeds = options.seeds.unwrap_or(if end.is_some() { u64::MAX } else { 100 });
+    let last = options.first.saturating_add(seeds);
+    let next = AtomicU64::new(options.first);
+    let tally = Mutex::new(Tally::default());
+    let shown = Mutex::new(start);
+    std::thread::scope(|scope| {
+        for _ in 0..options.jobs.max(1) {
+            scope.spawn(|| {
+                while end.is_none_or(|end| Instant::now() < end) {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= last {
+                        break;
+                    }
+                    one(options, seed, &tally);
+                    progress(&tally, &shown, start);
+                }
+            });
+        }
+    });
+    let tally = lock(&tally);
+    for (what, count) in &tally.skipped {
+        println!("skipped {count} seeds: {what}");
+    }
+    for (name, why) in KNOWN {
+        println!("known on {name}: {why}");
+    }
+    if !tally.failed.is_empty() {
+        println!("failed: {:?}", tally.failed);
+    }
+    println!(
+        "{} deaths in {:.0} s; {} seeds skipped, {} failed as is known",
+        tally.deaths,
+        start.elapsed().as_secs_f64(),
+        tally.skipped.values().sum::<u64>(),
+        tally.known
+    );
+    println!("{} passed, {} failed", tally.passed, tally.failed.len());
+    Ok(tally.failed.is_empty())
+}
+
+fn one(options: &Options, seed: u64, tally: &Mutex<Tally>) {
+    let plan = Plan::new(seed, options.medium);
+    let folder = options.folder.join(seed.to_string());
+    let outcome = prepare(&folder).and_then(|()| virtio::play(&plan, &options.daemon, &folder));
+    let mut log = Vec::new();
+    let result = match outcome {
+        Ok(outcome) => {
+            lock(tally).deaths += u64::from(outcome.deaths);
+            log = outcome.log;
+            outcome.result
+        }
+        Err(error) => Err(error),
+    };
+    let name = plan.medium.name();
+    let Err(error) = result else {
+        // What is left of it is in nobody's way.
+        let _ = fs::remove_dir_all(&folder);
+        lock(tally).passed += 1;
+        return;
+    };
+    if let Some(missing) = error.downcast_ref::<Missing>() {
+        let _ = fs::remove_dir_all(&folder);
+        let what = format!("{name}: {missing}");
+        let count = &mut lock(tally).skipped;
+        let count = count.entry(what.clone()).or_default();
+        if *count == 0 {
+            println!("skipped: {what}");
+        }
+        *count += 1;
+        return;
+    }
+    let is_known = KNOWN.iter().any(|(known, _)| *known == name);
+    let mark = if is_known { "known" } else { "FAIL" };
+    println!("{mark}  seed {seed}, {plan:?}: {error:#}");
+    let text = history(&log);
+    if !is_known {
+        println!("{}", tail(&text, 40));
+    }
+    println!("      kept in {}", folder.display());
+    let _ = fs::write(folder.join("history.log"), &log);
+    let _ = fs::write(folder.join("history.txt"), format!("{plan:?}\n{error:#}\n{text}"));
+    let mut tally = lock(tally);
+    if is_known {
+        tally.known += 1;
+    } else {
+        tally.failed.push(seed);
+    }
+}
+
+fn prepare(folder: &Path) -> Result<()> {
+    // Of an earlier run.
+    let _ = fs::remove_dir_all(folder);
+    fs::create_dir_all(folder).context("there is no place for the seed")
+}
+
+fn history(bytes: &[u8]) -> String {
+    log::read(bytes).map(|event| format!("{event:?}\n")).collect()
+}
+
+fn tail(text: &str, lines: usize) -> String {
+    let skip = text.lines().count().saturating_sub(lines);
+    let cut = |line: &str| line.chars().take(200).collect::<String>();
+    text.lines().skip(skip).map(|line| format!("      {}\n", cut(line))).collect()
+}
+
+fn progress(tally: &Mutex<Tally>, shown: &Mutex<Instant>, start: Instant) {
+    let mut shown = lock(shown);
+    if shown.elapsed() < Duration::from_secs(10) {
+        return;
+    }
+    *shown = Instant::now();
+    let tally = lock(tally);
+    println!(
+        "{:5.0} s  {} deaths, {} seeds passed, {} failed",
+        start.elapsed().as_secs_f64(),
+        tally.deaths,
+        tally.passed,
+        tally.failed.len()
+    );
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}

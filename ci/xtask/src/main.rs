@@ -19,6 +19,7 @@ mod run;
 mod sharing;
 mod shell;
 mod test;
+mod torture;
 mod vhost_user;
 mod virtio;
 
@@ -42,6 +43,8 @@ enum Command {
     Bench(bench::Options),
     /// Fuzz a target of ci/fuzz
     Fuzz(fuzz::Options),
+    /// Kill daemons, servers and rings under load, and judge what is read afterwards
+    Torture(torture::Options),
     /// Count how much of the source both wires share
     Sharing,
 }
@@ -54,6 +57,7 @@ fn main() -> ExitCode {
         Command::Check(options) => check::check(&options),
         Command::Bench(options) => bench::bench(&options),
         Command::Fuzz(options) => fuzz::fuzz(&options),
+        Command::Torture(options) => torture::torture(&options),
         Command::Sharing => sharing::sharing(),
     };
     match result {

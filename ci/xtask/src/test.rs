@@ -20,6 +20,7 @@ use crate::project;
 use crate::report::{Tally, heading, say};
 use crate::rig::Rig;
 use crate::shell;
+use crate::torture;
 use crate::vhost_user;
 use crate::virtio::{Case, Virtio};
 
@@ -92,7 +93,8 @@ fn host(tally: &Tally) -> Result<()> {
         let words = ["--release", "--package", "pvblk", "--test", "loom"];
         cargo_test(tally, "loom", &words, true)?;
     }
-    Ok(())
+    heading("torture: daemons, servers and rings die under load");
+    torture::test(tally)
 }
 
 /// Everything in a machine of QEMU's, as many of those at a time as there are processors. `host` is

@@ -42,7 +42,7 @@ struct Told {
     /// For a write: flushed; covered by a failed flush; when it was lost; who knows since.
     durable: bool,
     doubtful: bool,
-    lost: bool,
+    lost: Option<usize>,
     knows: BTreeSet<Writer>,
 }
 
@@ -101,7 +101,7 @@ impl Model {
                     void: false,
                     durable: false,
                     doubtful: false,
-                    lost: false,
+                    lost: None,
                     knows: BTreeSet::new(),
                 });
                 self.each(|disk| {
@@ -129,7 +129,7 @@ impl Model {
                 true
             }
             Event::Reopened => {
-                self.told.iter_mut().for_each(|told| told.lost = false);
+                self.told.iter_mut().for_each(|told| told.lost = None);
                 true
             }
         }
@@ -156,7 +156,7 @@ impl Model {
                 for write in &mut self.told {
                     let covered = write.acknowledged.is_some_and(|at| at < told.submitted);
                     if write.writes() && covered && !write.durable {
-                        (write.doubtful, write.lost) = (true, true);
+                        (write.doubtful, write.lost) = (true, Some(0));
                         write.knows.insert(told.writer);
                     }
                 }
@@ -192,7 +192,8 @@ impl Model {
                 write.writer != flush.writer || write.knows.contains(&flush.writer)
             }
         };
-        if self.told.iter().any(|write| covers(write) && write.lost && !is_told(write)) {
+        let is_lost = |write: &Told| write.lost.is_some_and(|at| at < flush.submitted);
+        if self.told.iter().any(|write| covers(write) && is_lost(write) && !is_told(write)) {
             return false;
         }
         let promised = |write: &&Told| covers(write) && !write.doubtful;
@@ -201,7 +202,9 @@ impl Model {
             // It was not dropped, and is on the medium, or something newer is.
             safe.iter().all(|id| !disk.dropped.contains(id) && !disk.contents[1..].contains(id))
         });
-        self.told.iter_mut().filter(|it| safe.contains(&it.id)).for_each(|it| it.durable = true);
+        self.told.iter_mut().filter(|it| safe.contains(&it.id)).for_each(|it| {
+            (it.durable, it.lost) = (true, None);
+        });
         !self.runs.is_empty()
     }
 
@@ -209,18 +212,18 @@ impl Model {
         match death {
             Death::Daemon | Death::Server { keeps_cache: true } => {}
             Death::Server { keeps_cache: false } => {
-                let copy = self.clone();
+                let (copy, now) = (self.clone(), self.now);
                 let runs = std::mem::take(&mut self.runs);
                 for disk in runs {
                     for left in 1..=disk.contents.len() {
                         let mut disk = disk.clone();
-                        copy.drop_after(&mut disk, left, false);
+                        copy.drop_after(&mut disk, left);
                         self.runs.insert(disk);
                     }
                 }
                 for write in &mut self.told {
                     if write.writes() && write.acknowledged.is_some() && !write.durable {
-                        write.lost = true;
+                        write.lost = Some(now);
                         write.knows.clear();
                     }
                 }
@@ -243,7 +246,7 @@ impl Model {
                     disk.dropped.clear();
                 });
                 for told in &mut self.told {
-                    (told.durable, told.doubtful, told.lost) = (true, false, false);
+                    (told.durable, told.doubtful, told.lost) = (true, false, None);
                 }
             }
             Death::Medium => unimplemented!("anything goes"),
@@ -251,11 +254,11 @@ impl Model {
     }
 
     /// The newest contents go, down to `left` of them.
-    fn drop_after(&self, disk: &mut Disk, left: usize, silently: bool) {
+    fn drop_after(&self, disk: &mut Disk, left: usize) {
         for id in disk.contents.split_off(left) {
             if let Some(request) = disk.requests.iter_mut().find(|request| request.id == id) {
                 request.performed = false;
-            } else if silently && self.of(id).acknowledged.is_some() {
+            } else if self.of(id).acknowledged.is_some() {
                 disk.dropped.insert(id);
             }
         }
@@ -288,7 +291,7 @@ impl Model {
         };
         if disk.contents.len() > 1 && disk.contents[1..].iter().all(can_go) {
             let mut next = disk.clone();
-            self.drop_after(&mut next, 1, true);
+            self.drop_after(&mut next, 1);
             steps.push(next);
         }
         for (index, request) in disk.requests.iter().enumerate() {
