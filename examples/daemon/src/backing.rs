@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use anyhow::{Result, anyhow, bail};
 use pvblk::backend::{Completed, Operation, Requests, Store, StoreError, Submitted};
@@ -12,10 +13,10 @@ use pvblk::table::Tag;
 use pvblk_stores::Wakeup;
 use pvblk_stores::file::{Contents, FileDisk, FileOptions, FileStore, Method, Sharing};
 use pvblk_stores::memory::MemoryDisk;
-use pvblk_stores::nbd::{Durability, NbdDisk, NbdOptions, NbdStore};
+use pvblk_stores::nbd::{Durability, LedgerMemory, NbdDisk, NbdOptions, NbdStore, Past};
 use serde::{Deserialize, Serialize};
 
-use crate::mapped::MappedFile;
+use crate::mapped::{LedgerFile, MappedFile};
 use crate::size::Size;
 use crate::source::{MemorySource, Source};
 
@@ -56,8 +57,22 @@ pub struct StoreOptions {
     pub format: Option<ImageFormat>,
     /// What is done about writes that an NBD server may lose when it is restarted.
     pub nbd_durability: Option<NbdDurability>,
+    /// How long an NBD server may be at work on a write whose connection is gone, in seconds.
+    pub nbd_settle: Option<u32>,
+    /// The most queues; an NBD server has to allow as many connections.
+    pub queues: u16,
     /// What was before the disk is opened.
     pub origin: DiskOrigin,
+}
+
+/// What is known of an earlier process that served the same disk from an NBD server, and memory for
+/// what a later one has to know.
+#[derive(Debug)]
+pub struct NbdLedger {
+    /// The memory, if there is any.
+    pub memory: Option<LedgerFile>,
+    /// What was before.
+    pub past: Past,
 }
 
 /// What was before a disk is opened.
@@ -117,13 +132,15 @@ impl StoreOptions {
     /// [`Misfit`] names the first that it cannot.
     pub fn check(&self, source: &Source) -> Result<(), Misfit> {
         const FILES: &str = "files and block devices";
+        const SERVERS: &str = "disks on NBD servers";
         let (file, nbd) = (matches!(source, Source::File(_)), matches!(source, Source::Nbd(_)));
         for (option, given, fits, is_one) in [
             ("buffered", self.buffered, FILES, file),
             ("synchronous", self.synchronous, FILES, file),
             ("share", self.share, FILES, file),
             ("format", self.format.is_some(), FILES, file),
-            ("nbd-durability", self.nbd_durability.is_some(), "disks on NBD servers", nbd),
+            ("nbd-durability", self.nbd_durability.is_some(), SERVERS, nbd),
+            ("nbd-settle", self.nbd_settle.is_some(), SERVERS, nbd),
         ] {
             if given && !is_one {
                 return Err(Misfit { option, fits, source: source.to_string() });
@@ -157,6 +174,11 @@ impl StoreOptions {
     fn nbd(&self) -> NbdOptions {
         let mut options = NbdOptions::default();
         options.read_only = self.read_only;
+        options.logical_bytes = self.sector;
+        options.queues = self.queues.max(1);
+        if let Some(seconds) = self.nbd_settle {
+            options.settle = Duration::from_secs(seconds.into());
+        }
         if let Some(durability) = self.nbd_durability {
             options.durability = match durability {
                 NbdDurability::Reported => Durability::Reported,
@@ -188,7 +210,8 @@ impl StoreOptions {
 }
 
 impl Backing {
-    /// Opens `source`. It may take long: a server may be far away. `memory` opens a disk in memory.
+    /// Opens `source`. It may take long: a server may be far away. `memory` opens a disk in memory,
+    /// and `ledger` what is known of a disk on a server.
     ///
     /// # Errors
     ///
@@ -197,11 +220,17 @@ impl Backing {
         source: &Source,
         options: &StoreOptions,
         memory: impl FnOnce(&MemorySource) -> Result<Arc<Memory>>,
+        ledger: impl FnOnce() -> Result<NbdLedger>,
     ) -> Result<Self> {
         let kind = match source {
             Source::File(path) => Kind::File(FileDisk::open(path, &options.file()).map_err(whole)?),
             Source::Memory(source) => Kind::Memory(memory(source)?),
-            Source::Nbd(url) => Kind::Nbd(NbdDisk::connect(url, &options.nbd()).map_err(whole)?),
+            Source::Nbd(url) => {
+                let NbdLedger { memory, past } = ledger()?;
+                let memory = memory.map(|file| Box::new(file) as Box<dyn LedgerMemory>);
+                let disk = NbdDisk::connect_with(url, &options.nbd(), memory, past);
+                Kind::Nbd(disk.map_err(whole)?)
+            }
         };
         let (source, read_only) = (source.clone(), options.read_only);
         Ok(Self { source, kind, read_only, failures: Arc::default() })
@@ -220,6 +249,14 @@ impl Backing {
         };
         let failures = self.failures.clone();
         Ok(QueueStore { kind, read_only: self.read_only, failures, has_failed: false })
+    }
+
+    /// How many queues there can be, if that is limited.
+    pub fn max_queues(&self) -> Option<u16> {
+        match &self.kind {
+            Kind::Nbd(disk) => Some(disk.max_queues()),
+            Kind::File(_) | Kind::Memory(_) => None,
+        }
     }
 
     /// What it is.
@@ -254,7 +291,7 @@ impl Backing {
     pub fn resize(&self, size: Option<Size>) -> Result<Geometry> {
         let (disk, path) = match (&self.kind, &self.source) {
             (Kind::File(disk), Source::File(path)) => (disk, path),
-            (Kind::Nbd(disk), _) if size.is_none() => return Ok(disk.geometry()),
+            (Kind::Nbd(disk), _) if size.is_none() => return disk.refresh().map_err(whole),
             (Kind::Nbd(_), _) => bail!("the size of a disk on a server is the server's affair"),
             _ => bail!("a disk in memory keeps the size that it was made with"),
         };

@@ -3,10 +3,12 @@
 use std::fs::File;
 use std::io;
 use std::ptr::{NonNull, null_mut};
+use std::sync::atomic::AtomicU64;
 
 use pvblk::extent::{Geometry, SECTOR_BYTES};
 use pvblk::memory::{PAGE_BYTES, PageAllocator, SharedRegion};
 use pvblk_stores::memory::{MemoryDisk, MemoryError};
+use pvblk_stores::nbd::{LEDGER_WORDS, LedgerMemory};
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
@@ -123,8 +125,35 @@ impl Drop for MappedFile {
     }
 }
 
+/// The [ledger](LedgerMemory) of a disk on an NBD server, in a file that is mapped.
+#[derive(Debug)]
+pub struct LedgerFile(MappedFile);
+
+impl LedgerFile {
+    /// What a ledger takes, in bytes.
+    pub const BYTES: u64 = PAGE_BYTES as u64;
+}
+
+impl From<MappedFile> for LedgerFile {
+    fn from(file: MappedFile) -> Self {
+        Self(file)
+    }
+}
+
+impl LedgerMemory for LedgerFile {
+    fn words(&self) -> &[AtomicU64; LEDGER_WORDS] {
+        const { assert!(size_of::<[AtomicU64; LEDGER_WORDS]>() <= PAGE_BYTES) };
+        // SAFETY: the file is mapped for as long as it lives, and has at least one page, at whose
+        // beginning the words are aligned. This is the only way to its memory: the file itself was
+        // given away, and what is shared with other processes is accessed by atomic operations only.
+        unsafe { self.0.base.cast().as_ref() }
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::Ordering;
+
     use super::*;
 
     #[test]
@@ -154,6 +183,19 @@ mod tests {
         let (file, _) = open(4096, true).unwrap();
         file.remove();
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_ledger_outlives_its_process() {
+        let temporary = tempfile::tempdir().unwrap();
+        let folder = Folder::open(temporary.path()).unwrap();
+        let open = || {
+            let (file, _) = MappedFile::open(&folder, "ledger", LedgerFile::BYTES, true).unwrap();
+            LedgerFile::from(file)
+        };
+        open().words()[LEDGER_WORDS - 1].store(7, Ordering::SeqCst);
+        assert_eq!(open().words()[LEDGER_WORDS - 1].load(Ordering::SeqCst), 7);
+        assert_eq!(open().words()[0].load(Ordering::SeqCst), 0);
     }
 
     #[test]

@@ -146,6 +146,10 @@ pub struct DiskArgs {
     /// What to do about writes that an NBD server may lose when it is restarted [default: reported]
     #[arg(long, value_enum, value_name = "HOW")]
     pub nbd_durability: Option<NbdDurability>,
+    /// How long an NBD server may be at work on a write whose connection is gone, or that a daemon
+    /// that was killed had begun: nothing is sent before that is over [default: 5]
+    #[arg(long, value_name = "SECONDS")]
+    pub nbd_settle: Option<u32>,
 }
 
 impl DiskArgs {
@@ -165,6 +169,7 @@ impl DiskArgs {
             share: said(self.share),
             format: self.format,
             nbd_durability: self.nbd_durability,
+            nbd_settle: self.nbd_settle,
         }
     }
 }
@@ -265,7 +270,7 @@ mod tests {
     fn attach_says_everything() {
         let line = "attach web xvdb --memory 64M --read-only --sector 4096 --queues 2 --map \
                     --segments 4096 --ring-order 0 --no-persistent --buffered --synchronous \
-                    --share --format raw --nbd-durability trusted";
+                    --share --format raw --nbd-durability trusted --nbd-settle 9";
         let Ok(Command::Attach(attach)) = parse(line) else { panic!() };
         assert_eq!((&*attach.domain, attach.disk.0), ("web", 51728));
         assert_eq!(attach.source.memory.unwrap().to_string(), "memory:64M");
@@ -285,6 +290,7 @@ mod tests {
                 share: Some(true),
                 format: Some(ImageFormat::Raw),
                 nbd_durability: Some(NbdDurability::Trusted),
+                nbd_settle: Some(9),
             }
         );
         let Ok(Command::Attach(attach)) = parse("attach 3 xvda --file x") else { panic!() };

@@ -5,8 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use anyhow::{Context, Result, bail};
 use pvblk::backend::Store;
+use pvblk_stores::nbd::Past;
 
-use crate::backing::{Backing, DiskOrigin, Memory};
+use crate::backing::{Backing, DiskOrigin, Memory, NbdLedger};
 use crate::options::DiskOptions;
 use crate::runtime::{DiskName, Runtime};
 use crate::size::Size;
@@ -48,10 +49,31 @@ impl Opening {
             (false, false) => DiskOrigin::New,
         };
         let options = self.options.store_options(self.read_only, origin);
-        Backing::open(source, &options, |MemorySource { name, size }| match name {
+        let memory = |MemorySource { name, size }: &MemorySource| match name {
             Some(name) => named.open(name, *size, runtime, self),
             None => self.open_memory(*size, runtime).map(Arc::new),
-        })
+        };
+        let backing = Backing::open(source, &options, memory, || Ok(self.open_ledger(runtime)))?;
+        // The guest was told how many there can be before the server was asked.
+        match backing.max_queues() {
+            Some(most) if most < options.queues => bail!(
+                "the server allows {most} connections of the {} that the disk's queues need: set its \
+                 queues to {most}",
+                options.queues
+            ),
+            _ => Ok(backing),
+        }
+    }
+
+    fn open_ledger(&self, runtime: &Runtime) -> NbdLedger {
+        let memory = runtime.ledger(&self.name, self.keep).inspect_err(|error| {
+            log::warn!(
+                "no ledger in {}, so that a flush of the guest fails if this program is killed: {error}",
+                runtime.folder().display()
+            );
+        });
+        let past = if self.keep { Past::TakenOver } else { Past::New };
+        NbdLedger { memory: memory.ok(), past }
     }
 
     fn open_memory(&self, size: Size, runtime: &Runtime) -> Result<Memory> {

@@ -48,6 +48,9 @@ pub struct DiskOptions {
     /// What is done about writes that an NBD server may lose when it is restarted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nbd_durability: Option<NbdDurability>,
+    /// How long an NBD server may be at work on a write whose connection is gone, in seconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nbd_settle: Option<u32>,
 }
 
 /// How a guest's pages are reached.
@@ -93,6 +96,7 @@ impl DiskOptions {
             share: self.share.or(other.share),
             format: self.format.or(other.format),
             nbd_durability: self.nbd_durability.or(other.nbd_durability),
+            nbd_settle: self.nbd_settle.or(other.nbd_settle),
         }
     }
 
@@ -115,6 +119,9 @@ impl DiskOptions {
             }
             Self { segments: Some(value), .. } if *value > 4096 => {
                 bad("segments", *value, "0 to 4096")
+            }
+            Self { nbd_settle: Some(value), .. } if *value > 3600 => {
+                bad("nbd-settle", *value, "0 to 3600")
             }
             _ => Ok(()),
         }
@@ -157,6 +164,9 @@ impl DiskOptions {
             share: self.share.unwrap_or(false),
             format: self.format,
             nbd_durability: self.nbd_durability,
+            nbd_settle: self.nbd_settle,
+            // At most 64, as was checked.
+            queues: self.queues.and_then(|queues| queues.try_into().ok()).unwrap_or(1),
         }
     }
 
@@ -207,6 +217,7 @@ mod tests {
             share: Some(true),
             format: Some(ImageFormat::Raw),
             nbd_durability: Some(NbdDurability::WriteThrough),
+            nbd_settle: Some(9),
         };
         assert_eq!(DiskOptions::from_node(&options.to_node()).unwrap(), options);
         assert_eq!(DiskOptions::default().to_node(), "{}");
@@ -220,6 +231,7 @@ mod tests {
             (DiskOptions { queues: Some(0), ..Default::default() }, "queues"),
             (DiskOptions { ring_order: Some(5), ..Default::default() }, "ring-order"),
             (DiskOptions { segments: Some(4097), ..Default::default() }, "segments"),
+            (DiskOptions { nbd_settle: Some(3601), ..Default::default() }, "nbd-settle"),
         ] {
             assert!(options.check().unwrap_err().to_string().starts_with(word));
         }

@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 use pvblk::memory::PAGE_BYTES;
 
 use crate::folder::Folder;
-use crate::mapped::{MappedFile, Origin};
+use crate::mapped::{LedgerFile, MappedFile, Origin};
 use crate::protocol;
 use crate::sandbox::User;
 
@@ -152,6 +152,17 @@ impl Runtime {
         MappedFile::open(&self.folder, &name, bytes, keep)
     }
 
+    /// What a server is known to have of a disk on it: nothing, unless `keep` says that the guest has
+    /// the disk from an earlier daemon and there is a file of it.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`MappedFile::open`].
+    pub fn ledger(&self, disk: &DiskName, keep: bool) -> io::Result<LedgerFile> {
+        let name = name("ledger", disk, None);
+        MappedFile::open(&self.folder, &name, LedgerFile::BYTES, keep).map(|(file, _)| file.into())
+    }
+
     /// Removes the files of disks that there are no more: of guests that went while no daemon was
     /// there. `is_gone` says of a disk of one of the `classes` whether that is so; files of other
     /// classes are those of another daemon, or of this one with other settings.
@@ -169,6 +180,7 @@ impl Runtime {
     /// Removes the files of a disk that is over.
     pub fn forget(&self, disk: &DiskName) {
         self.remove("memory-", disk);
+        self.remove("ledger-", disk);
         self.forget_journals(disk);
     }
 
@@ -196,7 +208,8 @@ fn name(kind: &str, disk: &DiskName, queue: Option<usize>) -> String {
 
 /// Whose file this is.
 fn disk_of(name: &str) -> Option<(String, u16, u32)> {
-    let rest = name.strip_prefix("memory-").or_else(|| name.strip_prefix("journal-"))?;
+    let kinds = ["memory-", "journal-", "ledger-"];
+    let rest = kinds.iter().find_map(|kind| name.strip_prefix(kind))?;
     let mut parts = rest.split('-');
     let class = parts.next()?.to_owned();
     Some((class, parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
@@ -255,20 +268,21 @@ mod tests {
             again.memory(&disk(domain), 4096, false).unwrap();
             again.journal(&disk(domain), 0, 4096, false).unwrap();
             again.journal(&disk(domain), 1, 4096, false).unwrap();
+            again.ledger(&disk(domain), false).unwrap();
         }
         fs::write(runtime.folder().join("something"), "else").unwrap();
         let count = || fs::read_dir(runtime.folder()).unwrap().count();
-        assert_eq!(count(), 10);
+        assert_eq!(count(), 13);
         runtime.sweep(&["vbd"], |_| true);
-        assert_eq!(count(), 10, "those of other classes are not ours to remove");
+        assert_eq!(count(), 13, "those of other classes are not ours to remove");
         runtime.sweep(&["vbd", "pvblk"], |gone| *gone == disk(1));
-        assert_eq!(count(), 7);
+        assert_eq!(count(), 9);
         assert!(runtime.has_memory(&disk(2), 4000) && !runtime.has_memory(&disk(2), 4097));
         assert!(!runtime.has_memory(&disk(1), 4096) && !runtime.has_named_memory("x", 4096));
         runtime.forget_journals(&disk(3));
-        assert_eq!(count(), 5);
+        assert_eq!(count(), 7);
         runtime.forget(&disk(3));
-        assert_eq!(count(), 4);
+        assert_eq!(count(), 5);
         let (_, origin) = runtime.journal(&disk(2), 1, 4096, true).unwrap();
         assert_eq!(origin, Origin::Kept);
     }

@@ -78,7 +78,8 @@ pub struct SourceArgs {
     /// stays until that is removed
     #[arg(long, value_name = "SIZE")]
     pub memory: Option<Size>,
-    /// A disk on an NBD server: `nbd://HOST[:PORT]/EXPORT`, `nbd+unix:///EXPORT?socket=PATH`
+    /// A disk on an NBD server: `nbd://HOST[:PORT]/EXPORT`, `nbd+unix:///EXPORT?socket=PATH`. What the
+    /// server may lose is written down in a file beside the socket, PATH.ledger
     #[arg(long, value_name = "URL")]
     pub nbd: Option<String>,
 }
@@ -93,7 +94,7 @@ pub struct DeviceArgs {
     /// The logical sector: 512, 1024, 2048 or 4096 [default: 512, or the device's]
     #[arg(long, value_name = "BYTES")]
     pub sector: Option<u32>,
-    /// The most queues, each with a thread: 1 to 64
+    /// The most queues, each with a thread: 1 to 64; not more than an NBD server allows connections
     #[arg(long, value_name = "COUNT", default_value_t = 4)]
     pub queues: u16,
     /// The most descriptors in a queue, a power of two: 4 to 32768
@@ -142,6 +143,10 @@ pub struct StoreArgs {
     /// What to do about writes that an NBD server may lose when it is restarted [default: reported]
     #[arg(long, value_enum, value_name = "HOW")]
     pub nbd_durability: Option<NbdDurability>,
+    /// How long an NBD server may be at work on a write whose connection is gone, or that a daemon
+    /// that was killed had begun: nothing is sent before that is over [default: 5]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(..=3600))]
+    pub nbd_settle: Option<u32>,
 }
 
 impl Cli {
@@ -162,8 +167,17 @@ impl Cli {
 
     /// Where a disk in memory is.
     pub fn memory_file(&self) -> PathBuf {
+        self.beside_socket(".memory")
+    }
+
+    /// Where it is written down what an NBD server may lose.
+    pub fn ledger_file(&self) -> PathBuf {
+        self.beside_socket(".ledger")
+    }
+
+    fn beside_socket(&self, extension: &str) -> PathBuf {
         let mut path = self.socket.clone().into_os_string();
-        path.push(".memory");
+        path.push(extension);
         path.into()
     }
 
@@ -178,6 +192,8 @@ impl Cli {
             format: self.store.format,
             nbd_durability: self.store.nbd_durability,
             origin,
+            nbd_settle: self.store.nbd_settle,
+            queues: self.device.queues,
         }
     }
 

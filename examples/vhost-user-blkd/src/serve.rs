@@ -2,18 +2,20 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 
 use anyhow::{Context, Result, bail};
-use pvblk_daemon::backing::{Backing, DiskOrigin};
+use pvblk_daemon::backing::{Backing, DiskOrigin, NbdDurability, NbdLedger};
 use pvblk_daemon::folder::Folder;
 use pvblk_daemon::http::{Address, Listener};
-use pvblk_daemon::mapped::{MappedFile, Origin};
+use pvblk_daemon::mapped::{LedgerFile, MappedFile, Origin};
 use pvblk_daemon::sandbox::{self, User};
 use pvblk_daemon::size::Size;
-use pvblk_daemon::source::Source;
+use pvblk_daemon::source::{MemorySource, Source};
 use pvblk_daemon::{logging, notify, socket};
+use pvblk_stores::nbd::Past;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -28,7 +30,7 @@ use crate::disk::Served;
 ///
 /// If the daemon cannot begin. Once it has, nothing is an error that ends it.
 pub fn serve(cli: &Cli) -> Result<()> {
-    let (settings, source) = (cli.settings()?, cli.source()?);
+    let (mut settings, source) = (cli.settings()?, cli.source()?);
     cli.store(DiskOrigin::New).check(&source)?;
     logging::start(cli.log, cli.log_level);
 
@@ -62,6 +64,10 @@ pub fn serve(cli: &Cli) -> Result<()> {
         }
     })?;
     let geometry = backing.geometry();
+    if let Some(most) = backing.max_queues().filter(|most| *most < settings.queues) {
+        log::warn!("{most} queues are offered: give QEMU's device num-queues={most}");
+        settings.queues = most;
+    }
     let disk = Served::new(backing, settings.queues, &cli.device.serial);
     let server = Server::new(disk.clone(), settings)?;
     end_by_signal(signals, server.clone(), disk.clone())?;
@@ -107,12 +113,11 @@ fn run(server: &Server<Served>, listener: &std::os::unix::net::UnixListener) -> 
 
 fn open(cli: &Cli, source: &Source, origin: DiskOrigin) -> Result<Backing> {
     let options = cli.store(origin);
-    Backing::open(source, &options, |memory| {
+    let memory = |memory: &MemorySource| {
         let (size, file) = (memory.size, cli.memory_file());
         let geometry = options.memory(size)?;
         let place = || format!("no {size} of memory in {}", folder(&file).display());
-        let opened = Folder::open(folder(&file)).with_context(place)?;
-        let name = file.file_name().and_then(OsStr::to_str).context("the name of the socket")?;
+        let (opened, name) = place_of(&file).with_context(place)?;
         if opened.size_of(name).is_some_and(|there| !is_as_large(there, size)) {
             bail!(
                 "{} is there with another size: remove it if it is not wanted any more",
@@ -125,7 +130,34 @@ fn open(cli: &Cli, source: &Source, origin: DiskOrigin) -> Result<Backing> {
             log::info!("{}: as it was left", file.display());
         }
         Ok(Arc::new(mapped.into_disk(geometry)?))
-    })
+    };
+    Backing::open(source, &options, memory, || open_ledger(cli))
+}
+
+/// Opens the file with what a daemon before this one knew of the server. Nothing says whether QEMU's
+/// guest is still the same; what was lost is reported to whichever there is.
+/// The folder of a file beside the socket, and the file's name in it.
+fn place_of(file: &Path) -> Result<(Folder, &str)> {
+    let name = file.file_name().and_then(OsStr::to_str).context("the name of the socket")?;
+    Ok((Folder::open(folder(file))?, name))
+}
+
+fn open_ledger(cli: &Cli) -> Result<NbdLedger> {
+    let file = cli.ledger_file();
+    let opened = place_of(&file)
+        .and_then(|(folder, name)| Ok(MappedFile::open(&folder, name, LedgerFile::BYTES, true)?));
+    let memory = match opened {
+        Ok((mapped, _)) => Some(mapped.into()),
+        Err(error) if cli.store.nbd_durability.is_none_or(|it| it == NbdDurability::Reported) => {
+            bail!(
+                "cannot write down in {} what the server may lose: {error}; put the socket into a \
+                 folder where this user may make files, or choose another --nbd-durability",
+                file.display()
+            );
+        }
+        Err(_) => None,
+    };
+    Ok(NbdLedger { memory, past: Past::Recorded })
 }
 
 /// Whether a file of so many bytes is one of that size, rounded up to pages.

@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::handshake::{Export, Handshake, HandshakeError};
+use super::protocol::{Command, REPLY_BYTES, parse_reply, request};
 use super::socket::{Address, Socket};
 
 /// How long connecting and the handshake may take.
-const TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Why a connection is of no use.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +24,9 @@ pub(super) enum Lost {
     /// We leave it.
     #[error("left: {0}")]
     Left(&'static str),
+    /// We leave it, since a request was not answered for that long.
+    #[error("the server has not answered a request for {0:?}: the connection is left")]
+    Silent(Duration),
 }
 
 /// A connection. Once there is agreement, requests can be sent.
@@ -52,16 +56,16 @@ impl std::fmt::Debug for Stage {
 }
 
 impl Connection {
-    /// Begins to connect.
+    /// Begins to connect. There is to be agreement until `give_up`.
     pub(super) fn begin(
         address: &Address,
         export: &str,
         era: u64,
-        now: Instant,
+        give_up: Instant,
     ) -> io::Result<Self> {
         let socket = Socket::connect(address)?;
         let stage = Stage::Connecting(Box::new(Handshake::new(export)));
-        Ok(Self { socket, era, stage, give_up: now + TIMEOUT })
+        Ok(Self { socket, era, stage, give_up })
     }
 
     /// Goes on as far as it goes without waiting. The export, once there is agreement.
@@ -112,28 +116,66 @@ impl Connection {
         }
     }
 
-    /// When this is given up, if there is no agreement, or no end, until then.
+    /// When this is given up, if there is no agreement until then.
     pub(super) fn deadline(&self) -> Instant {
         self.give_up
     }
 
-    /// Says that nothing more is sent. What the server has received it still does.
-    pub(super) fn leave(&mut self, now: Instant) {
-        self.give_up = now + TIMEOUT;
-        // If that fails, it is over already.
+    /// The export, if there is agreement on it.
+    pub(super) fn export(&self) -> Option<&Export> {
+        match &self.stage {
+            Stage::Agreed(export) => Some(export),
+            _ => None,
+        }
+    }
+
+    /// Says that nothing more is sent. What the server has received it may still do. `is_whole` says
+    /// that the last request was sent wholly.
+    pub(super) fn leave(&self, is_whole: bool) {
+        // If that fails, it is over already, or the server finds out by itself.
+        if is_whole {
+            let _ = self.socket.send_bytes(&request(Command::Disconnect, 0, 0, 0, 0));
+        }
         let _ = self.socket.end();
     }
 
-    /// Whether the server has closed the connection that was left, so that nothing more of it is
-    /// done. After a while it is not waited for any longer.
-    pub(super) fn is_over(&self, scratch: &mut [u8]) -> bool {
+    /// Whether the server has closed the connection that was left. For as long as it has not, it may
+    /// be at work on what it received: there is no limit to that.
+    pub(super) fn is_over(&self) -> bool {
+        let mut late = [0; 4096];
         loop {
-            match self.socket.receive_bytes(scratch) {
+            match self.socket.receive_bytes(&mut late) {
+                // Replies that come too late.
                 Ok(Some(_)) => {}
-                Ok(None) => return Instant::now() >= self.give_up,
+                Ok(None) => return false,
                 Err(_) => return true,
             }
         }
+    }
+
+    /// Whether it is there, and the server has nothing to say. Nothing is in flight on it.
+    pub(super) fn is_idle(&self) -> bool {
+        matches!(self.socket.receive_bytes(&mut [0; 1]), Ok(None))
+    }
+
+    /// Has the server flush, and waits for that until `end`. Nothing is in flight. `false` if the
+    /// server says that it failed.
+    pub(super) fn flush(&self, end: Instant) -> Result<bool, Lost> {
+        let broken = || HandshakeError::Protocol("a reply to no request");
+        let bytes = request(Command::Flush, 0, 0, 0, 0);
+        if self.socket.send_bytes(&bytes)? != Some(bytes.len()) {
+            return Err(Lost::Left("it takes no request"));
+        }
+        let (mut reply, mut have) = ([0; REPLY_BYTES], 0);
+        while have < REPLY_BYTES {
+            match self.socket.receive_bytes(&mut reply[have..])? {
+                Some(count) => have += count,
+                None if Instant::now() >= end => return Err(Lost::Left("it does not flush")),
+                None => wait_for(Some(self.as_fd()), false, Some(end))?,
+            }
+        }
+        let (cookie, error) = parse_reply(&reply).ok_or_else(broken)?;
+        if cookie == 0 { Ok(error == 0) } else { Err(broken().into()) }
     }
 
     /// Waits for the agreement.

@@ -1,5 +1,7 @@
 //! An operation in flight.
 
+use std::time::Instant;
+
 use pvblk::backend::Requests;
 use pvblk::memory::Piece;
 use pvblk::table::Tag;
@@ -29,11 +31,20 @@ pub(super) struct Job {
     pub(super) part: u64,
     /// Whether all of the request was sent.
     pub(super) sent: bool,
+    /// Whether the ledger counts the request as one that the server may be at work on.
+    pub(super) counted: bool,
+    /// Since when it waits for the server: since it was submitted, was first sent, or got further than
+    /// before.
+    pub(super) since: Instant,
+    /// Whether the part was sent before, perhaps on an earlier connection.
+    pub(super) begun: bool,
+    /// The furthest that it came, in bytes.
+    pub(super) reached: u64,
     pub(super) flush: FlushEntry,
 }
 
 impl Job {
-    pub(super) fn empty() -> Self {
+    pub(super) fn empty(since: Instant) -> Self {
         Self {
             tag: None,
             command: Command::Flush,
@@ -44,6 +55,10 @@ impl Job {
             done: 0,
             part: 0,
             sent: false,
+            counted: false,
+            since,
+            begun: false,
+            reached: 0,
             flush: FlushEntry::default(),
         }
     }
@@ -66,6 +81,16 @@ impl Job {
     /// Whether it changes what a server may keep in a cache.
     pub(super) fn writes(&self) -> bool {
         matches!(self.command, Command::Write | Command::WriteZeroes)
+    }
+
+    /// Whether a server that does it late does harm.
+    pub(super) fn changes(&self) -> bool {
+        self.writes() || self.command == Command::Trim
+    }
+
+    /// Where the part ends, in bytes.
+    pub(super) fn part_end(&self) -> u64 {
+        self.start + self.done + self.part
     }
 
     /// How much data goes with the request.

@@ -2,42 +2,42 @@
 
 /// Flags of the handshake, of both ends.
 pub(super) mod handshake {
-    pub(in super::super) const FIXED_NEWSTYLE: u16 = 1;
-    pub(in super::super) const NO_ZEROES: u16 = 2;
+    pub(in crate::nbd) const FIXED_NEWSTYLE: u16 = 1;
+    pub(in crate::nbd) const NO_ZEROES: u16 = 2;
 }
 
 /// Options of the handshake.
 pub(super) mod option {
-    pub(in super::super) const EXPORT_NAME: u32 = 1;
-    pub(in super::super) const GO: u32 = 7;
+    pub(in crate::nbd) const EXPORT_NAME: u32 = 1;
+    pub(in crate::nbd) const GO: u32 = 7;
 }
 
 /// Replies to options. The highest bit says that it is an error.
 pub(super) mod reply {
-    pub(in super::super) const ACK: u32 = 1;
-    pub(in super::super) const INFO: u32 = 3;
-    pub(in super::super) const ERROR: u32 = 1 << 31;
-    pub(in super::super) const UNSUPPORTED: u32 = ERROR + 1;
-    pub(in super::super) const POLICY: u32 = ERROR + 2;
-    pub(in super::super) const TLS_REQUIRED: u32 = ERROR + 5;
-    pub(in super::super) const UNKNOWN: u32 = ERROR + 6;
-    pub(in super::super) const SHUTDOWN: u32 = ERROR + 7;
+    pub(in crate::nbd) const ACK: u32 = 1;
+    pub(in crate::nbd) const INFO: u32 = 3;
+    pub(in crate::nbd) const ERROR: u32 = 1 << 31;
+    pub(in crate::nbd) const UNSUPPORTED: u32 = ERROR + 1;
+    pub(in crate::nbd) const POLICY: u32 = ERROR + 2;
+    pub(in crate::nbd) const TLS_REQUIRED: u32 = ERROR + 5;
+    pub(in crate::nbd) const UNKNOWN: u32 = ERROR + 6;
+    pub(in crate::nbd) const SHUTDOWN: u32 = ERROR + 7;
 }
 
 /// What a reply of the kind `INFO` is about.
 pub(super) mod info {
-    pub(in super::super) const EXPORT: u16 = 0;
-    pub(in super::super) const BLOCK_SIZE: u16 = 3;
+    pub(in crate::nbd) const EXPORT: u16 = 0;
+    pub(in crate::nbd) const BLOCK_SIZE: u16 = 3;
 }
 
 /// Transmission flags: what an export does.
 pub(super) mod flag {
-    pub(in super::super) const READ_ONLY: u16 = 1 << 1;
-    pub(in super::super) const FLUSH: u16 = 1 << 2;
-    pub(in super::super) const FUA: u16 = 1 << 3;
-    pub(in super::super) const TRIM: u16 = 1 << 5;
-    pub(in super::super) const WRITE_ZEROES: u16 = 1 << 6;
-    pub(in super::super) const MULTIPLE: u16 = 1 << 8;
+    pub(in crate::nbd) const READ_ONLY: u16 = 1 << 1;
+    pub(in crate::nbd) const FLUSH: u16 = 1 << 2;
+    pub(in crate::nbd) const FUA: u16 = 1 << 3;
+    pub(in crate::nbd) const TRIM: u16 = 1 << 5;
+    pub(in crate::nbd) const WRITE_ZEROES: u16 = 1 << 6;
+    pub(in crate::nbd) const MULTIPLE: u16 = 1 << 8;
 }
 
 /// Commands.
@@ -55,16 +55,17 @@ pub(super) enum Command {
 /// Flags of commands.
 pub(super) mod command_flag {
     /// The data is durable before the reply.
-    pub(in super::super) const FUA: u16 = 1;
+    pub(in crate::nbd) const FUA: u16 = 1;
     /// Zeroes take space as other data does.
-    pub(in super::super) const NO_HOLE: u16 = 1 << 1;
+    pub(in crate::nbd) const NO_HOLE: u16 = 1 << 1;
 }
 
 /// Errors in replies: those that mean something to us.
 pub(super) mod error {
-    pub(in super::super) const SHUTDOWN: u32 = 108;
-    pub(in super::super) const NOT_SUPPORTED: u32 = 95;
-    pub(in super::super) const INVALID: u32 = 22;
+    pub(in crate::nbd) const SHUTDOWN: u32 = 108;
+    pub(in crate::nbd) const NOT_SUPPORTED: u32 = 95;
+    pub(in crate::nbd) const INVALID: u32 = 22;
+    pub(in crate::nbd) const OVERFLOW: u32 = 75;
 }
 
 pub(super) const NBDMAGIC: u64 = 0x4e42_444d_4147_4943;

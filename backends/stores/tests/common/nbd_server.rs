@@ -43,8 +43,15 @@ pub struct Script {
     pub up: bool,
     /// Reads requests, but answers none.
     pub mute: bool,
+    /// Reads requests of this command, and does not answer them.
+    pub ignore: Option<u16>,
     /// Waits before each reply.
     pub delay: Duration,
+    /// Waits before it does what it receives on the connection with this number, even if that is
+    /// closed meanwhile.
+    pub slow_connection: Option<(usize, Duration)>,
+    /// Answers so many connections at a time; others wait for a greeting that does not come.
+    pub connections_max: usize,
 }
 
 impl Default for Script {
@@ -61,7 +68,10 @@ impl Default for Script {
             error: None,
             up: true,
             mute: false,
+            ignore: None,
             delay: Duration::ZERO,
+            slow_connection: None,
+            connections_max: usize::MAX,
         }
     }
 }
@@ -83,6 +93,8 @@ pub struct State {
     pub taken: Vec<Taken>,
     pub answered: usize,
     pub connections: usize,
+    /// How many of them are there.
+    pub live: usize,
     /// How often it crashed.
     crashes: usize,
     streams: Vec<UnixStream>,
@@ -108,6 +120,7 @@ impl Server {
             taken: Vec::new(),
             answered: 0,
             connections: 0,
+            live: 0,
             crashes: 0,
             streams: Vec::new(),
         }));
@@ -146,6 +159,29 @@ impl Server {
         }
     }
 
+    /// Closes all connections, as a network does it: what was received is still done.
+    pub fn cut(&self) {
+        for stream in self.state().streams.drain(..) {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// Waits until this holds.
+    pub fn wait_until(&self, holds: impl Fn(&State) -> bool) {
+        for _ in 0..30_000 {
+            if holds(&self.state()) {
+                return;
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        panic!("it never comes to that");
+    }
+
+    /// How many requests of this command it took.
+    pub fn count(&self, command: u16) -> usize {
+        self.state().taken.iter().filter(|taken| taken.command == command).count()
+    }
+
     pub fn set(&self, change: impl FnOnce(&mut Script)) {
         change(&mut self.state().script);
     }
@@ -162,7 +198,7 @@ impl Connection {
     }
 
     fn serve(mut self) {
-        let crashes = {
+        let (crashes, number) = {
             let mut state = self.state();
             if !state.script.up {
                 return;
@@ -170,11 +206,21 @@ impl Connection {
             let stream = self.stream.try_clone().expect("a descriptor");
             state.streams.push(stream);
             state.connections += 1;
-            state.crashes
+            (state.crashes, state.connections)
         };
+        loop {
+            let mut state = self.state();
+            if state.live < state.script.connections_max {
+                state.live += 1;
+                break;
+            }
+            drop(state);
+            thread::sleep(Duration::from_millis(5));
+        }
         // The peer or the test ends it.
-        let _ = self.handshake().and_then(|()| self.transmit(crashes));
-        let _ = self.stream.shutdown(Shutdown::Both);
+        let served = self.handshake().and_then(|bytes| self.transmit(crashes, number, bytes));
+        let _ = (served, self.stream.shutdown(Shutdown::Both));
+        self.state().live -= 1;
     }
 
     fn read<const N: usize>(&mut self) -> io::Result<[u8; N]> {
@@ -187,7 +233,8 @@ impl Connection {
         self.read().map(u32::from_be_bytes)
     }
 
-    fn handshake(&mut self) -> io::Result<()> {
+    /// How large the export is for this connection.
+    fn handshake(&mut self) -> io::Result<u64> {
         let script = self.state().script.clone();
         let greeting = script.greeting.unwrap_or_else(|| {
             let flags: u16 = 1 | if script.no_zeroes { 2 } else { 0 };
@@ -209,7 +256,7 @@ impl Connection {
                     if client & 2 == 0 {
                         export.extend([0; 124]);
                     }
-                    return self.stream.write_all(&export);
+                    return self.stream.write_all(&export).map(|()| bytes);
                 }
                 7 if script.go => {
                     assert_eq!(data[..4], 4_u32.to_be_bytes());
@@ -228,7 +275,7 @@ impl Connection {
                     }
                     // Something that nobody asked for.
                     self.option_reply(option, 3, &[&[0, 1], b"name".as_slice()].concat())?;
-                    return self.option_reply(option, 1, &[]);
+                    return self.option_reply(option, 1, &[]).map(|()| bytes);
                 }
                 _ => self.option_reply(option, 0x8000_0001, b"what?")?,
             }
@@ -244,7 +291,7 @@ impl Connection {
         self.stream.write_all(&bytes)
     }
 
-    fn transmit(&mut self, crashes: usize) -> io::Result<()> {
+    fn transmit(&mut self, crashes: usize, number: usize, bytes: u64) -> io::Result<()> {
         loop {
             assert_eq!(self.number()?, 0x2560_9513);
             let (flags, command) = (u16::from_be_bytes(self.read()?), self.read()?);
@@ -258,7 +305,9 @@ impl Connection {
             if command == 2 {
                 return Ok(());
             }
-            let delay = self.state().script.delay;
+            let script = self.state().script.clone();
+            let slow = script.slow_connection.filter(|(slow, _)| *slow == number);
+            let delay = slow.map_or(script.delay, |(_, delay)| delay);
             if !delay.is_zero() {
                 thread::sleep(delay);
             }
@@ -278,6 +327,8 @@ impl Connection {
                     );
                 }
                 let error = script.error.filter(|error| error.0 == command).map_or(0, |it| it.1);
+                // A server does not know how large the export has become meanwhile.
+                let error = if to as u64 > bytes { 22 } else { error };
                 if error == 0 {
                     match command {
                         0 => reply = state.current[from..to].to_vec(),
@@ -298,7 +349,7 @@ impl Connection {
                         _ => panic!("command {command}"),
                     }
                 }
-                if script.mute {
+                if script.mute || script.ignore == Some(command) {
                     continue;
                 }
                 if script.close_after.is_some_and(|count| state.answered >= count) {
