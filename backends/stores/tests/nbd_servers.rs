@@ -1,5 +1,5 @@
-//! The NBD client with real servers: qemu-nbd and nbdkit, as far as they are installed; killed or
-//! told to end, and started again, under load.
+//! The NBD client with real servers: qemu-nbd, nbdkit and nbd-server, as far as they are installed;
+//! stopped, slowed down, killed or told to end, and started again, under load.
 #![cfg(feature = "nbd")]
 
 mod common;
@@ -22,7 +22,7 @@ use proptest::test_runner::TestRunner;
 use pvblk::backend::{Store, StoreError};
 use pvblk_stores::nbd::{Durability, NbdDisk, NbdError, NbdOptions, NbdStore, Url};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use tempfile::TempDir;
 
 const SECTORS: u64 = 16384;
@@ -35,6 +35,8 @@ static NEXT_PORT: AtomicU32 = AtomicU32::new(0);
 enum Program {
     Qemu,
     Nbdkit,
+    /// The NBD project's own. It has a process for each connection, which outlives the first one.
+    NbdServer,
 }
 
 impl Program {
@@ -42,29 +44,33 @@ impl Program {
         match self {
             Self::Qemu => "qemu-nbd",
             Self::Nbdkit => "nbdkit",
+            Self::NbdServer => "nbd-server",
         }
     }
 
-    /// Those that are installed.
+    /// Those that are installed and whose connections end with the process that was started.
     fn installed() -> Vec<Self> {
-        [Self::Qemu, Self::Nbdkit]
-            .into_iter()
-            .filter(|program| {
-                let version = Command::new(program.name()).arg("--version").output();
-                let there = version.is_ok_and(|output| output.status.success());
-                if !there {
-                    println!("skipped: {} is not installed", program.name());
-                }
-                there
-            })
-            .collect()
+        [Self::Qemu, Self::Nbdkit].into_iter().filter(|program| program.is_installed()).collect()
     }
 
-    fn command(self, image: &Path, place: &Place, read_only: bool) -> Command {
+    fn is_installed(self) -> bool {
+        let argument = if self == Self::NbdServer { "-V" } else { "--version" };
+        let mut command = Command::new(self.name());
+        command.arg(argument).stdout(Stdio::null()).stderr(Stdio::null());
+        let there = command.status().is_ok();
+        if !there {
+            println!("skipped: {} is not installed", self.name());
+        }
+        there
+    }
+
+    /// `more` are arguments before the image.
+    fn command(self, image: &Path, place: &Place, read_only: bool, more: &[&str]) -> Command {
         let mut command = Command::new(self.name());
         match self {
             Self::Qemu => {
                 command.args(["--persistent", "--shared=8", "--format=raw", "--export-name=disk"]);
+                command.args(more);
                 // Trims become holes only with that.
                 command.args(["--discard=unmap"]);
                 match place {
@@ -79,7 +85,20 @@ impl Program {
                     Place::Unix(path) => command.arg("--unix").arg(path),
                     Place::Tcp(port) => command.args(["--ipaddr=127.0.0.1", "--port", port]),
                 };
-                command.args(read_only.then_some("--readonly")).arg("file").arg(image);
+                let (filters, settings) = more.split_at(more.len().min(1));
+                command.args(filters).args(read_only.then_some("--readonly"));
+                command.arg("file").arg(image).args(settings);
+            }
+            Self::NbdServer => {
+                let Place::Tcp(port) = place else { panic!("it is tried over TCP only") };
+                let config = image.with_extension("conf");
+                let text = format!(
+                    "[generic]\nport = {port}\nlistenaddr = 127.0.0.1\n[disk]\nexportname = {}\n\
+                     flush = true\nfua = true\ntrim = true\nreadonly = {read_only}\n",
+                    image.display()
+                );
+                std::fs::write(&config, text).expect("a file");
+                command.arg("-C").arg(config).arg("-p").arg(image.with_extension("pid"));
             }
         }
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
@@ -129,12 +148,18 @@ struct Server {
     program: Program,
     place: Place,
     read_only: bool,
+    more: Vec<&'static str>,
     child: Option<Child>,
     directory: TempDir,
 }
 
 impl Server {
     fn new(program: Program, tcp: bool, read_only: bool) -> Self {
+        Self::with(program, tcp, read_only, &[])
+    }
+
+    /// With more arguments: with nbdkit the first is a filter, and the others are its settings.
+    fn with(program: Program, tcp: bool, read_only: bool, more: &[&'static str]) -> Self {
         let directory = TempDir::new().expect("a temporary directory");
         let place = if tcp {
             // Not one that a client may get while the server is down.
@@ -146,7 +171,8 @@ impl Server {
         } else {
             Place::Unix(directory.path().join("socket"))
         };
-        let mut server = Self { program, place, read_only, child: None, directory };
+        let mut server =
+            Self { program, place, read_only, more: more.into(), child: None, directory };
         File::create(server.image()).unwrap().set_len(SECTORS * 512).unwrap();
         server.start();
         server
@@ -161,16 +187,33 @@ impl Server {
             // Left by one that was killed.
             let _ = std::fs::remove_file(path);
         }
-        let command = self.program.command(&self.image(), &self.place, self.read_only);
+        let command = self.program.command(&self.image(), &self.place, self.read_only, &self.more);
         self.child = Some(spawn(command).expect("it is installed"));
     }
 
     fn end(&mut self, end: End) {
-        if let Some(mut child) = self.child.take() {
+        if self.program == Program::NbdServer
+            && let Ok(pid) = std::fs::read_to_string(self.image().with_extension("pid"))
+            && let Some(pid) = pid.trim().parse().ok().and_then(Pid::from_raw)
+        {
+            // It has left the process that was started. That of a connection ends with that.
+            let _ = kill_process(pid, Signal::TERM);
+            self.child.take().map(|mut child| child.wait().expect("it is ours"));
+        } else if let Some(mut child) = self.child.take() {
             let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).expect("a number");
             let signal = if end == End::Told { Signal::TERM } else { Signal::KILL };
             kill_process(pid, signal).expect("it runs");
             child.wait().expect("it is ours");
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        let child = self.child.as_ref().expect("it runs");
+        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).expect("a number");
+        kill_process(pid, signal).expect("it runs");
+        if signal == Signal::STOP {
+            // Its threads are stopped a little later.
+            waitpid(Some(pid), WaitOptions::UNTRACED).expect("it is ours");
         }
     }
 
@@ -189,9 +232,13 @@ impl Server {
         // What a server that was killed had in progress is done, or is not done any more.
         options.settle = Duration::from_millis(2);
         options.queues = 2;
+        self.open_with(&options)
+    }
+
+    fn open_with(&self, options: &NbdOptions) -> NbdDisk {
         let end = Instant::now() + Duration::from_secs(20);
         loop {
-            match NbdDisk::connect(&self.url(), &options) {
+            match NbdDisk::connect(&self.url(), options) {
                 Ok(disk) => return disk,
                 Err(NbdError::Connect { .. }) if Instant::now() < end => {
                     std::thread::sleep(Duration::from_millis(20));
@@ -243,6 +290,125 @@ fn a_server_and_a_model_do_the_same() {
             File::open(server.image()).unwrap().read_exact(&mut bytes).unwrap();
             assert!(bytes == pattern(0, 1024, 1));
         }
+    }
+}
+
+#[test]
+fn the_nbd_projects_own_server_does_what_a_model_does() {
+    if !Program::NbdServer.is_installed() {
+        return;
+    }
+    let server = Server::new(Program::NbdServer, true, false);
+    let disk = server.open(Durability::Reported);
+    let mut harness = Harness::new(disk.queue(16).unwrap(), wait);
+    assert!(harness.store.features().flush && harness.store.features().discard.is_some());
+    harness.discard_zeroes = false;
+    harness.run(some_steps(10), 5);
+    harness.assert_no_failures();
+}
+
+/// A connection of qemu-nbd that it does not take is never answered.
+#[test]
+fn a_server_of_one_connection_gives_one_queue() {
+    if !Program::Qemu.is_installed() {
+        return;
+    }
+    for (shared, queues) in [("--shared=1", 1), ("--shared=2", 2), ("--shared=8", 4)] {
+        let server = Server::with(Program::Qemu, false, false, &[shared]);
+        let mut options = NbdOptions::default();
+        options.queues = 4;
+        let disk = server.open_with(&options);
+        assert_eq!(disk.max_queues(), queues, "{shared}");
+        for store in (0..queues).map(|_| disk.queue(4).unwrap()).collect::<Vec<_>>() {
+            let mut harness = Harness::new(store, wait);
+            harness.perform(write(0, 8, 1)).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_server_that_stands_still_is_not_waited_for_without_end() {
+    for program in Program::installed() {
+        let server = Server::new(program, false, false);
+        let mut options = NbdOptions::default();
+        options.patience = Duration::from_secs(1);
+        options.settle = Duration::from_millis(2);
+        let mut harness = Harness::new(server.open_with(&options).queue(4).unwrap(), wait);
+        harness.perform(write(0, 8, 1)).unwrap();
+        server.signal(Signal::STOP);
+        harness.submit(Step::Read { first: 0, count: 8, cuts: Vec::new() });
+        harness.submit(write(8, 8, 2));
+        harness.settle();
+        assert_eq!(harness.failures.len(), 2, "{program:?}");
+        assert!(!harness.store.is_connected());
+        server.signal(Signal::CONT);
+        while !harness.store.is_connected() {
+            wait(&mut harness.store);
+            harness.poll();
+        }
+        harness.perform(write(8, 8, 3)).unwrap();
+        harness.verify();
+    }
+}
+
+/// nbdkit closes a connection that was left when it is done with what it received there.
+#[test]
+fn an_old_write_of_a_slow_server_does_not_come_back() {
+    if !Program::Nbdkit.is_installed() {
+        return;
+    }
+    let more = ["--filter=delay", "wdelay=300ms"];
+    let server = Server::with(Program::Nbdkit, false, false, &more);
+    let mut options = NbdOptions::default();
+    options.settle = Duration::ZERO;
+    let disk = server.open_with(&options);
+    for round in 0..3 {
+        let mut one = Harness::new(disk.queue(4).unwrap(), wait);
+        one.submit(write(0, 8, 100 + round));
+        one.commit();
+        drop(one);
+        let mut other = Harness::new(disk.queue(4).unwrap(), wait);
+        other.perform(write(0, 8, round)).unwrap();
+        std::thread::sleep(Duration::from_millis(400));
+        other.verify();
+    }
+}
+
+#[test]
+fn zeroes_and_trims_that_a_server_refuses() {
+    if !Program::Nbdkit.is_installed() {
+        return;
+    }
+    let more = ["--filter=error", "error-zero=EINVAL", "error-zero-rate=100%"];
+    let server = Server::with(Program::Nbdkit, false, false, &more);
+    let mut harness = Harness::new(server.open(Durability::Trusted).queue(4).unwrap(), wait);
+    harness.perform(write(0, 1024, 1)).unwrap();
+    harness.perform(Step::WriteZeroes { first: 8, count: 512, may_unmap: true }).unwrap();
+    harness.verify();
+    let more = ["--filter=error", "error-trim=EINVAL", "error-trim-rate=100%"];
+    let server = Server::with(Program::Nbdkit, false, false, &more);
+    let mut harness = Harness::new(server.open(Durability::Trusted).queue(4).unwrap(), wait);
+    let trim = Step::Discard { first: 8, count: 512 };
+    assert_eq!(harness.perform(trim), Err(StoreError::Medium));
+}
+
+#[test]
+fn an_export_that_has_grown_is_asked_for_again() {
+    for program in [Program::Nbdkit, Program::NbdServer] {
+        if !program.is_installed() {
+            continue;
+        }
+        let server = Server::new(program, true, false);
+        let disk = server.open(Durability::Reported);
+        let mut harness = Harness::new(disk.queue(16).unwrap(), wait);
+        harness.perform(write(0, 8, 1)).unwrap();
+        File::options().write(true).open(server.image()).unwrap().set_len(SECTORS * 1024).unwrap();
+        assert_eq!(disk.refresh().unwrap().sectors, 2 * SECTORS, "{program:?}");
+        harness.model.resize(2 * SECTORS as usize, Some(vec![0; 512]));
+        harness.perform(write(2 * SECTORS - 8, 8, 2)).unwrap();
+        harness.perform(Step::Flush).unwrap();
+        harness.verify();
+        harness.assert_no_failures();
     }
 }
 
