@@ -17,7 +17,7 @@ use proptest::prelude::*;
 use pvblk::backend::{Store, StoreError};
 use pvblk_stores::nbd::{
     Durability, HandshakeError, LEDGER_WORDS, LedgerMemory, NbdDisk, NbdError, NbdOptions,
-    NbdStore, Past, Url, UrlError,
+    NbdStore, Past, Url, UrlError, feed_handshake,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -893,6 +893,20 @@ fn a_disk_that_is_taken_over_is_what_its_user_was_told() {
     // To a new user all of that is new.
     open(Past::Recorded, None).unwrap();
     open(Past::TakenOver, None).unwrap();
+}
+
+proptest! {
+    #[test]
+    fn any_bytes_end_a_handshake_or_are_too_few(
+        bytes in proptest::collection::vec(any::<u8>(), 0..400),
+        is_greeted in any::<bool>(),
+        piece in 1..50_usize,
+    ) {
+        let greeting: &[u8] = if is_greeted { b"NBDMAGICIHAVEOPT\0\x03" } else { b"" };
+        let bytes = [greeting, &bytes].concat();
+        // Random bytes have no reply's magic, and there is no agreement without a reply.
+        prop_assert_ne!(feed_handshake("disk", bytes.chunks(piece)), Ok(true));
+    }
 }
 
 #[test]

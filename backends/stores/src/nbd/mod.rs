@@ -360,6 +360,26 @@ fn logical_bytes(export: &Export, options: &NbdOptions) -> Result<u32, NbdError>
     Ok(sector)
 }
 
+/// Whether what a server sends, in these pieces, ends in an agreement on `export`. Fuzzers feed it.
+///
+/// # Errors
+///
+/// What is wrong with it.
+#[doc(hidden)]
+pub fn feed_handshake<'a>(
+    export: &str,
+    pieces: impl IntoIterator<Item = &'a [u8]>,
+) -> Result<bool, HandshakeError> {
+    let mut handshake = handshake::Handshake::new(export);
+    for piece in pieces {
+        if handshake.receive(piece)?.is_some() {
+            return Ok(true);
+        }
+        handshake.outbox.clear();
+    }
+    Ok(false)
+}
+
 fn whole_sectors(bytes: u64, logical_bytes: u32) -> u64 {
     let logical = u64::from(logical_bytes);
     bytes / logical * (logical / u64::from(SECTOR_BYTES))
