@@ -195,7 +195,9 @@ fn a_dead_process_s_writes_are_waited_for() {
             error => panic!("{error}"),
         }
         child.kill().unwrap();
-        let disk = FileDisk::open(path, &default).unwrap();
+        // It may be on its way into the system call in which it waits to die.
+        let patient = options(|options| options.patience = Duration::from_secs(60));
+        let disk = FileDisk::open(path, &patient).unwrap();
         let mut harness = Harness::new(disk.queue(16).unwrap(), wait);
         harness.perform(write(0, 1024, 2)).unwrap();
         harness.perform(Step::Flush).unwrap();

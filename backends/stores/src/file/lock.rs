@@ -233,7 +233,7 @@ impl Holders {
         let own = std::process::id();
         let processes = fs::read_dir("/proc").ok()?.flatten();
         let mut numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-        numbers.find(|pid: &u32| *pid != own && self.is_open_in(*pid))
+        numbers.find(|pid: &u32| *pid != own && is_alive(*pid) && self.is_open_in(*pid))
     }
 
     fn is_open_in(&self, pid: u32) -> bool {
@@ -264,12 +264,32 @@ fn tagged(locks: &str, device: (u32, u32), inode: u64) -> Vec<u32> {
     locks.lines().filter_map(of_line).collect()
 }
 
-/// Whether a process is there, and has not ended.
+/// Whether a process is there, and neither has ended nor is about to. One that was killed and waits for a
+/// medium, which nothing interrupts, is as good as dead.
 fn is_alive(pid: u32) -> bool {
-    let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
-    // The state comes after the name, which may hold anything.
-    let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next());
-    !matches!(state, Some('Z' | 'X'))
+    let read = |name: &str| fs::read_to_string(format!("/proc/{pid}/{name}"));
+    match (read("stat"), read("status")) {
+        (Ok(stat), Ok(status)) => !is_ending(&stat, &status),
+        _ => false,
+    }
+}
+
+/// The same, of what `proc(5)` calls `stat` and `status`.
+fn is_ending(stat: &str, status: &str) -> bool {
+    /// `PF_EXITING` of the kernel's flags of a process.
+    const EXITING: u64 = 0x4;
+    const KILLED: u64 = 1 << (libc::SIGKILL - 1);
+    // They come after the name, which may hold anything.
+    let mut words = stat.rsplit(") ").next().unwrap_or_default().split(' ');
+    let state = words.next();
+    let flags = words.nth(5).and_then(|flags| flags.parse().ok()).unwrap_or(0);
+    let pending = status.lines().filter_map(|line| {
+        let mask = line.strip_prefix("SigPnd:").or_else(|| line.strip_prefix("ShdPnd:"))?;
+        u64::from_str_radix(mask.trim(), 16).ok()
+    });
+    matches!(state, Some("Z" | "X"))
+        || flags & EXITING != 0
+        || pending.fold(0, |all, mask| all | mask) & KILLED != 0
 }
 
 /// Where a block device is mounted so that it may be written to.
@@ -311,6 +331,20 @@ mod tests {
         assert_eq!(tagged(locks, (0xfe, 0), 10133507), [77, 80]);
         assert_eq!(tagged(locks, (0xfe, 1), 10133507), []);
         assert!(is_alive(std::process::id()) && !is_alive(0x3fff_ffff));
+        let stat = |state, flags| format!("7 (a ) Z b) {state} 1 7 7 0 -1 {flags} 0 0");
+        let status =
+            |own, shared| format!("Name:\ta\nSigPnd:\t{own}\nShdPnd:\t{shared}\nSigBlk:\tfff\n");
+        let (none, kill) = ("0000000000000000", "0000000000000100");
+        for (state, flags, own, shared, ending) in [
+            ("S", 4194304, none, none, false),
+            ("D", 4194304, none, "0000000000004000", false),
+            ("Z", 4194304, none, none, true),
+            ("D", 4194308, none, none, true),
+            ("D", 4194304, kill, none, true),
+            ("D", 4194304, none, kill, true),
+        ] {
+            assert_eq!(is_ending(&stat(state, flags), &status(own, shared)), ending);
+        }
         assert!(name_of(std::process::id()).is_some_and(|name| !name.is_empty()));
     }
 
