@@ -5,6 +5,7 @@ mod common;
 
 use std::fs;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::*;
 use pvblk_simulated::Host;
@@ -254,48 +255,57 @@ fn a_daemon_of_fewer_classes_leaves_the_files_of_others() {
     daemon.stop();
 }
 
-/// Everything but the memory is gone: what was taken is answered, so that nothing is missed.
+/// The journals are gone: what was taken is answered, so that nothing is missed. Four queues have
+/// requests in progress at any time.
 #[test]
 fn an_update_needs_no_journal() {
     let folder = tempfile::tempdir().unwrap();
+    let (image, run) = (folder.path().join("disk.img"), folder.path().join("run"));
+    const SECTORS: u64 = 512;
+    file_of(&image, 4 * 8 * SECTORS, 0);
     let host = host();
-    let mut daemon = Running::start(&host, folder.path());
-    attach(&host, &disk("memory:4M")).unwrap();
+    let mut daemon = Running::start(&host, &run);
+    attach(&host, &disk(&format!("file:{}", image.display()))).unwrap();
     let domain = host.domain(GUEST);
     let store = Store::new(&domain);
     let mut config = FrontConfig::default();
-    config.queues = 2;
+    config.queues = 4;
     let (mut front, mut queues) = Disk::connect(&store, &domain, XVDB.0, &config).unwrap();
+    let end = AtomicBool::new(false);
     let daemon = std::thread::scope(|scope| {
-        let (enough, end) = std::sync::mpsc::channel::<()>();
-        let queue = &mut queues[0];
-        let user = scope.spawn(move || {
-            let mut rounds = 0_u64;
-            while end.try_recv().is_err() {
-                let sector = rounds % 100 * 64;
-                let bytes = pattern(sector, 64, rounds as u8);
-                queue.write(sector, &bytes).unwrap();
-                let mut back = vec![0; bytes.len()];
-                queue.read(sector, &mut back).unwrap();
-                assert!(back == bytes, "round {rounds}");
-                rounds += 1;
-            }
-            rounds
-        });
+        let users: Vec<_> = queues
+            .iter_mut()
+            .enumerate()
+            .map(|(number, queue)| {
+                let end = &end;
+                scope.spawn(move || {
+                    let mut rounds = 0_u64;
+                    while !end.load(Ordering::Relaxed) {
+                        let sector = (number as u64 * 8 + rounds % 8) * SECTORS;
+                        let bytes = pattern(sector, SECTORS as usize, rounds as u8);
+                        queue.write(sector, &bytes).unwrap();
+                        let mut back = vec![0; bytes.len()];
+                        queue.read(sector, &mut back).unwrap();
+                        assert!(back == bytes, "queue {number}, round {rounds}");
+                        rounds += 1;
+                    }
+                })
+            })
+            .collect();
         for _ in 0..4 {
             let before = daemon.disks()[0].total().writes;
-            daemon.wait("goes on", |disk| disk.total().writes > before + 20);
+            daemon.wait("goes on", |disk| disk.total().writes > before + 40);
             daemon.stop();
-            for entry in fs::read_dir(folder.path()).unwrap().flatten() {
+            for entry in fs::read_dir(&run).unwrap().flatten() {
                 if entry.file_name().to_str().unwrap().starts_with("journal-") {
                     fs::remove_file(entry.path()).unwrap();
                 }
             }
-            daemon = Running::start(&host, folder.path());
+            daemon = Running::start(&host, &run);
             daemon.wait("taken over", |disk| disk.connection.is_some());
         }
-        enough.send(()).unwrap();
-        assert!(user.join().unwrap() > 40);
+        end.store(true, Ordering::Relaxed);
+        users.into_iter().for_each(|user| user.join().unwrap());
         daemon
     });
     front.close(&mut queues).unwrap();
