@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 
 use super::stamp;
 use crate::report::say;
@@ -33,21 +33,47 @@ impl Suite {
 pub struct Apt {
     folder: PathBuf,
     suite: Suite,
+    /// The folder with `sources.list` and `sources.list.d`.
+    sources: PathBuf,
 }
+
+/// The system's own sources.
+const SOURCES: &str = "/etc/apt";
 
 impl Apt {
     /// Sets up the state in `folder` and fetches the package lists, once.
     pub fn new(folder: PathBuf, suite: Suite) -> Result<Self> {
-        let apt = Self { folder, suite };
+        Self::with_sources(folder, suite, SOURCES.into())
+    }
+
+    fn with_sources(folder: PathBuf, suite: Suite, sources: PathBuf) -> Result<Self> {
+        let apt = Self { folder, suite, sources };
         let key = match suite.architecture {
             "amd64" => suite.release.to_owned(),
             other => format!("{} {other}", suite.release),
         };
-        stamp::once(&apt.folder.join("stamp"), &key, "fetching package lists", || {
+        let stamp = apt.folder.join("stamp");
+        if !apt.has_lists() {
+            // Whatever the stamp says: it may be of a time when none came and that was no error.
+            let _ = fs::remove_file(&stamp);
+        }
+        let mut all = true;
+        stamp::once(&stamp, &key, "fetching package lists", || {
             apt.set_up()?;
-            apt.update()
+            all = apt.update()?;
+            Ok(())
         })?;
+        if !all {
+            // Good enough for this time. The next one asks again.
+            let _ = fs::remove_file(&stamp);
+        }
         Ok(apt)
+    }
+
+    fn has_lists(&self) -> bool {
+        let Ok(entries) = fs::read_dir(self.folder.join("lists")) else { return false };
+        let is_list = |name: &str| name.ends_with("_Packages") || name.contains("_Packages.");
+        entries.flatten().any(|entry| is_list(&entry.file_name().to_string_lossy()))
     }
 
     /// The closure of `packages`: their names and those of all that they depend on.
@@ -91,7 +117,7 @@ impl Apt {
             shell::output(self.get().arg("download").args(packages).current_dir(&folder)).map(drop)
         };
         // Lists grow old: a package may have moved on since they were fetched.
-        fetch().or_else(|_| self.update().and_then(|()| fetch())).context(
+        fetch().or_else(|_| self.update().and_then(|_| fetch())).context(
             "downloading failed: is there a network, and does `apt-get update` work here?",
         )?;
         let mut files = Vec::new();
@@ -159,25 +185,37 @@ Debug::NoLocking "true";
         );
         if let Some(own) = system_release().filter(|own| own != release) {
             say(format!("this is {own}: reading its package sources as {release}"));
-            translate_sources(&self.folder.join("sources"), &own, release)?;
+            translate_sources(&self.sources, &self.folder.join("sources"), &own, release)?;
             settings.push_str(&format!(
                 "Dir::Etc::sourcelist \"/dev/null\";\nDir::Etc::sourceparts \"{here}/sources\";\n"
+            ));
+        } else {
+            let sources = self.sources.display();
+            settings.push_str(&format!(
+                "Dir::Etc::sourcelist \"{sources}/sources.list\";\n\
+                 Dir::Etc::sourceparts \"{sources}/sources.list.d\";\n"
             ));
         }
         fs::write(self.folder.join("apt.conf"), settings)?;
         Ok(())
     }
 
-    /// Fetches the lists. Mirrors now and then have one that is not the one they promise: the others
-    /// are used then, and if a package is not in them, that is said when it is asked for.
-    fn update(&self) -> Result<()> {
-        let Err(error) = shell::output(self.get().arg("update")) else { return Ok(()) };
-        let there = fs::read_dir(self.folder.join("lists"))?.flatten();
-        if !there.into_iter().any(|it| it.file_name().to_string_lossy().contains("_Packages")) {
-            return Err(error);
+    /// Fetches the lists; `false` if not all came. Mirrors now and then have one that is not the one
+    /// they promise: the others are used then, and if a package is not in them, that is said when it is
+    /// asked for.
+    fn update(&self) -> Result<bool> {
+        // Left to itself, apt takes lists that do not come for a warning.
+        let mut update = self.get();
+        update.args(["-o", "APT::Update::Error-Mode=any", "update"]);
+        let result = shell::output(&mut update);
+        if !self.has_lists() {
+            let error = result.err().unwrap_or_else(|| anyhow!("apt-get found no package lists"));
+            return Err(error.context("no network? No package list came"));
         }
-        say("not all package lists came: going on with the others");
-        Ok(())
+        if result.is_err() {
+            say("not all package lists came: going on with the others");
+        }
+        Ok(result.is_ok())
     }
 
     fn get(&self) -> Command {
@@ -200,9 +238,9 @@ fn system_release() -> Option<String> {
     Some(name.trim_matches('"').to_owned())
 }
 
-fn translate_sources(folder: &Path, own: &str, release: &str) -> Result<()> {
-    let mut files = vec![PathBuf::from("/etc/apt/sources.list")];
-    if let Ok(entries) = fs::read_dir("/etc/apt/sources.list.d") {
+fn translate_sources(from: &Path, folder: &Path, own: &str, release: &str) -> Result<()> {
+    let mut files = vec![from.join("sources.list")];
+    if let Ok(entries) = fs::read_dir(from.join("sources.list.d")) {
         files.extend(entries.flatten().map(|entry| entry.path()));
     }
     for file in files {
@@ -213,4 +251,53 @@ fn translate_sources(folder: &Path, own: &str, release: &str) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::project;
+
+    const PACKAGE: &str = "Package: hello\nVersion: 1:7.2\nArchitecture: amd64\nMaintainer: x\n\
+                           Filename: ./hello.deb\nSize: 1\nSHA256: \
+                           e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855\n\
+                           Description: x\n\n";
+
+    #[test]
+    fn a_first_run_without_a_network_does_not_spoil_the_next_one() {
+        if Command::new("apt-get").arg("--version").output().is_err() {
+            eprintln!("SKIPPED: apt-get is not here");
+            return;
+        }
+        let folder = project::target().join("test-apt");
+        stamp::fresh(&folder).unwrap();
+        let (state, sources) = (folder.join("apt"), folder.join("sources"));
+        let repository = folder.join("repository");
+        fs::create_dir_all(sources.join("sources.list.d")).unwrap();
+        fs::create_dir_all(&repository).unwrap();
+        fs::write(repository.join("Packages"), PACKAGE).unwrap();
+        let there = format!("deb [trusted=yes] file:{} ./\n", repository.display());
+        // Nobody listens at port 1.
+        let missing = "deb [trusted=yes] http://127.0.0.1:1/debian bookworm main\n";
+        let open = |text: &str| {
+            fs::write(sources.join("sources.list"), text).unwrap();
+            Apt::with_sources(state.clone(), Suite::RIG, sources.clone())
+        };
+        for _ in 0..2 {
+            let error = format!("{:#}", open(missing).err().expect("no list can have come"));
+            assert!(error.contains("no network?"), "{error}");
+            assert!(!state.join("stamp").exists());
+        }
+        // What an earlier run without a network may have left.
+        fs::write(state.join("stamp"), "bookworm").unwrap();
+        // Some of the lists: they are used, and asked for again the next time.
+        let apt = open(&format!("{missing}{there}")).unwrap();
+        assert_eq!(apt.candidate("hello").unwrap(), "1:7.2");
+        assert!(!state.join("stamp").exists());
+        let apt = open(&there).unwrap();
+        assert_eq!(apt.candidate("hello").unwrap(), "1:7.2");
+        assert!(state.join("stamp").exists());
+        assert!(apt.candidate("qemu-system-x86").is_err());
+        fs::remove_dir_all(&folder).unwrap();
+    }
 }
