@@ -166,7 +166,7 @@ where
             jobs: slots,
             exchanging: VecDeque::with_capacity(capacity),
             paused: VecDeque::with_capacity(capacity),
-            bytes_left: 0,
+            bytes_left: ROUND_BYTES,
             reserved: 0,
             entries: core::iter::repeat_n(W::Entry::default(), PAGE_BYTES / W::ENTRY_BYTES)
                 .collect(),
@@ -220,8 +220,8 @@ where
             self.statistics.commits += 1;
             self.statistics.notifications += u64::from(notify);
         }
-        let spent = budget > 0 && left == 0 || self.bytes_left <= 0;
-        Ok(Round { notify, more: spent || !self.paused.is_empty() })
+        let more = budget > 0 && left == 0 || self.is_cut_short();
+        Ok(Round { notify, more })
     }
 
     /// Whether one more request could be carried through.
@@ -678,6 +678,12 @@ where
             None => self.round.wrapping_add(1),
         };
         self.memory.tidy(oldest, now);
+    }
+
+    /// Whether the last round ended since it had handled enough data. There is more to do then without
+    /// any event, in a queue that takes no more requests, too.
+    pub fn is_cut_short(&self) -> bool {
+        self.bytes_left <= 0 || !self.paused.is_empty()
     }
 
     /// How many requests are in progress.

@@ -100,6 +100,8 @@ pub struct Export {
     /// `None` if there is nothing to serve it from (yet).
     source: Option<Source>,
     links: Vec<Link>,
+    /// The queue that is worked first the next time.
+    turn: usize,
     /// Until when what is in flight may take; the frontend is gone, or nothing is taken from it.
     draining: Option<u64>,
     /// How the frontend broke the rules.
@@ -134,6 +136,7 @@ impl Export {
             vbd,
             source: None,
             links: Vec::new(),
+            turn: 0,
             draining: None,
             broken: None,
             over_at: None,
@@ -257,7 +260,9 @@ impl Export {
         Ok(())
     }
 
-    /// Works every queue that has something to do, once.
+    /// Works every queue that has something to do, once; but after one that has more to do than a
+    /// round, the others wait for the next call. So a disk with several queues that are busy takes no
+    /// more of the time than one with a single queue.
     #[inline]
     pub fn serve(&mut self) -> Round {
         let stirred = core::mem::take(&mut self.stirred);
@@ -265,9 +270,16 @@ impl Export {
             return self.drain();
         }
         let (mut more, mut violation) = (false, None);
-        for link in &mut self.links {
-            match link.serve(stirred) {
-                Ok(busy) => more |= busy,
+        let count = self.links.len();
+        for step in 0..count {
+            let index = (self.turn + step) % count;
+            match self.links[index].serve(stirred) {
+                Ok(false) => {}
+                Ok(true) => {
+                    // Those that were not looked at are stirred the next time.
+                    (more, self.turn, self.stirred) = (true, index + 1, stirred);
+                    break;
+                }
                 Err(broken) => violation = Some(broken),
             }
         }

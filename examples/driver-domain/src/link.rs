@@ -14,6 +14,8 @@ const SLOTS_PER_PAGE: usize = 32;
 const SEGMENT_BYTES: usize = 24;
 /// The bytes that each page takes that may be fetched at a time, besides a page to copy it to.
 const FETCH_BYTES: usize = 256;
+/// Queues of guests that may come later, for which address space is left where pages are kept.
+const LATER_QUEUES: usize = 16;
 /// Memory that is left alone when a queue is opened, in bytes.
 const MARGIN: usize = 4 << 20;
 
@@ -80,13 +82,24 @@ impl Link {
             return Err(LinkError::Memory(bytes >> 10));
         }
         let ring_pages = plan.references.len();
-        let mappings = ring_pages + plan.reach.kept_pages + plan.reach.room;
-        // Those that are in use have their place already.
-        let wanted = (reserved + mappings).saturating_sub(statistics.foreign_pages);
-        if !guest.reserve_foreign(wanted) {
-            return Err(LinkError::AddressSpace(mappings));
-        }
-        let queue = Queue::open(guest, plan, medium)?;
+        let needed = ring_pages + plan.reach.room;
+        // Pages are kept only while there is room for further rings: to keep fewer, or none, costs
+        // speed alone.
+        let mut plan = plan.clone();
+        let mappings = loop {
+            let mappings = needed + plan.reach.kept_pages;
+            let others = if plan.reach.kept_pages > 0 { LATER_QUEUES * needed } else { 0 };
+            // Those that are in use have their place already.
+            let wanted = (reserved + mappings + others).saturating_sub(statistics.foreign_pages);
+            if guest.reserve_foreign(wanted) {
+                break mappings;
+            }
+            if plan.reach.kept_pages == 0 {
+                return Err(LinkError::AddressSpace(mappings));
+            }
+            plan.reach.kept_pages /= 2;
+        };
+        let queue = Queue::open(guest, &plan, medium)?;
         Ok(Self { queue, guest, ring_pages, mappings, is_awake: false, most: Most::default() })
     }
 
@@ -109,7 +122,7 @@ impl Link {
         notified | completed | self.is_awake | self.queue.is_busy()
     }
 
-    /// Does a bounded amount of work if there is any. `true` if there is more.
+    /// Does a bounded amount of work if there is any. `true` if there is more to do at once.
     ///
     /// # Errors
     ///
@@ -134,12 +147,13 @@ impl Link {
     pub fn drain(&mut self) -> bool {
         // A violation is nothing new then: what is in flight comes to its end all the same.
         let _ = self.queue.engine_mut().poll(0);
+        self.is_awake = self.queue.engine().is_cut_short();
         self.queue.engine().in_progress() == 0
     }
 
     /// Whether, after [`drain`](Self::drain), there is something to do at once.
     pub fn is_awake(&self) -> bool {
-        self.medium().sleep()
+        self.is_awake | self.medium().sleep()
     }
 
     /// Gives up pages that are kept without need.
