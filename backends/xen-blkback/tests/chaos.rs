@@ -9,11 +9,12 @@ mod fuzz;
 
 use fuzz::xenstore::*;
 use fuzz::{MESSAGES_MAX, Scope};
+use pvblk_simulated::run_random;
 use xen_blkback::Event;
 
 #[test]
 fn anything_may_be_in_xenstore() {
-    fuzz::random_inputs(0..200, 200, Scope::XenStore);
+    run_random(0..200, 200, |bytes| fuzz::run(bytes, Scope::XenStore));
 }
 
 /// 64 queues of 16 pages: the most that a frontend can make us read.

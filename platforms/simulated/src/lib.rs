@@ -36,6 +36,7 @@ mod mapping;
 mod memory;
 #[allow(unsafe_code)]
 mod ram;
+mod script;
 mod store;
 mod toolstack;
 mod waiting;
@@ -45,6 +46,7 @@ pub use faults::{Faults, Random};
 pub use host::{ActorId, Host, Statistics};
 pub use mapping::{MapError, Mapping};
 pub use ram::Ram;
+pub use script::{Script, run_corpus, run_random};
 pub use store::{StoreError, StoreWatch};
 pub use toolstack::Vbd;
 

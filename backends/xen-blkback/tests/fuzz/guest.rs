@@ -3,13 +3,13 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use pvblk::memory::Access;
-use pvblk_simulated::{Domain, Random};
+use pvblk_simulated::{Domain, Random, Script};
 use pvblk_xen::back::Layout;
 use pvblk_xen::platform::GrantRef;
 use xen_blkback::QueuePlan;
 
 use super::raw::{ABIS, BITS64, Page, REQ_PROD, RSP_PROD, Raw, segment_bytes};
-use super::script::Script;
+use super::script::segment;
 
 /// The last one is kept for the end, when it means well.
 const RINGS: usize = 3;
@@ -23,7 +23,7 @@ pub struct Guest {
 }
 
 impl Guest {
-    pub fn new(domain: &Domain, script: &mut Script<'_>) -> Self {
+    pub fn new(domain: &Domain, script: &mut Script) -> Self {
         let bits = usize::from(script.byte());
         let start = [0, u32::MAX - 20][bits & 1];
         let (order, abi) = ([0, 0, 1, 2][bits >> 1 & 3], ABIS[bits >> 3 & 1]);
@@ -39,7 +39,7 @@ impl Guest {
         &self,
         first: usize,
         count: usize,
-        script: &mut Script<'_>,
+        script: &mut Script,
     ) -> Vec<(String, String)> {
         let rings = &self.rings[first..first + count];
         let is_64 = (rings[0].abi == BITS64) != script.one_in(8);
@@ -105,7 +105,7 @@ impl Guest {
     }
 
     /// Ends a grant of a page of data, if that can be, and has another page in its place or not.
-    pub fn revoke(&mut self, script: &mut Script<'_>) {
+    pub fn revoke(&mut self, script: &mut Script) {
         let which = script.below(self.pages.len());
         if self.rings[0].revoke(self.pages[which]) && script.one_in(2) {
             let access = [Access::Read, Access::ReadWrite][script.below(2)];
@@ -145,7 +145,7 @@ impl Scribbler {
         while !stop.load(Ordering::Relaxed) {
             let bytes: Vec<_> = (0..8).map(|_| self.random.number() as u8).collect();
             let references: Vec<_> = self.pages.iter().map(|page| page.reference.0).collect();
-            let segment = Script::new(&bytes).segment(&references);
+            let segment = segment(&mut Script::new(&bytes), &references);
             let segment = u64::from_le_bytes(segment_bytes(segment));
             let random = &mut self.random;
             if random.one_in(4) {

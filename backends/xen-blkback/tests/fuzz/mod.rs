@@ -1,10 +1,11 @@
-//! The body of the fuzz target `hostile_frontend` of `ci/fuzz`, which the tests run on the corpus, too:
-//! a guest that does what the bytes say, in XenStore and on its rings, against a whole backend.
+//! The bodies of the fuzz targets `hostile_frontend` and `journal` of `ci/fuzz`, which the tests run on
+//! the corpus, too. The first is a guest that does what the bytes say, in XenStore and on its rings, against a whole backend.
 //!
 //! Whatever it does: no panic, one answer a request, no input or output outside of the disk or against
 //! its mode, memory and messages bounded, nothing left in the end, and the next guest is served.
 
 mod guest;
+mod journal;
 mod owner;
 #[path = "../raw/mod.rs"]
 pub mod raw;
@@ -19,14 +20,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use guest::Guest;
 use owner::{Opening, Owner};
 use pvblk::extent::Geometry;
-use pvblk_simulated::{Host, Random};
+use pvblk_simulated::{Host, Script};
 use pvblk_xen::foreign::DataPath;
 use raw::{BACK, World};
-use script::Script;
 use xen_blkback::{Config, Hotplug, Vbd};
 use xenstore::Rig;
 
-#[allow(unused_imports, reason = "the fuzz target has no use for it")]
+#[allow(unused_imports, reason = "every user of this has some of it")]
+pub use journal::journal;
+#[allow(unused_imports, reason = "as above")]
 pub use owner::MESSAGES_MAX;
 
 /// Things that an input may have done.
@@ -108,7 +110,7 @@ fn play(
     config: &Config,
     opening: Opening,
     guest: &mut Guest,
-    script: &mut Script<'_>,
+    script: &mut Script,
     scope: Scope,
 ) {
     let store = rig.store();
@@ -149,7 +151,7 @@ fn begin<'w>(
     owner
 }
 
-fn config(script: &mut Script<'_>) -> Config {
+fn config(script: &mut Script) -> Config {
     let bits = script.byte();
     xenstore::config(|config| {
         config.queues = 64;
@@ -169,17 +171,5 @@ struct Stop<'a>(&'a AtomicBool);
 impl Drop for Stop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
-    }
-}
-
-/// Inputs that follow from their seeds.
-#[allow(dead_code, reason = "as above")]
-pub fn random_inputs(seeds: impl IntoIterator<Item = u64>, length: usize, scope: Scope) {
-    for seed in seeds {
-        let mut random = Random::new(seed);
-        let length = random.index(length);
-        let bytes: Vec<_> = (0..length).map(|_| random.number() as u8).collect();
-        let result = std::panic::catch_unwind(|| run(&bytes, scope));
-        assert!(result.is_ok(), "seed {seed} fails");
     }
 }

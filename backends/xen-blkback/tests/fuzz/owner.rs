@@ -1,13 +1,12 @@
 //! The backend's program, in front of a guest that does anything: one vbd and its queues.
 
 use pvblk::extent::Geometry;
-use pvblk_simulated::Faults;
+use pvblk_simulated::{Faults, Script};
 use xen_blkback::{Event, Feature, Queue, QueuePlan, Vbd};
 
 use super::guest::Guest;
 use super::raw::{Disk, JournalMemory, World, features};
 use super::ring::Served;
-use super::script::Script;
 use super::steps::Step;
 use super::xenstore::{Rig, TheVbd};
 
@@ -190,7 +189,7 @@ impl<'w> Owner<'w> {
     }
 
     /// Does one thing to XenStore, or to the vbd.
-    pub fn perform(&mut self, guest: &mut Guest, script: &mut Script<'_>) {
+    pub fn perform(&mut self, guest: &mut Guest, script: &mut Script) {
         let rig = self.rig;
         let removed = rig.back_node("state").is_none();
         let ending = rig.back_node("online").as_deref() == Some("0") && rig.state() == "5";
@@ -272,13 +271,7 @@ impl<'w> Owner<'w> {
     }
 
     /// A guest publishes rings as one does that means well.
-    pub fn connect(
-        &mut self,
-        guest: &mut Guest,
-        first: usize,
-        count: usize,
-        script: &mut Script<'_>,
-    ) {
+    pub fn connect(&mut self, guest: &mut Guest, first: usize, count: usize, script: &mut Script) {
         guest.begin(first, count);
         publish(self.rig, &guest.publication(first, count, script), "3");
         self.settle(guest);

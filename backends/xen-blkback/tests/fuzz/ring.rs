@@ -7,7 +7,7 @@ use pvblk::backend::StoreError;
 use pvblk::extent::Geometry;
 use pvblk::memory::{Access, PAGE_BYTES};
 use pvblk::plan::TABLES_MAX;
-use pvblk_simulated::Faults;
+use pvblk_simulated::{Faults, Script};
 use xen_blkback::QueuePlan;
 
 use super::guest::Guest;
@@ -15,7 +15,7 @@ use super::raw::{
     Answer, Disk, INDIRECT, OKAY, READ, REQ_EVENT, REQ_PROD, RSP_EVENT, RSP_PROD, Raw, TheQueue,
     World, settle,
 };
-use super::script::Script;
+use super::script::segment;
 
 /// A queue that is open.
 pub struct Served<'t> {
@@ -188,7 +188,7 @@ impl<'t> Served<'t> {
     }
 
     /// A request of one kind or another, sound or not.
-    fn request(&mut self, guest: &Guest, script: &mut Script<'_>) -> Vec<u8> {
+    fn request(&mut self, guest: &Guest, script: &mut Script) -> Vec<u8> {
         let references: Vec<_> = guest.pages.iter().map(|page| page.reference.0).collect();
         let id = u64::from(script.byte());
         let sector = match script.byte() {
@@ -216,7 +216,7 @@ impl<'t> Served<'t> {
                 // Most of the time there is something in it.
                 if let Some(page) = guest.pages.get(script.below(guest.pages.len() + 4)) {
                     let page = *page;
-                    let few = [script.segment(&references), script.segment(&references)];
+                    let few = [segment(script, &references), segment(script, &references)];
                     let entries: Vec<_> = few.iter().copied().cycle().take(512).collect();
                     self.raw.fill_table(page, &entries);
                 }
@@ -225,14 +225,14 @@ impl<'t> Served<'t> {
             _ => {
                 let count = script.below(14);
                 let segments: Vec<_> =
-                    (0..count.min(11)).map(|_| script.segment(&references)).collect();
+                    (0..count.min(11)).map(|_| segment(script, &references)).collect();
                 abi.counted(operation, count as u8, id, sector, &segments)
             }
         }
     }
 
     /// Does one thing. `true` if mappings and copies may fail from now on.
-    pub fn act(&mut self, guest: &mut Guest, world: &World, script: &mut Script<'_>) -> bool {
+    pub fn act(&mut self, guest: &mut Guest, world: &World, script: &mut Script) -> bool {
         match script.byte() % 24 {
             0..=7 => {
                 for _ in 0..1 + script.below(8) {
@@ -274,7 +274,7 @@ impl<'t> Served<'t> {
                 let page = guest.pages[script.below(guest.pages.len())];
                 let at = script.below(64) * 8;
                 let bytes = script.some(64);
-                world.front.poke(page.base, at, bytes);
+                world.front.poke(page.base, at, &bytes);
             }
             17 => guest.revoke(script),
             18 => {

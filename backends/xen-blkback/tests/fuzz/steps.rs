@@ -1,6 +1,6 @@
 //! What a frontend, a toolstack and the owner of a vbd may do, in any order.
 
-use super::script::Script;
+use pvblk_simulated::Script;
 
 /// One of those things.
 #[derive(Clone, Debug)]
@@ -88,20 +88,20 @@ const VALUES: [&str; 25] = [
 ];
 
 /// The usual, a number of something that exists, or any bytes.
-fn value(script: &mut Script<'_>, numbers: &[u32]) -> Vec<u8> {
+fn value(script: &mut Script, numbers: &[u32]) -> Vec<u8> {
     match script.byte() {
         choice @ 0..160 => VALUES[usize::from(choice) % VALUES.len()].into(),
         choice @ 160..224 => numbers[usize::from(choice) % numbers.len()].to_string().into(),
-        224..252 => script.some(40).to_vec(),
+        224..252 => script.some(40),
         _ => vec![b'9'; 2000],
     }
 }
 
 impl Step {
     /// The next one. `numbers` are those of grants and event channels of the guest.
-    pub fn next(script: &mut Script<'_>, numbers: &[u32]) -> Self {
-        let front = |script: &mut Script<'_>| FRONT_NODES[script.below(FRONT_NODES.len())];
-        let back = |script: &mut Script<'_>| BACK_NODES[script.below(BACK_NODES.len())];
+    pub fn next(script: &mut Script, numbers: &[u32]) -> Self {
+        let front = |script: &mut Script| FRONT_NODES[script.below(FRONT_NODES.len())];
+        let back = |script: &mut Script| BACK_NODES[script.below(BACK_NODES.len())];
         match script.byte() % 62 {
             0..16 => Self::Obey,
             16..22 => {

@@ -88,7 +88,8 @@ impl Setup {
 
 pub type TheQueue<'t, T = Domain> = Queue<'t, T, StrictStore>;
 
-fn plan(raw: &Raw, setup: &Setup) -> QueuePlan {
+/// What a vbd would ask to open.
+pub fn plan(raw: &Raw, setup: &Setup) -> QueuePlan {
     let mut plan = QueuePlan::new(
         0,
         FRONT,

@@ -6,12 +6,10 @@ use std::sync::{Arc, Mutex};
 use pvblk::buffer::{Buffer, OwnedPages, Piece};
 use pvblk::frontend::{Request, SubmitError};
 use pvblk::memory::Access;
-use pvblk_simulated::{Domain, Host, Mapping};
+use pvblk_simulated::{Domain, Host, Mapping, Script};
 use pvblk_xen::platform::{DomainId, EventChannels, GrantRef, Port};
 use pvblk_xen::store::Store;
 use xen_blkfront::{Config, Disk, FrontQueue, Lender};
-
-use super::Script;
 
 const BACK: DomainId = DomainId(0);
 const FRONT: DomainId = DomainId(5);

@@ -5,11 +5,10 @@ use std::collections::VecDeque;
 use std::task::Waker;
 use std::time::Duration;
 
+use pvblk_simulated::Script;
 use pvblk_xen::platform::{Clock, StoreBroken, StoreTransport};
 use pvblk_xen::store::{Nodes, Store};
 use pvblk_xen::xenbus::{self, Device};
-
-use super::Script;
 
 struct Stream {
     script: RefCell<Script>,

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::fmt::Write as _;
+use std::io::Read as _;
 
 use pvblk_xen::platform::StoreBroken;
 
@@ -118,10 +119,10 @@ impl Message {
         Ok((path, &self.payload[end + 1..]))
     }
 
-    fn encode(&self) -> impl Iterator<Item = u8> + '_ {
+    fn encode(&self) -> Vec<u8> {
         let length = self.payload.len() as u32;
         let header = [self.kind.number(), self.request, self.transaction, length];
-        header.into_iter().flat_map(u32::to_le_bytes).chain(self.payload.iter().copied())
+        [header.map(u32::to_le_bytes).as_flattened(), &self.payload].concat()
     }
 }
 
@@ -131,8 +132,9 @@ pub(super) struct Connection {
     /// Taken from the ring, not a whole message yet.
     collected: Vec<u8>,
     backlog: VecDeque<Message>,
-    /// Of the first message of the backlog, what does not fit into the ring yet.
-    sending: VecDeque<u8>,
+    /// A message that was taken from the backlog, and how much of it is in the ring.
+    sending: Vec<u8>,
+    sent: usize,
     wants_room: bool,
     broken: bool,
 }
@@ -144,7 +146,8 @@ impl Connection {
             to_client: VecDeque::new(),
             collected: Vec::new(),
             backlog: VecDeque::new(),
-            sending: VecDeque::new(),
+            sending: Vec::new(),
+            sent: 0,
             wants_room: false,
             broken: false,
         }
@@ -162,9 +165,8 @@ impl Connection {
 
     pub(super) fn receive(&mut self, bytes: &mut [u8]) -> Result<usize, StoreBroken> {
         let count = bytes.len().min(self.to_client.len());
-        for (byte, received) in bytes.iter_mut().zip(self.to_client.drain(..count)) {
-            *byte = received;
-        }
+        // There are so many.
+        let _ = self.to_client.read_exact(&mut bytes[..count]);
         if self.broken && count == 0 { Err(StoreBroken) } else { Ok(count) }
     }
 
@@ -183,7 +185,10 @@ impl Connection {
             return (false, false);
         }
         let count = faults.short(self.to_daemon.len()).max(1);
-        self.collected.extend(self.to_daemon.drain(..count));
+        let end = self.collected.len();
+        self.collected.resize(end + count, 0);
+        // There are so many.
+        let _ = self.to_daemon.read_exact(&mut self.collected[end..]);
         (true, std::mem::take(&mut self.wants_room))
     }
 
@@ -217,13 +222,15 @@ impl Connection {
     pub(super) fn deliver(&mut self, faults: &mut FaultState) -> bool {
         let mut moved = false;
         while self.to_client.len() < RING {
-            if self.sending.is_empty() {
+            if self.sent == self.sending.len() {
                 let Some(message) = self.backlog.pop_front() else { break };
-                self.sending.extend(message.encode());
+                (self.sending, self.sent) = (message.encode(), 0);
             }
             let room = RING - self.to_client.len();
-            let count = faults.short(room.min(self.sending.len())).max(1);
-            self.to_client.extend(self.sending.drain(..count));
+            let left = &self.sending[self.sent..];
+            let count = faults.short(room.min(left.len())).max(1);
+            self.to_client.extend(&left[..count]);
+            self.sent += count;
             moved = true;
         }
         moved
