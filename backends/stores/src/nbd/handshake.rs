@@ -60,7 +60,7 @@ enum State {
 pub(super) struct Handshake {
     state: State,
     export: String,
-    inbox: Vec<u8>,
+    pub(super) inbox: Vec<u8>,
     /// What is to be sent.
     pub(super) outbox: Vec<u8>,
     no_zeroes: bool,

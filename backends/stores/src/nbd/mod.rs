@@ -38,11 +38,17 @@ use pvblk::command::{DiscardUnits, Features};
 use pvblk::extent::{Geometry, SECTOR_BYTES};
 
 mod connection;
+#[cfg(test)]
+#[path = "../../tests/fuzz/nbd.rs"]
+mod fuzz;
 mod gate;
 mod handshake;
 mod job;
 mod ledger;
 mod protocol;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod seam;
 mod socket;
 mod store;
 mod url;
