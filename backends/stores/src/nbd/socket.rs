@@ -78,7 +78,7 @@ impl Socket {
     /// What became of connecting, once the socket can be written to.
     pub(super) fn connected(&self) -> io::Result<()> {
         sockopt::socket_error(&self.fd)??;
-        // With nobody listening on a port of those that the host gives to clients, TCP may connect a
+        // With no listener on a port of those that the host gives to clients, TCP may connect a
         // socket to itself.
         match (getsockname(&self.fd)?.try_into(), getpeername(&self.fd)?.map(TryInto::try_into)) {
             (Ok(here), Some(Ok(there))) if SocketAddr::eq(&here, &there) => {

@@ -75,7 +75,7 @@ impl NbdStore {
             if total == 0 {
                 return self.lose(broken("data from no memory"));
             }
-            // SAFETY: nobody changes a header now; the memory was lent for a write that is not
+            // SAFETY: no header is changed during the call; the memory was lent for a write that is not
             // complete, or is zeroes of ours.
             match unsafe { connection.socket.send(&self.vector) } {
                 Ok(count) => {
