@@ -377,7 +377,7 @@ fn no_sector_is_lost_to_its_neighbour() {
         let image = image(place, 2048);
         let disk = FileDisk::open(image.path(), &options).unwrap();
         let mut harness = Harness::new(disk.queue(16).unwrap(), wait);
-        for round in 0..600 {
+        for round in 0..300 {
             let page = round * 37 % 256;
             for sector in 0..8 {
                 harness.grain = if sector % 2 == 0 { 8 } else { 512 };

@@ -194,8 +194,9 @@ pub enum FileError {
     /// It ends in the middle of a sector.
     #[error(
         "{} has {bytes} bytes, which is no multiple of its sectors of {sector}: give it {more} \
-         (truncate -s {more}), or the disk smaller sectors",
-        .path.display()
+         (truncate -s {more}){}",
+        .path.display(),
+        if *.sector > 512 { ", or the disk smaller sectors" } else { "" }
     )]
     Length {
         /// The file.
