@@ -65,6 +65,15 @@ impl Case {
         if self.tables { 4096 } else { 512 }
     }
 
+    /// Descriptors in a queue of the raw disk: QEMU's least, few, or its own choice.
+    fn queue_size(&self) -> u32 {
+        match (self.tables, self.machine) {
+            (false, Machine::Q35) => 4,
+            (false, Machine::Microvm) => 16,
+            (true, _) => 256,
+        }
+    }
+
     fn command_line(&self, words: &str) -> String {
         let packed = u8::from(self.packed);
         let segment = if self.tables { " segment=4" } else { "" };
@@ -112,7 +121,9 @@ impl<'a> Virtio<'a> {
             raw_bytes: RAW_BYTES,
             disk_options: if case.packed { ",packed=on" } else { "" },
             raw_options: &format!(
-                ",num-queues={QUEUES},logical_block_size={sector},physical_block_size={sector}"
+                ",num-queues={QUEUES},queue-size={},logical_block_size={sector},\
+                 physical_block_size={sector}",
+                case.queue_size(),
             ),
             timeout: Duration::from_secs(120),
         };
@@ -169,6 +180,7 @@ impl Case {
         let expected = [
             ("packed", u32::from(self.packed)),
             ("queues", QUEUES),
+            ("size", self.queue_size()),
             ("sector", self.sector()),
             ("indirect", 1),
             ("event-index", 1),
@@ -226,8 +238,8 @@ mod tests {
     fn a_case_that_was_not_negotiated_fails() {
         let case = Case { machine: Machine::Q35, packed: true, tables: true };
         let good = [
-            "NEGOTIATED device=raw queues=2 packed=1 indirect=1 event-index=1 sector=4096 flush=1 \
-             write-zeroes=1",
+            "NEGOTIATED device=raw queues=2 size=256 packed=1 indirect=1 event-index=1 sector=4096 \
+             flush=1 write-zeroes=1",
             "QUEUE 0: 7 requests, 9 on the ring (3 indirect with 3 tables)",
             "QUEUE 1: 7 requests, 9 on the ring (3 indirect with 3 tables)",
             "RESIZED to 147456 sectors, by an interrupt",

@@ -6,8 +6,9 @@
 //! `VERDICT FAIL` and why.
 //!
 //! The command line: `files=NAME` and `raw=NAME` give the disks other names (QEMU's own
-//! `qemu-storage-daemon` calls every disk `vhost_user_blk`); `queues=N size=N segments=N segment=KIB packed=0|1` shape what the driver asks for
-//! (packed queues are used where they are offered, unless `packed=0`); `seed=N` makes another pattern;
+//! `qemu-storage-daemon` calls every disk `vhost_user_blk`);
+//! `queues=N size=N segments=N segment=KIB packed=0|1` shape what the driver asks for (packed queues
+//! are used where they are offered, unless `packed=0`); `seed=N` makes another pattern;
 //! `memory=hal` has the disks' memory come from a `Hal` of `virtio-drivers`;
 //! `resize=SECTORS` waits for the raw disk to get that size after all else.
 #![cfg_attr(target_os = "none", no_std, no_main)]
