@@ -44,8 +44,8 @@ pub struct ClientOptions {
     pub sector_bytes: u32,
     /// Whether data begins where no sector does.
     pub misaligned: bool,
-    /// Marks this guest's data.
-    pub mark: u32,
+    /// Decides the load, and marks this guest's data.
+    pub seed: u64,
     /// Whether requests may fail.
     pub may_fail: bool,
     /// Whether flushes may fail.
@@ -57,6 +57,8 @@ pub struct ClientOptions {
 /// A guest with its disk.
 pub struct Client<D: DriverQueue<Share = GuestFile>> {
     options: ClientOptions,
+    /// Decides the load. What is in flight when depends on time, so this stream is the load's own.
+    random: Random,
     ram: GuestFile,
     lanes: Vec<Lane<D>>,
     /// What was done so far.
@@ -71,7 +73,8 @@ impl<D: DriverQueue<Share = GuestFile>> Client<D> {
     pub fn new(options: ClientOptions) -> Result<Self> {
         let ram = GuestFile::new(PAGES)?;
         let lanes = Self::lanes(&ram, &options)?;
-        Ok(Self { options, ram, lanes, history: Recorder::new(options.rules) })
+        let (random, history) = (Random::new(options.seed), Recorder::new(options.rules));
+        Ok(Self { options, random, ram, lanes, history })
     }
 
     fn lanes(ram: &GuestFile, options: &ClientOptions) -> Result<Vec<Lane<D>>> {
@@ -95,24 +98,24 @@ impl<D: DriverQueue<Share = GuestFile>> Client<D> {
 
     /// A new kernel in the same memory: its queues are new ones.
     pub fn kexec(self) -> Result<Self> {
-        let Self { options, ram, lanes, mut history } = self;
+        let Self { options, random, ram, lanes, mut history } = self;
         drop(lanes);
         history.died(Death::GuestRing);
         let ram = ram.kexec();
         let lanes = Self::lanes(&ram, &options)?;
-        Ok(Self { options, ram, lanes, history })
+        Ok(Self { options, random, ram, lanes, history })
     }
 
     /// Submits random requests until so many are in flight.
-    pub fn submit(&mut self, random: &mut Random) -> Result<()> {
+    pub fn submit(&mut self) -> Result<()> {
         for number in 0..self.lanes.len() {
             for _ in 0..DEPTH / 2 {
                 if self.lanes[number].flying.len() >= DEPTH {
                     break;
                 }
-                let operation = self.choose(random);
+                let operation = self.choose();
                 if self.is_free(operation) {
-                    self.start(number, operation, random)?;
+                    self.start(number, operation)?;
                 }
             }
             self.lanes[number].queue.commit()?;
@@ -120,7 +123,8 @@ impl<D: DriverQueue<Share = GuestFile>> Client<D> {
         Ok(())
     }
 
-    fn choose(&self, random: &mut Random) -> Operation {
+    fn choose(&mut self) -> Operation {
+        let random = &mut self.random;
         let sectors = self.options.rules.sectors;
         let longest = u64::from(LONGEST / self.options.sector_bytes);
         let most = if random.one_in(4) { longest } else { 8.min(longest) };
@@ -151,7 +155,8 @@ impl<D: DriverQueue<Share = GuestFile>> Client<D> {
         !meets && (is_read || self.history.checker().open_writes(range) < OPEN_WRITES)
     }
 
-    fn start(&mut self, number: usize, operation: Operation, random: &mut Random) -> Result<()> {
+    fn start(&mut self, number: usize, operation: Operation) -> Result<()> {
+        let random = &mut self.random;
         let unit = self.options.sector_bytes;
         let offset = match self.options.misaligned && random.one_in(2) {
             true => 8 * (1 + random.below(500) as u32),
@@ -169,7 +174,7 @@ impl<D: DriverQueue<Share = GuestFile>> Client<D> {
             Operation::Write(Range { first, count }) => {
                 let mut bytes = vec![0; (count * unit) as usize];
                 let writer = number as Writer;
-                tag::fill(self.options.mark, writer, id, first, unit as usize, &mut bytes);
+                tag::fill(self.options.seed as u32, writer, id, first, unit as usize, &mut bytes);
                 buffer.write(&bytes);
                 let (sector, sectors) = (first * scale, count * scale as u32);
                 Request::Write { sector, sectors, buffer }
@@ -221,8 +226,8 @@ impl<D: DriverQueue<Share = GuestFile>> Client<D> {
                 let mut bytes = vec![0; range.count as usize * unit];
                 buffer.read(&mut bytes);
                 let sectors = range.sectors().zip(bytes.chunks(unit));
-                let seen =
-                    sectors.map(|(sector, bytes)| tag::read(self.options.mark, sector, bytes));
+                let seen = sectors
+                    .map(|(sector, bytes)| tag::read(self.options.seed as u32, sector, bytes));
                 Answer::Read(seen.collect())
             }
             (Ok(()), ..) => Answer::Done,
@@ -247,10 +252,10 @@ impl<D: DriverQueue<Share = GuestFile>> Client<D> {
     }
 
     /// Keeps the disk busy until so many requests were answered.
-    pub fn work(&mut self, random: &mut Random, answers: usize) -> Result<()> {
+    pub fn work(&mut self, answers: usize) -> Result<()> {
         let (mut done, mut last) = (0, Instant::now());
         while done < answers {
-            self.submit(random)?;
+            self.submit()?;
             let count = self.poll()?;
             done += count;
             self.pause(count, &mut last)?;
@@ -284,9 +289,9 @@ impl<D: DriverQueue<Share = GuestFile>> Client<D> {
     }
 
     /// Flushes, and reads everything.
-    pub fn read_all(&mut self, random: &mut Random) -> Result<()> {
+    pub fn read_all(&mut self) -> Result<()> {
         for number in 0..self.lanes.len() {
-            self.start(number, Operation::Flush, random)?;
+            self.start(number, Operation::Flush)?;
             self.lanes[number].queue.commit()?;
         }
         self.drain()?;
@@ -294,8 +299,8 @@ impl<D: DriverQueue<Share = GuestFile>> Client<D> {
         let sectors = self.options.rules.sectors;
         for first in (0..sectors).step_by(longest as usize) {
             let count = longest.min(sectors - first) as u32;
-            let number = random.index(self.lanes.len());
-            self.start(number, Operation::Read(Range { first, count }), random)?;
+            let number = self.random.index(self.lanes.len());
+            self.start(number, Operation::Read(Range { first, count }))?;
             self.lanes[number].queue.commit()?;
             self.drain()?;
         }

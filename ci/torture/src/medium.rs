@@ -1,13 +1,15 @@
 //! What disks are served from, made and taken away again.
 
 use std::fs::{self, File};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::plan::{Durability, Medium, Plan, Program};
-use crate::process::{End, Process, run};
+use crate::process::{End, PATIENCE, Process, run};
 
 /// A medium that this machine does not have.
 #[derive(Debug, thiserror::Error)]
@@ -118,6 +120,18 @@ impl Place {
 
     fn socket(&self) -> PathBuf {
         self.folder.join("nbd.socket")
+    }
+
+    /// Waits until the server listens, if there is one.
+    pub fn wait_for_server(&self) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        while self.server.is_some() && UnixStream::connect(self.socket()).is_err() {
+            if Instant::now() > deadline {
+                bail!("the NBD server does not listen: see server.log");
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
     }
 
     /// Ends the server, if there is one.

@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use pvblk::command::{DiscardUnits, Features as DiskFeatures};
 use pvblk::extent::Geometry;
 use pvblk_history::{Death, Event, FlushFailure, Rules};
-use pvblk_monitor::{GuestFile, InflightLog, Monitor, QueueOptions};
+use pvblk_monitor::{GuestFile, InflightLog, Monitor, MonitorError, QueueOptions};
 use pvblk_simulated::Random;
 use pvblk_virtio::feature::Features;
 use pvblk_virtio::queue::DriverQueue;
@@ -26,6 +26,8 @@ const QUEUE_SIZE: u16 = 64;
 pub struct Outcome {
     /// How often something died.
     pub deaths: u32,
+    /// Daemons that ended before they served, and were started again.
+    pub restarts: u32,
     /// What was wrong, if anything was.
     pub result: Result<()>,
     /// The history up to there.
@@ -50,18 +52,19 @@ fn play_with<D: DriverQueue<Share = GuestFile>>(
     let mut random = Random::new(plan.seed ^ 0x6465_6174_6873);
     let program = Program { plan, path: daemon, folder };
     // What is offered is known when there is a daemon.
-    let process = program.start(&place, &mut random)?;
-    let offered = program.wait(Monitor::offered)?;
+    let (process, offered, restarts) = program.serve(&place, &mut random, Monitor::offered)?;
     let client = Client::<D>::new(options(plan, offered))?;
     let wanted = features(plan, offered);
     let mut session =
-        Session { program, place, wanted, client: Some(client), log: None, deaths: 0 };
-    let mut result = session.first(process, &mut random);
+        Session { program, place, wanted, client: Some(client), log: None, deaths: 0, restarts };
+    drop(process);
+    let mut result = session.first();
     if result.is_ok() {
         result = session.lives(&mut random);
     }
     let log = session.client.map_or_else(Vec::new, |client| client.history.log().to_vec());
-    Ok(Outcome { deaths: session.deaths, result, log })
+    let (deaths, restarts) = (session.deaths, session.restarts);
+    Ok(Outcome { deaths, restarts, result, log })
 }
 
 fn features(plan: &Plan, offered: Features) -> Features {
@@ -99,7 +102,7 @@ fn options(plan: &Plan, offered: Features) -> ClientOptions {
         queue: QueueOptions { size, segments, capacity, features, geometry, disk },
         sector_bytes: plan.sector_bytes,
         misaligned: plan.misaligned,
-        mark: plan.seed as u32,
+        seed: plan.seed,
         may_fail: plan.medium == Medium::Full,
         flush_may_fail: matches!(plan.medium, Medium::Full | Medium::Nbd(_, Durability::Reported)),
         rules: Rules { sectors: plan.sectors, flush_failure, write_through: false },
@@ -145,19 +148,35 @@ impl Program<'_> {
         Ok(process)
     }
 
-    /// Repeats what fails as long as there is no daemon.
-    fn wait<T, E: std::error::Error + Send + Sync + 'static>(
+    /// Starts it, and tries something with it until it succeeds. A daemon that ends before that is
+    /// started again, as a service manager does; how often that was is told.
+    fn serve<T>(
         &self,
-        mut attempt: impl FnMut(&Path) -> Result<T, E>,
-    ) -> Result<T> {
+        place: &Place,
+        random: &mut Random,
+        mut attempt: impl FnMut(&Path) -> Result<T, MonitorError>,
+    ) -> Result<(Process, T, u32)> {
+        place.wait_for_server()?;
         let (deadline, socket) = (Instant::now() + PATIENCE, self.socket());
+        let mut restarts = 0;
+        // A restart does not change the configuration, so that a seed decides it.
+        let choices = random.clone();
+        let mut process = self.start(place, random)?;
         loop {
-            match attempt(&socket) {
-                Ok(result) => return Ok(result),
-                Err(error) if Instant::now() > deadline => {
-                    return Err(error).context("the daemon cannot be used");
-                }
-                Err(_) => std::thread::sleep(Duration::from_millis(2)),
+            let error = match attempt(&socket) {
+                Ok(result) => return Ok((process, result, restarts)),
+                Err(error) => error,
+            };
+            // Another disk than the guest was promised.
+            let is_other = matches!(error, MonitorError::Offer { .. } | MonitorError::Queues(_));
+            if is_other || Instant::now() > deadline {
+                return Err(error).context("the daemon cannot be used");
+            }
+            std::thread::sleep(Duration::from_millis(2));
+            if !process.is_running() {
+                restarts += 1;
+                std::thread::sleep(Duration::from_millis(50));
+                process = self.start(place, &mut choices.clone())?;
             }
         }
     }
@@ -171,6 +190,7 @@ struct Session<'a, D: DriverQueue<Share = GuestFile>> {
     client: Option<Client<D>>,
     log: Option<InflightLog>,
     deaths: u32,
+    restarts: u32,
 }
 
 impl<D: DriverQueue<Share = GuestFile>> Session<'_, D> {
@@ -178,75 +198,65 @@ impl<D: DriverQueue<Share = GuestFile>> Session<'_, D> {
         self.client.as_mut().context("the guest is gone")
     }
 
-    fn connect(&mut self, process: &mut Process) -> Result<Monitor> {
-        let plan = self.program.plan;
-        let client = self.client.as_ref().context("the guest is gone")?;
-        let mut attempt = |socket: &Path| {
-            let mut monitor =
-                Monitor::connect(socket, client.ram(), self.wanted, plan.queues.into())?;
-            if self.log.is_none() {
-                self.log = Some(monitor.new_log(plan.queues, QUEUE_SIZE)?);
+    /// A daemon that serves the guest's queues.
+    fn connect(&mut self, random: &mut Random) -> Result<(Process, Monitor)> {
+        let Self { program, place, wanted, client, log, .. } = self;
+        let (plan, client) = (program.plan, client.as_ref().context("the guest is gone")?);
+        let attempt = |socket: &Path| {
+            let mut monitor = Monitor::connect(socket, client.ram(), *wanted, plan.queues.into())?;
+            if log.is_none() {
+                *log = Some(monitor.new_log(plan.queues, QUEUE_SIZE)?);
             }
-            if let Some(log) = &self.log {
+            if let Some(log) = log {
                 monitor.set_log(log)?;
             }
             let base = if plan.wire == Wire::Packed { 0x8000 } else { 0 };
             for (index, queue) in client.queues().enumerate() {
                 monitor.start(index, queue, base)?;
             }
-            Ok::<_, pvblk_monitor::MonitorError>(monitor)
+            Ok(monitor)
         };
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            match attempt(&self.program.socket()) {
-                Ok(monitor) => return Ok(monitor),
-                Err(error) if Instant::now() > deadline || !process.is_running() => {
-                    return Err(error).context("the daemon cannot be used");
-                }
-                Err(_) => std::thread::sleep(Duration::from_millis(2)),
-            }
-        }
+        let (process, monitor, restarts) = program.serve(place, random, attempt)?;
+        self.restarts += restarts;
+        Ok((process, monitor))
     }
 
-    fn first(&mut self, process: Process, random: &mut Random) -> Result<()> {
+    fn first(&mut self) -> Result<()> {
         if self.program.plan.medium == Medium::Full {
             self.client()?.history.tell(Event::Failing(true))?;
         }
-        self.life(process, random)
+        Ok(())
     }
 
     fn lives(&mut self, random: &mut Random) -> Result<()> {
-        for _ in 1..self.program.plan.lives {
-            let process = self.program.start(&self.place, random)?;
-            self.life(process, random)?;
+        for _ in 0..self.program.plan.lives {
+            self.life(random)?;
         }
-        let mut process = self.program.start(&self.place, random)?;
-        let _monitor = self.connect(&mut process)?;
+        let (_process, _monitor) = self.connect(random)?;
         self.client()?.drain()?;
-        self.client()?.read_all(random)
+        self.client()?.read_all()
     }
 
     /// One life of the daemon, from its start to its death.
-    fn life(&mut self, mut process: Process, random: &mut Random) -> Result<()> {
-        let monitor = self.connect(&mut process)?;
+    fn life(&mut self, random: &mut Random) -> Result<()> {
+        let (process, monitor) = self.connect(random)?;
         let most = if self.program.plan.medium == Medium::Throttled { 20 } else { 80 };
         for _ in 0..1 + random.below(2) {
             let answers = random.index(most);
-            self.client()?.work(random, answers)?;
+            self.client()?.work(answers)?;
             self.end_server(random)?;
         }
-        self.client()?.submit(random)?;
+        self.client()?.submit()?;
         std::thread::sleep(Duration::from_micros(random.below(2000)));
         let end = if random.one_in(3) { End::Told } else { End::Killed };
         // A monitor that goes first is an orderly end of the connection.
-        let goes_first = random.one_in(6).then(|| drop(monitor));
+        if random.one_in(6) {
+            drop(monitor);
+        }
         process.end(end)?;
         self.deaths += 1;
         self.client()?.poll()?;
         self.client()?.history.died(Death::Daemon);
-        if goes_first.is_some() && end == End::Told && self.client()?.in_flight() > 1000 {
-            bail!("more is in flight than there can be");
-        }
         if random.one_in(3) {
             let client = self.client.take().context("the guest is gone")?;
             self.client = Some(client.kexec()?);
@@ -262,7 +272,7 @@ impl<D: DriverQueue<Share = GuestFile>> Session<'_, D> {
             return Ok(());
         }
         let end = if random.one_in(3) { End::Told } else { End::Killed };
-        self.client()?.submit(random)?;
+        self.client()?.submit()?;
         self.place.end_server(end)?;
         self.deaths += 1;
         self.client()?.poll()?;

@@ -74,7 +74,7 @@ impl VolatileStore {
                 {
                     let bytes = content.cache.get(&sector).copied();
                     let bytes = bytes.unwrap_or(content.medium[sector as usize]);
-                    memory.fill(index * SECTOR, &bytes);
+                    memory.fill((index * SECTOR) as u64, &bytes);
                 }
             }
             Work::Write(extent) => {
@@ -83,7 +83,7 @@ impl VolatileStore {
                 let count = if fails { extent.count() / 2 } else { extent.count() };
                 for (index, sector) in (extent.first()..).take(count as usize).enumerate() {
                     let mut bytes = [0; SECTOR];
-                    memory.drain(index * SECTOR, &mut bytes);
+                    memory.drain((index * SECTOR) as u64, &mut bytes);
                     content.cache.insert(sector, bytes);
                 }
                 if fails {
