@@ -31,11 +31,16 @@ const KNOWN: &[(&str, &str, &str)] = &[
     ("nbdkit-slow", "succeeds although", NBD_LEDGER),
     ("file", "Flush, fails on a medium that does not", MIXED_WAYS),
     ("throttled", "Flush, fails on a medium that does not", MIXED_WAYS),
+    ("block", "Flush, fails on a medium that does not", MIXED_WAYS),
+    ("block", "shows", MIXED_WAYS),
+    ("file", "shows", MIXED_WAYS),
+    ("throttled", "shows", OUTLIVES),
     ("full", "succeeds although", "a failed flush is told to one queue, once"),
     ("full", "are not offered", "a device that failed a discard takes it back from the guest"),
 ];
 
 const NBD_LEDGER: &str = "what the server may have lost is forgotten with the daemon";
+const OUTLIVES: &str = "a write of a daemon that was killed lands over a newer one, or as above";
 const MIXED_WAYS: &str = "direct and buffered requests meet in one page";
 
 /// Kills daemons, servers and rings under load, and judges what is read afterwards.

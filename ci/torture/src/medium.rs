@@ -135,8 +135,15 @@ impl Place {
     }
 
     /// Ends the server, if there is one.
-    pub fn end_server(&mut self, end: End) -> Result<()> {
-        self.server.take().map_or(Ok(()), |server| server.end(end))
+    pub fn end_server(&mut self, end: End) {
+        if let Some(server) = self.server.take() {
+            server.end_soon(end);
+        }
+    }
+
+    /// Whether there is a server that has ended by itself.
+    pub fn server_has_ended(&mut self) -> bool {
+        self.server.as_mut().is_some_and(|server| !server.is_running())
     }
 
     /// Starts the server, if there is to be one and it does not run.

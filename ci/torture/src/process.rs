@@ -84,6 +84,17 @@ impl Process {
         Ok(())
     }
 
+    /// Ends it, by force if it does not end by itself at once: a server may wait for its clients to go.
+    pub fn end_soon(mut self, end: End) {
+        if end == End::Told {
+            self.signal(Signal::TERM);
+            let deadline = Instant::now() + Duration::from_millis(300);
+            while self.is_running() && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+    }
+
     fn signal(&self, signal: Signal) {
         let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
         // It has not been waited for, so the number is still its own.

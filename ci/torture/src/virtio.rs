@@ -200,6 +200,7 @@ impl<D: DriverQueue<Share = GuestFile>> Session<'_, D> {
 
     /// A daemon that serves the guest's queues.
     fn connect(&mut self, random: &mut Random) -> Result<(Process, Monitor)> {
+        self.revive_server()?;
         let Self { program, place, wanted, client, log, .. } = self;
         let (plan, client) = (program.plan, client.as_ref().context("the guest is gone")?);
         let attempt = |socket: &Path| {
@@ -266,19 +267,35 @@ impl<D: DriverQueue<Share = GuestFile>> Session<'_, D> {
         Ok(())
     }
 
+    /// Has the server die, and come back, or bring back one that died by itself.
     fn end_server(&mut self, random: &mut Random) -> Result<()> {
-        let Medium::Nbd(_, durability) = self.program.plan.medium else { return Ok(()) };
-        if random.one_in(3) {
+        if !matches!(self.program.plan.medium, Medium::Nbd(..)) || random.one_in(3) {
             return Ok(());
         }
         let end = if random.one_in(3) { End::Told } else { End::Killed };
         self.client()?.submit()?;
-        self.place.end_server(end)?;
+        self.place.end_server(end);
+        self.server_died()?;
+        std::thread::sleep(Duration::from_micros(random.below(5000)));
+        self.place.start_server()
+    }
+
+    fn server_died(&mut self) -> Result<()> {
+        let Medium::Nbd(_, durability) = self.program.plan.medium else { return Ok(()) };
         self.deaths += 1;
         self.client()?.poll()?;
         let keeps_cache = durability != Durability::Reported;
         self.client()?.history.died(Death::Server { keeps_cache });
-        std::thread::sleep(Duration::from_micros(random.below(5000)));
-        self.place.start_server()
+        Ok(())
+    }
+
+    /// A server may die of the daemon's death.
+    fn revive_server(&mut self) -> Result<()> {
+        if self.place.server_has_ended() {
+            self.place.end_server(End::Killed);
+            self.server_died()?;
+            self.place.start_server()?;
+        }
+        Ok(())
     }
 }

@@ -92,7 +92,7 @@ fn damage(memory: &JournalMemory, script: &mut Script) {
         }
         128..192 => {
             // One entry in the place of another.
-            let [from, to] = [0, 0].map(|_: u8| 64 + script.below(64) * 128);
+            let [from, to] = [0, 0].map(|_: u8| 128 + script.below(64) * 128);
             let mut entry = [0; 128];
             region.read_bytes(from, &mut entry);
             region.write_bytes(to, &entry);
@@ -146,8 +146,9 @@ pub fn journal(bytes: &[u8]) {
     let mut on_ring = vec![0; 4096];
     front.raw.read(0, &mut on_ring);
 
-    let plan = plan(&front.raw, &SETUP);
-    let opened = Queue::open_with(&world.back, &plan, disk.store(), Box::new(memory.clone()), true);
+    let mut plan = plan(&front.raw, &SETUP);
+    plan.takeover = true;
+    let opened = Queue::open_with(&world.back, &plan, disk.store(), Box::new(memory.clone()));
     let Ok(mut queue) = opened else {
         assert!(!is_honest, "a journal that was left alone is refused");
         return end(&world, front);
