@@ -33,6 +33,7 @@ debs() {
 with() { LD_LIBRARY_PATH=$libraries "$@"; }
 
 debs fio=3.33-3
+cd "$work"
 fio() {
     with "$work/root/usr/bin/fio" --name=job --filename="$work/disk" --size=8m --bs=4k --ioengine=psync \
         --verify=crc32c --output="$work/out" "$@" > "$work/err" 2>&1
