@@ -199,9 +199,9 @@ fn play(seed: u64, deaths: usize, fault: Fault) -> Result<Vec<u8>, String> {
         let back: &'static Domain = Box::leak(Box::new(host.domain(BACK)));
         let store: VolatileStore = disk.store(seed + life as u64);
         let bytes = kernel.plan.journal_bytes();
-        let resumes = !is_first && fault != Fault::ForgetsJournal;
+        kernel.plan.takeover = !is_first && fault != Fault::ForgetsJournal;
         let journal = Box::new(Kept { base: kernel.journal, bytes });
-        let queue = Queue::open_with(back, &kernel.plan, store, journal, resumes);
+        let queue = Queue::open_with(back, &kernel.plan, store, journal);
         // A program that is killed drops nothing: what it had goes with it.
         let mut queue = ManuallyDrop::new(queue.map_err(|error| error.to_string())?);
         is_first = false;
