@@ -122,16 +122,19 @@ impl Place {
         self.folder.join("nbd.socket")
     }
 
-    /// Waits until the server listens, if there is one.
-    pub fn wait_for_server(&self) -> Result<()> {
+    /// Waits until the server listens, if there is one; `false` if it has ended.
+    pub fn wait_for_server(&mut self) -> Result<bool> {
         let deadline = Instant::now() + PATIENCE;
         while self.server.is_some() && UnixStream::connect(self.socket()).is_err() {
+            if self.server_has_ended() {
+                return Ok(false);
+            }
             if Instant::now() > deadline {
                 bail!("the NBD server does not listen: see server.log");
             }
             std::thread::sleep(Duration::from_millis(2));
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Ends the server, if there is one.

@@ -47,12 +47,13 @@ fn play_with<D: DriverQueue<Share = GuestFile>>(
     plan: &Plan,
     daemon: &Path,
     folder: &Path,
-    place: Place,
+    mut place: Place,
 ) -> Result<Outcome> {
     let mut random = Random::new(plan.seed ^ 0x6465_6174_6873);
     let program = Program { plan, path: daemon, folder };
     // What is offered is known when there is a daemon.
-    let (process, offered, restarts) = program.serve(&place, &mut random, Monitor::offered)?;
+    let first = program.serve(&mut place, &mut random, Monitor::offered)?;
+    let (process, offered, restarts) = first.context("the NBD server does not begin")?;
     let client = Client::<D>::new(options(plan, offered))?;
     let wanted = features(plan, offered);
     let mut session =
@@ -149,14 +150,17 @@ impl Program<'_> {
     }
 
     /// Starts it, and tries something with it until it succeeds. A daemon that ends before that is
-    /// started again, as a service manager does; how often that was is told.
+    /// started again, as a service manager does; how often that was is told. Nothing if the server has
+    /// ended.
     fn serve<T>(
         &self,
-        place: &Place,
+        place: &mut Place,
         random: &mut Random,
         mut attempt: impl FnMut(&Path) -> Result<T, MonitorError>,
-    ) -> Result<(Process, T, u32)> {
-        place.wait_for_server()?;
+    ) -> Result<Option<(Process, T, u32)>> {
+        if !place.wait_for_server()? {
+            return Ok(None);
+        }
         let (deadline, socket) = (Instant::now() + PATIENCE, self.socket());
         let mut restarts = 0;
         // A restart does not change the configuration, so that a seed decides it.
@@ -164,7 +168,7 @@ impl Program<'_> {
         let mut process = self.start(place, random)?;
         loop {
             let error = match attempt(&socket) {
-                Ok(result) => return Ok((process, result, restarts)),
+                Ok(result) => return Ok(Some((process, result, restarts))),
                 Err(error) => error,
             };
             // Another disk than the guest was promised.
@@ -174,6 +178,9 @@ impl Program<'_> {
             }
             std::thread::sleep(Duration::from_millis(2));
             if !process.is_running() {
+                if place.server_has_ended() {
+                    return Ok(None);
+                }
                 restarts += 1;
                 std::thread::sleep(Duration::from_millis(50));
                 process = self.start(place, &mut choices.clone())?;
@@ -200,7 +207,17 @@ impl<D: DriverQueue<Share = GuestFile>> Session<'_, D> {
 
     /// A daemon that serves the guest's queues.
     fn connect(&mut self, random: &mut Random) -> Result<(Process, Monitor)> {
-        self.revive_server()?;
+        // Choices are made once, however often it is tried.
+        let choices = random.clone();
+        let mut served = self.try_connect(random)?;
+        while served.is_none() {
+            self.revive_server()?;
+            served = self.try_connect(&mut choices.clone())?;
+        }
+        served.context("it is there")
+    }
+
+    fn try_connect(&mut self, random: &mut Random) -> Result<Option<(Process, Monitor)>> {
         let Self { program, place, wanted, client, log, .. } = self;
         let (plan, client) = (program.plan, client.as_ref().context("the guest is gone")?);
         let attempt = |socket: &Path| {
@@ -217,9 +234,11 @@ impl<D: DriverQueue<Share = GuestFile>> Session<'_, D> {
             }
             Ok(monitor)
         };
-        let (process, monitor, restarts) = program.serve(place, random, attempt)?;
-        self.restarts += restarts;
-        Ok((process, monitor))
+        let served = program.serve(place, random, attempt)?;
+        Ok(served.map(|(process, monitor, restarts)| {
+            self.restarts += restarts;
+            (process, monitor)
+        }))
     }
 
     fn first(&mut self) -> Result<()> {
