@@ -35,11 +35,13 @@ const KNOWN: &[(&str, &str, &str)] = &[
     ("block", "shows", MIXED_WAYS),
     ("file", "shows", MIXED_WAYS),
     ("throttled", "shows", OUTLIVES),
-    ("full", "succeeds although", "a failed flush is told to one queue, once"),
+    ("full", "succeeds although", TOLD_ONCE),
+    ("full", "shows", TOLD_ONCE),
     ("full", "are not offered", "a device that failed a discard takes it back from the guest"),
 ];
 
 const NBD_LEDGER: &str = "what the server may have lost is forgotten with the daemon";
+const TOLD_ONCE: &str = "a failed flush is told to one queue, once";
 const OUTLIVES: &str = "a write of a daemon that was killed lands over a newer one, or as above";
 const MIXED_WAYS: &str = "direct and buffered requests meet in one page";
 
