@@ -625,7 +625,7 @@ fn a_round_takes_no_more_than_its_budget_and_says_so() {
 }
 
 /// Bytes that a round handles, as the engine documents it.
-const ROUND_BYTES: u64 = 4 << 20;
+const ROUND_BYTES: u64 = 8 << 20;
 
 /// How many bytes the deeds are about.
 fn bytes(deeds: &[Deed]) -> u64 {

@@ -97,7 +97,7 @@ impl Statistics {
 
 /// Bytes of data that a round of work handles before it ends, in requests taken, completed and
 /// continued: what bounds a round if requests are few and long. The last request may exceed it.
-const ROUND_BYTES: i64 = 4 << 20;
+const ROUND_BYTES: i64 = 8 << 20;
 
 /// What a round of work came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -180,7 +180,7 @@ where
     }
 
     /// Does a round of work: takes at most `budget` requests, and answers whatever is done. A round
-    /// also ends when it has handled 4 MiB of data.
+    /// also ends when it has handled 8 MiB of data.
     ///
     /// # Errors
     ///
