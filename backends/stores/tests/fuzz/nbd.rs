@@ -184,7 +184,10 @@ impl Server {
             assert!(flag & 1 == 0 || flags & 8 != 0, "FUA was not offered");
             let end = offset.checked_add(length.into());
             assert!(end.is_some_and(|end| end <= size), "beyond the end");
-            assert!(offset % unit == 0 && u64::from(length) % unit == 0, "not whole blocks");
+            assert!(
+                offset.is_multiple_of(unit) && u64::from(length).is_multiple_of(unit),
+                "not whole blocks"
+            );
             assert!(length > 0 || command == 3, "nothing is asked for");
             let is_new = self.asked.iter().all(|asked| asked.cookie != cookie);
             assert!(is_new, "two requests have one cookie");

@@ -5,6 +5,7 @@
 //! its mode, memory and messages bounded, nothing left in the end, and the next guest is served.
 
 mod guest;
+#[allow(dead_code, reason = "some tests are about XenStore alone")]
 mod journal;
 mod owner;
 #[path = "../raw/mod.rs"]

@@ -126,7 +126,7 @@ impl Model {
         let bytes = total(data);
         let end = sector.checked_add(bytes / 512)?;
         let is_memory = |(address, bytes): &Range| memory.get(*address, *bytes as usize).is_some();
-        if bytes % 512 != 0 || end > SECTORS || !data.iter().all(is_memory) {
+        if !bytes.is_multiple_of(512) || end > SECTORS || !data.iter().all(is_memory) {
             return None;
         }
         let is_usual = bytes > 0 && data.len() <= SEGMENTS && data.iter().all(|(_, it)| *it > 0);

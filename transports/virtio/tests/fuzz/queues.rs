@@ -117,7 +117,7 @@ fn table(
     // The device reaches a table in one piece; no driver has one in two regions.
     let second = START + FIRST_PAGES * PAGE;
     let is_whole = address >= second || address + u64::from(bytes) <= second;
-    let fits = bytes > 0 && bytes % 16 == 0 && address % 8 == 0 && is_whole;
+    let fits = bytes > 0 && bytes.is_multiple_of(16) && address.is_multiple_of(8) && is_whole;
     fits.then_some(bytes as usize / 16)
 }
 
