@@ -2,7 +2,7 @@
 #![no_main]
 
 #[path = "../../../frontends/xen-blkfront/tests/fuzz/mod.rs"]
-#[allow(dead_code)]
+#[allow(dead_code, unused_imports)]
 mod fuzz;
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| fuzz::store_stream(bytes));

@@ -12,6 +12,7 @@ mod jobs;
 mod linux;
 mod matrix;
 mod metadata;
+mod mutants;
 mod project;
 mod report;
 mod rig;
@@ -45,11 +46,16 @@ enum Command {
     Fuzz(fuzz::Options),
     /// Kill daemons, servers and rings under load, and judge what is read afterwards
     Torture(torture::Options),
+    /// Change the source in small ways, one at a time, and see that tests notice
+    Mutants(mutants::Options),
     /// Count how much of the source both wires share
     Sharing,
 }
 
 fn main() -> ExitCode {
+    if let Some(code) = fuzz::compile() {
+        return code;
+    }
     let result = match Command::parse() {
         Command::Run(options) => run::run(&options),
         Command::Test(options) => return test::test(&options),
@@ -58,6 +64,7 @@ fn main() -> ExitCode {
         Command::Bench(options) => bench::bench(&options),
         Command::Fuzz(options) => fuzz::fuzz(&options),
         Command::Torture(options) => torture::torture(&options),
+        Command::Mutants(options) => mutants::mutants(&options),
         Command::Sharing => sharing::sharing(),
     };
     match result {
