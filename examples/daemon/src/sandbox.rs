@@ -161,6 +161,7 @@ fn allowed() -> Result<BpfProgram> {
     let signals = [F_SETOWN, F_SETSIG, F_SETOWN_EX].map(|command| differs(1, command));
     rules.insert(libc::SYS_fcntl, vec![rule(signals.into_iter().collect::<Result<Vec<_>>>()?)?]);
     // No input to the terminal that it was started from, which a shell of root reads.
+    #[allow(clippy::unnecessary_cast, reason = "it has another type with musl")]
     let typing = [libc::TIOCSTI as u64, TIOCLINUX].map(|request| differs(1, request));
     rules.insert(libc::SYS_ioctl, vec![rule(typing.into_iter().collect::<Result<Vec<_>>>()?)?]);
     // The network and local sockets, none of the kernel's other interfaces.
