@@ -146,6 +146,12 @@ impl<'t, T: StoreTransport + Clock> Vbd<'_, 't, T> {
             return Ok(self.leave());
         }
         if self.ending || !self.is_online()? || !self.has_frontend()? {
+            // The toolstack writes `online` and the state together, and the state was read first: it
+            // may wait for this device to be closed once more.
+            if xenbus::read_state(self.store, &self.device.path)? == State::Closing {
+                self.again = true;
+                return Ok(Event::Nothing);
+            }
             self.over = true;
             return Ok(Event::Removed);
         }
