@@ -74,7 +74,7 @@ pub enum Death {
     Daemon,
     /// The server behind the daemon. If it keeps its page cache nothing is lost. If not, writes that
     /// were not flushed may be lost now, and the next flush of whose they were fails: the next that is
-    /// submitted. One in flight may have been done before.
+    /// submitted. One in flight may have been done before. What a failed flush has covered is told.
     Server {
         /// Whether what it had acknowledged outlives it.
         keeps_cache: bool,

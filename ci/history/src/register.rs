@@ -309,7 +309,9 @@ impl Register {
         }
         self.worlds = left;
         for write in &mut self.writes {
-            if matches!(write.state, State::Acknowledged(_)) && !write.durable {
+            // What a flush has reported as lost is not reported once more.
+            let is_told = write.durable || write.doubtful;
+            if matches!(write.state, State::Acknowledged(_)) && !is_told {
                 write.owed = Some(now);
             }
         }

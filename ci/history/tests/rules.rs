@@ -349,6 +349,20 @@ fn a_failed_flush_is_told_once_to_each_whose_writes_it_covered() {
 }
 
 #[test]
+fn a_loss_that_was_told_is_not_told_once_more() {
+    let mut it = with(FlushFailure::Once, false);
+    it.written_by(1);
+    it.died(SERVER);
+    it.flush_fails(1);
+    it.died(SERVER);
+    it.flushes(1).unwrap();
+    // What was written since then is another loss.
+    it.written_by(1);
+    it.died(SERVER);
+    assert!(it.flushes(1).is_err());
+}
+
+#[test]
 fn a_failed_flush_is_about_what_it_covers() {
     for rule in [FlushFailure::Once, FlushFailure::Sticky] {
         let mut it = with(rule, false);

@@ -222,9 +222,9 @@ impl Model {
                     }
                 }
                 for write in &mut self.told {
-                    if write.writes() && write.acknowledged.is_some() && !write.durable {
+                    let is_told = write.durable || write.doubtful;
+                    if write.writes() && write.acknowledged.is_some() && !is_told {
                         write.lost = Some(now);
-                        write.knows.clear();
                     }
                 }
             }
