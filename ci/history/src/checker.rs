@@ -189,6 +189,10 @@ impl Checker {
                 self.registers.values_mut().for_each(Register::reopened);
                 Ok(())
             }
+            Event::Closed => {
+                self.may_be_flushed();
+                Ok(())
+            }
         }
     }
 
@@ -288,8 +292,18 @@ impl Checker {
         result
     }
 
+    fn may_be_flushed(&mut self) {
+        self.registers.values_mut().for_each(Register::may_be_flushed);
+    }
+
     fn die(&mut self, death: Death) {
         let (now, is_failing) = (self.now, self.is_failing);
+        let flushes = |request: &Request| request.operation == Operation::Flush;
+        if matches!(death, Death::Server { keeps_cache: false } | Death::GuestRing)
+            && self.outstanding.values().any(flushes)
+        {
+            self.may_be_flushed();
+        }
         let registers = self.registers.values_mut();
         match death {
             Death::Daemon | Death::Server { keeps_cache: true } => {}

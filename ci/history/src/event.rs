@@ -34,7 +34,8 @@ pub enum Operation {
     Write(Range),
     /// Makes sectors read as zeroes.
     WriteZeroes(Range),
-    /// Gives up sectors. Each reads as zeroes from then on, or keeps what it has.
+    /// Gives up sectors. Each reads as zeroes from then on, or keeps what it has: it is a hint, which may
+    /// be lost without a word as long as no flush covers it.
     Discard(Range),
     /// Makes durable what was acknowledged before it was submitted.
     Flush,
@@ -74,7 +75,8 @@ pub enum Death {
     Daemon,
     /// The server behind the daemon. If it keeps its page cache nothing is lost. If not, writes that
     /// were not flushed may be lost now, and the next flush of whose they were fails: the next that is
-    /// submitted. One in flight may have been done before. What a failed flush has covered is told.
+    /// submitted. One in flight may have been done before, and after every write that was submitted by
+    /// then; so may one whose answer was lost with its ring. What a failed flush has covered is told.
     Server {
         /// Whether what it had acknowledged outlives it.
         keeps_cache: bool,
@@ -114,4 +116,6 @@ pub enum Event {
     Failing(bool),
     /// The disk was opened anew by its user, who knows what failed before: flushes may succeed again.
     Reopened,
+    /// A queue has ended in an orderly way: what was acknowledged may have been flushed.
+    Closed,
 }

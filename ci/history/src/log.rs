@@ -56,6 +56,7 @@ pub fn write(event: &Event, log: &mut Vec<u8>) {
         Event::Failing(false) => body.push(14),
         Event::Failing(true) => body.push(15),
         Event::Reopened => body.push(16),
+        Event::Closed => body.push(17),
     }
     number(body.len() as u64, log);
     log.extend_from_slice(&body);
@@ -141,6 +142,7 @@ fn event(body: &[u8]) -> Option<Event> {
         14 => Event::Failing(false),
         15 => Event::Failing(true),
         16 => Event::Reopened,
+        17 => Event::Closed,
         _ => return None,
     };
     left.is_empty().then_some(event)

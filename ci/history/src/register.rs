@@ -48,6 +48,8 @@ struct Write {
     state: State,
     /// A flush has made it durable.
     durable: bool,
+    /// A flush that does not cover it was under way at the same time, and may have made it durable.
+    may_be_durable: bool,
     /// A failed flush has covered it: it may be lost at any moment, and no later flush can help.
     doubtful: bool,
     /// A flush that covers it and was submitted after that moment has to fail.
@@ -62,6 +64,11 @@ impl Write {
     /// Whether it was submitted when the other one was over, so that the other must not follow it.
     fn is_after(&self, other: &Self) -> bool {
         matches!(other.state, State::Over(since) | State::Void(since) if since < self.submitted)
+    }
+
+    /// Whether its loss has to be told. A discard is a hint.
+    fn is_promised(&self) -> bool {
+        matches!(self.state, State::Acknowledged(_)) && self.kind != Kind::Discard
     }
 
     /// Whether a flush that was submitted at that moment covers it.
@@ -151,9 +158,17 @@ impl Register {
 
     pub fn write(&mut self, version: Version, writer: Writer, kind: Kind, submitted: Moment) {
         let state = State::InFlight;
-        let (durable, doubtful, owed) = (false, false, None);
-        let write = Write { version, writer, kind, submitted, state, durable, doubtful, owed };
-        self.writes.push(write);
+        self.writes.push(Write {
+            version,
+            writer,
+            kind,
+            submitted,
+            state,
+            durable: false,
+            may_be_durable: false,
+            doubtful: false,
+            owed: None,
+        });
     }
 
     pub fn read(&mut self, id: Version) {
@@ -277,8 +292,14 @@ impl Register {
         for write in self.writes.iter_mut().filter(|write| covered(write)) {
             (write.durable, write.owed) = (true, None);
         }
-        self.tidy();
+        self.may_be_flushed();
         Ok(())
+    }
+
+    /// A flush that covers nothing may have come after everything that was submitted so far.
+    pub fn may_be_flushed(&mut self) {
+        self.writes.iter_mut().for_each(|write| write.may_be_durable = true);
+        self.tidy();
     }
 
     /// A flush of `writer` that was submitted at that moment failed.
@@ -305,13 +326,13 @@ impl Register {
         let mut left = Vec::new();
         for world in &self.worlds {
             let keeps = 0..world.survivors.len();
-            left.extend(keeps.map(|keep| world.revert(keep, |it| self.is_acknowledged(it))));
+            left.extend(keeps.map(|keep| world.revert(keep, |it| self.is_promised(it))));
         }
         self.worlds = left;
         for write in &mut self.writes {
             // What a flush has reported as lost is not reported once more.
-            let is_told = write.durable || write.doubtful;
-            if matches!(write.state, State::Acknowledged(_)) && !is_told {
+            let is_over = write.durable || write.may_be_durable || write.doubtful;
+            if write.is_promised() && !is_over {
                 write.owed = Some(now);
             }
         }
@@ -406,7 +427,7 @@ impl Register {
                 if !can_revert(&world.survivors[keep + 1]) {
                     break;
                 }
-                let mut lost = world.revert(keep, |version| self.is_acknowledged(version));
+                let mut lost = world.revert(keep, |version| self.is_promised(version));
                 // What is left was read from the medium.
                 lost.survivors.drain(..keep);
                 next.push(lost);
@@ -417,10 +438,9 @@ impl Register {
         self.worlds = all.into_iter().collect();
     }
 
-    fn is_acknowledged(&self, version: Version) -> bool {
+    fn is_promised(&self, version: Version) -> bool {
         let mut writes = self.writes.iter();
-        let write = writes.find(|write| write.version == version);
-        write.is_some_and(|write| matches!(write.state, State::Acknowledged(_)))
+        writes.find(|write| write.version == version).is_some_and(Write::is_promised)
     }
 
     /// Drops what makes no difference any more.

@@ -165,6 +165,7 @@ fn everything(rule: FlushFailure) -> Alphabet<'static> {
             Event::Failing(true),
             Event::Failing(false),
             Event::Reopened,
+            Event::Closed,
         ],
         fails: true,
         outstanding: 3,

@@ -349,6 +349,65 @@ fn a_failed_flush_is_told_once_to_each_whose_writes_it_covered() {
 }
 
 #[test]
+fn what_may_have_been_flushed_is_not_owed() {
+    let loses = |prepare: &dyn Fn(&mut History)| {
+        let mut it = with(FlushFailure::Once, false);
+        prepare(&mut it);
+        it.died(SERVER);
+        it.flushes(0).is_ok()
+    };
+    assert!(!loses(&|it| {
+        it.written();
+    }));
+    // A flush that was under way with it, and one that is unanswered: on a ring that is there, or gone.
+    assert!(loses(&|it| {
+        let flush = it.flush();
+        it.written();
+        it.done(flush);
+    }));
+    assert!(loses(&|it| {
+        it.flush();
+        it.written();
+    }));
+    assert!(loses(&|it| {
+        it.written();
+        it.flush();
+        it.died(Death::GuestRing);
+    }));
+    // The end of a queue.
+    assert!(loses(&|it| {
+        it.written();
+        it.checker.apply(&Event::Closed).unwrap();
+    }));
+    // But what was written after that is owed.
+    assert!(!loses(&|it| {
+        it.flushed();
+        it.checker.apply(&Event::Closed).unwrap();
+        it.written();
+    }));
+    // If it was not flushed, the flush that says so has lied.
+    let mut it = with(FlushFailure::Once, false);
+    let flush = it.flush();
+    let new = it.written();
+    it.done(flush);
+    it.died(SERVER);
+    it.flushed();
+    assert_eq!(it.allowed(), [new]);
+}
+
+#[test]
+fn a_discard_is_a_hint_whose_loss_is_not_told() {
+    let mut it = with(FlushFailure::Once, false);
+    let old = it.written();
+    it.flushed();
+    let discard = it.submit(0, Operation::Discard(at(0, 1)));
+    it.done(discard);
+    it.died(SERVER);
+    it.flushed();
+    assert!(it.allowed().contains(&old));
+}
+
+#[test]
 fn a_loss_that_was_told_is_not_told_once_more() {
     let mut it = with(FlushFailure::Once, false);
     it.written_by(1);

@@ -21,6 +21,9 @@ const LONGEST: u32 = 32 << 10;
 /// Writes whose fate is open that a sector may have.
 const OPEN_WRITES: usize = 3;
 
+/// A flush speaks for all queues, and a loss is told to one of them: the guest is one writer.
+const GUEST: Writer = 0;
+
 struct Flying {
     tag: Tag,
     id: Version,
@@ -164,7 +167,7 @@ impl<D: DriverQueue<Share = GuestFile>> Client<D> {
         };
         let lane = &mut self.lanes[number];
         let Some(mut buffer) = GuestBuffer::take(&lane.pool, offset) else { return Ok(()) };
-        let id = self.history.submit(number as Writer, operation)?;
+        let id = self.history.submit(GUEST, operation)?;
         let scale = u64::from(unit / 512);
         let request = match operation {
             Operation::Read(Range { first, count }) => {

@@ -56,6 +56,7 @@ impl Place {
                 place.mounted = Some(mounted);
                 place.make_image(plan)?;
                 place.attach()?;
+                place.limit_requests()?;
             }
             Medium::Block => {
                 place.make_image(plan)?;
@@ -87,6 +88,16 @@ impl Place {
         let device = run(&mut losetup).map_err(missing("there are no loop devices"))?;
         self.device = Some(device);
         Ok(())
+    }
+
+    /// Has the loop device write one page at a time. Linux 6.18, for one, answers a write with "done" if
+    /// the file system had room for its beginning.
+    fn limit_requests(&self) -> Result<()> {
+        let device = self.device.as_deref().and_then(|device| device.strip_prefix("/dev/"));
+        let device = device.context("losetup names no device")?;
+        let limit = format!("/sys/block/{device}/queue/max_sectors_kb");
+        fs::write(&limit, "4")
+            .map_err(|error| missing(&format!("{limit} cannot be written"))(error.into()))
     }
 
     /// What the daemon is told to serve.

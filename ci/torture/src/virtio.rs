@@ -220,7 +220,10 @@ impl<D: DriverQueue<Share = GuestFile>> Session<'_, D> {
     fn try_connect(&mut self, random: &mut Random) -> Result<Option<(Process, Monitor)>> {
         let Self { program, place, wanted, client, log, .. } = self;
         let (plan, client) = (program.plan, client.as_ref().context("the guest is gone")?);
+        // A daemon that had a queue before it was of no use may have flushed.
+        let (mut has_begun, mut has_closed) = (false, false);
         let attempt = |socket: &Path| {
+            has_closed |= has_begun;
             let mut monitor = Monitor::connect(socket, client.ram(), *wanted, plan.queues.into())?;
             if log.is_none() {
                 *log = Some(monitor.new_log(plan.queues, QUEUE_SIZE)?);
@@ -230,11 +233,15 @@ impl<D: DriverQueue<Share = GuestFile>> Session<'_, D> {
             }
             let base = if plan.wire == Wire::Packed { 0x8000 } else { 0 };
             for (index, queue) in client.queues().enumerate() {
+                has_begun = true;
                 monitor.start(index, queue, base)?;
             }
             Ok(monitor)
         };
         let served = program.serve(place, random, attempt)?;
+        if has_closed || has_begun && served.is_none() {
+            self.client()?.history.tell(Event::Closed)?;
+        }
         Ok(served.map(|(process, monitor, restarts)| {
             self.restarts += restarts;
             (process, monitor)
@@ -270,13 +277,21 @@ impl<D: DriverQueue<Share = GuestFile>> Session<'_, D> {
         std::thread::sleep(Duration::from_micros(random.below(2000)));
         let end = if random.one_in(3) { End::Told } else { End::Killed };
         // A monitor that goes first is an orderly end of the connection.
-        if random.one_in(6) {
+        let is_orderly = random.one_in(6);
+        if is_orderly {
             drop(monitor);
         }
         process.end(end)?;
         self.deaths += 1;
         self.client()?.poll()?;
         self.client()?.history.died(Death::Daemon);
+        if is_orderly || end == End::Told {
+            self.client()?.history.tell(Event::Closed)?;
+        }
+        if !matches!(self.program.plan.medium, Medium::Nbd(..)) {
+            // The successor opens the disk again. (What a server may have lost outlives the daemon.)
+            self.client()?.history.tell(Event::Reopened)?;
+        }
         if random.one_in(3) {
             let client = self.client.take().context("the guest is gone")?;
             self.client = Some(client.kexec()?);

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use pvblk::backend::{Completed, Operation, Requests, Store, Submitted};
-use pvblk::command::Features;
-use pvblk::extent::Geometry;
+use pvblk::command::{DiscardUnits, Features};
+use pvblk::extent::{Geometry, SECTOR_BYTES};
 use pvblk::table::Tag;
-use pvblk_daemon::backing::{Backing, QueueStore};
+use pvblk_daemon::backing::{Backing, DiskOrigin, QueueStore};
 use pvblk_daemon::source::Source;
 use pvblk_stores::Wakeup;
 use pvblk_virtio::Identity;
@@ -20,19 +20,21 @@ use crate::figures::{self, QueueFigures};
 #[derive(Clone)]
 pub struct Served {
     backing: Backing,
+    /// Whether a guest uses the disk already, with what an earlier process has offered.
+    in_use: bool,
     identity: Identity,
     queues: Arc<[QueueFigures]>,
 }
 
 impl Served {
     /// A disk with up to `queues` queues, and its serial number.
-    pub fn new(backing: Backing, queues: u16, serial: &str) -> Self {
+    pub fn new(backing: Backing, origin: DiskOrigin, queues: u16, serial: &str) -> Self {
         let mut identity = Identity::default();
         for (place, byte) in identity.id.iter_mut().zip(serial.bytes()) {
             *place = byte;
         }
         let queues = (0..queues).map(|_| QueueFigures::default()).collect();
-        Self { backing, identity, queues }
+        Self { backing, in_use: origin == DiskOrigin::InUse, identity, queues }
     }
 
     /// What it is served from.
@@ -47,6 +49,16 @@ impl Served {
     }
 }
 
+/// What a guest is offered. One that runs may have been offered discards by a device that has refused one
+/// since, and does not discard any more: QEMU does not go on with a device that takes something back.
+/// Such a discard is answered as unsupported.
+fn offer(features: Features, geometry: Geometry, in_use: bool) -> Features {
+    let granularity = geometry.physical_bytes / SECTOR_BYTES;
+    let units = DiscardUnits { granularity, alignment: 0 };
+    let kept = (in_use && !geometry.read_only).then_some(units);
+    Features { discard: features.discard.or(kept), ..features }
+}
+
 impl Disk for Served {
     type Store = Share;
 
@@ -55,7 +67,7 @@ impl Disk for Served {
     }
 
     fn features(&self) -> Features {
-        self.backing.features()
+        offer(self.backing.features(), self.backing.geometry(), self.in_use)
     }
 
     fn identity(&self) -> Identity {
@@ -158,5 +170,23 @@ impl Store for Share {
 
     fn quiesce(&mut self, requests: &dyn Requests) {
         self.store.quiesce(requests);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_running_guest_may_have_is_not_taken_back() {
+        let geometry =
+            Geometry { sectors: 8, logical_bytes: 512, physical_bytes: 4096, read_only: false };
+        let none = Features { flush: true, ..Features::default() };
+        let units = |granularity| Some(DiscardUnits { granularity, alignment: 0 });
+        assert_eq!(offer(none, geometry, false).discard, None);
+        assert_eq!(offer(none, geometry, true).discard, units(8));
+        assert_eq!(offer(none, Geometry { read_only: true, ..geometry }, true).discard, None);
+        let own = Features { discard: units(1), ..none };
+        assert_eq!(offer(own, geometry, true), own);
     }
 }

@@ -68,7 +68,7 @@ pub fn serve(cli: &Cli) -> Result<()> {
         log::warn!("{most} queues are offered: give QEMU's device num-queues={most}");
         settings.queues = most;
     }
-    let disk = Served::new(backing, settings.queues, &cli.device.serial);
+    let disk = Served::new(backing, origin, settings.queues, &cli.device.serial);
     let server = Server::new(disk.clone(), settings)?;
     end_by_signal(signals, server.clone(), disk.clone())?;
     if let Some(metrics) = metrics {

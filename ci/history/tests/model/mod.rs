@@ -42,6 +42,10 @@ struct Told {
     /// For a write: flushed; covered by a failed flush; when it was lost; who knows since.
     durable: bool,
     doubtful: bool,
+    /// A flush that does not cover it may have come after it.
+    may_be_durable: bool,
+    /// Whether it was answered, or its ring is gone.
+    over: bool,
     lost: Option<usize>,
     knows: BTreeSet<Writer>,
 }
@@ -53,6 +57,12 @@ impl Told {
 
     fn is_data(&self) -> bool {
         matches!(self.operation, Operation::Write(_))
+    }
+
+    /// Whether its loss has to be told.
+    fn is_promised(&self) -> bool {
+        let is_hint = matches!(self.operation, Operation::Discard(_));
+        self.writes() && !is_hint && self.acknowledged.is_some()
     }
 }
 
@@ -101,6 +111,8 @@ impl Model {
                     void: false,
                     durable: false,
                     doubtful: false,
+                    may_be_durable: false,
+                    over: false,
                     lost: None,
                     knows: BTreeSet::new(),
                 });
@@ -132,11 +144,16 @@ impl Model {
                 self.told.iter_mut().for_each(|told| told.lost = None);
                 true
             }
+            Event::Closed => {
+                self.may_be_flushed();
+                true
+            }
         }
     }
 
     fn answer(&mut self, id: Version, answer: &Answer) -> bool {
         let now = self.now;
+        self.told(id).over = true;
         let told = self.of(id).clone();
         match (told.operation, answer) {
             (Operation::Read(_), Answer::Read(seen)) => {
@@ -205,10 +222,24 @@ impl Model {
         self.told.iter_mut().filter(|it| safe.contains(&it.id)).for_each(|it| {
             (it.durable, it.lost) = (true, None);
         });
+        self.may_be_flushed();
         !self.runs.is_empty()
     }
 
+    fn may_be_flushed(&mut self) {
+        self.told.iter_mut().for_each(|told| told.may_be_durable = true);
+    }
+
     fn die(&mut self, death: Death) {
+        let is_open = |told: &Told| told.operation == Operation::Flush && !told.over;
+        if matches!(death, Death::Server { keeps_cache: false } | Death::GuestRing)
+            && self.told.iter().any(is_open)
+        {
+            self.may_be_flushed();
+        }
+        if matches!(death, Death::GuestRing | Death::Host) {
+            self.told.iter_mut().for_each(|told| told.over = true);
+        }
         match death {
             Death::Daemon | Death::Server { keeps_cache: true } => {}
             Death::Server { keeps_cache: false } => {
@@ -222,8 +253,8 @@ impl Model {
                     }
                 }
                 for write in &mut self.told {
-                    let is_told = write.durable || write.doubtful;
-                    if write.writes() && write.acknowledged.is_some() && !is_told {
+                    let is_over = write.durable || write.may_be_durable || write.doubtful;
+                    if write.is_promised() && !is_over {
                         write.lost = Some(now);
                     }
                 }
@@ -258,7 +289,7 @@ impl Model {
         for id in disk.contents.split_off(left) {
             if let Some(request) = disk.requests.iter_mut().find(|request| request.id == id) {
                 request.performed = false;
-            } else if self.of(id).acknowledged.is_some() {
+            } else if self.of(id).is_promised() {
                 disk.dropped.insert(id);
             }
         }
