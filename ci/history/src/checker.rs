@@ -10,7 +10,7 @@ use crate::register::{ANYTHING, Kind, Moment, Register};
 /// What a failed flush means for later ones that cover the same writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FlushFailure {
-    /// None of them succeeds, whoever asks, until the disk is opened anew.
+    /// None that is submitted later succeeds, whoever asks, until the disk is opened anew.
     Sticky,
     /// Each writer whose writes it covered is told once, by a flush of its own that fails.
     Once,
@@ -256,7 +256,7 @@ impl Checker {
             (Operation::Flush, Answer::Failed) => {
                 let is_sticky = self.rules.flush_failure == FlushFailure::Sticky;
                 for register in self.registers.values_mut() {
-                    register.flush_failed(request.submitted, request.writer, is_sticky);
+                    register.flush_failed(request.submitted, request.writer, is_sticky, now);
                 }
                 Ok(())
             }

@@ -302,18 +302,23 @@ impl Register {
         self.tidy();
     }
 
-    /// A flush of `writer` that was submitted at that moment failed.
-    pub fn flush_failed(&mut self, submitted: Moment, writer: Writer, is_sticky: bool) {
+    /// A flush of `writer` that was submitted at that moment failed now. One that was under way meanwhile
+    /// may have been done before.
+    pub fn flush_failed(
+        &mut self,
+        submitted: Moment,
+        writer: Writer,
+        is_sticky: bool,
+        now: Moment,
+    ) {
         for write in &mut self.writes {
             if write.durable || !write.is_covered(submitted) {
                 continue;
             }
-            if is_sticky {
-                write.owed = Some(0);
-            } else if write.writer == writer {
+            if !is_sticky && write.writer == writer {
                 write.owed = None;
-            } else if !write.doubtful {
-                write.owed = Some(0);
+            } else if is_sticky || !write.doubtful {
+                write.owed.get_or_insert(now);
             }
             write.doubtful = true;
         }

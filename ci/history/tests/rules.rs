@@ -316,12 +316,19 @@ fn after_the_medium_anything_may_be_there_but_stays() {
 fn a_failed_flush_stays_failed_for_the_whole_disk() {
     let mut it = history();
     it.written_by(1);
-    let (one, two) = (it.submit(1, Operation::Flush), it.submit(2, Operation::Flush));
-    it.failed(one);
+    it.flush_fails(1);
+    let two = it.submit(2, Operation::Flush);
     let violation = it.answer(two, Answer::Done).unwrap_err();
     assert_eq!(violation, Violation::Flush { id: two, writer: 2, version: 1, sector: 0 });
     assert!(violation.to_string().contains("although write 1 to sector 0 is in doubt"));
     it.flush_fails(2);
+    // One that was under way meanwhile may have been done before.
+    let mut other = history();
+    other.written();
+    let meanwhile = other.flush();
+    other.flush_fails(0);
+    other.done(meanwhile);
+    assert!(other.flushes(0).is_err());
     // Not even a newer write helps: the failure is the disk's.
     it.written_by(1);
     assert!(it.flushes(1).is_err());

@@ -173,7 +173,8 @@ impl Model {
                 for write in &mut self.told {
                     let covered = write.acknowledged.is_some_and(|at| at < told.submitted);
                     if write.writes() && covered && !write.durable {
-                        (write.doubtful, write.lost) = (true, Some(0));
+                        write.doubtful = true;
+                        write.lost.get_or_insert(now);
                         write.knows.insert(told.writer);
                     }
                 }
