@@ -21,6 +21,9 @@ const LONGEST: u32 = 32 << 10;
 /// Writes whose fate is open that a sector may have.
 const OPEN_WRITES: usize = 3;
 
+/// What is done while there are no answers, with the history.
+pub type Watch<'a> = &'a mut dyn FnMut(&mut Recorder) -> Result<()>;
+
 /// A flush speaks for all queues, and a loss is told to one of them: the guest is one writer.
 const GUEST: Writer = 0;
 
@@ -255,32 +258,33 @@ impl<D: DriverQueue<Share = GuestFile>> Client<D> {
     }
 
     /// Keeps the disk busy until so many requests were answered.
-    pub fn work(&mut self, answers: usize) -> Result<()> {
+    pub fn work(&mut self, answers: usize, watch: Watch<'_>) -> Result<()> {
         let (mut done, mut last) = (0, Instant::now());
         while done < answers {
             self.submit()?;
             let count = self.poll()?;
             done += count;
-            self.pause(count, &mut last)?;
+            self.pause(count, &mut last, watch)?;
         }
         Ok(())
     }
 
     /// Waits until nothing is in flight.
-    pub fn drain(&mut self) -> Result<()> {
+    pub fn drain(&mut self, watch: Watch<'_>) -> Result<()> {
         let mut last = Instant::now();
         while self.in_flight() > 0 {
             let count = self.poll()?;
-            self.pause(count, &mut last)?;
+            self.pause(count, &mut last, watch)?;
         }
         Ok(())
     }
 
-    fn pause(&mut self, count: usize, last: &mut Instant) -> Result<()> {
+    fn pause(&mut self, count: usize, last: &mut Instant, watch: Watch<'_>) -> Result<()> {
         if count > 0 {
             *last = Instant::now();
             return Ok(());
         }
+        watch(&mut self.history)?;
         if last.elapsed() > PATIENCE {
             bail!("{} requests are not answered within {PATIENCE:?}", self.in_flight());
         }
@@ -292,12 +296,12 @@ impl<D: DriverQueue<Share = GuestFile>> Client<D> {
     }
 
     /// Flushes, and reads everything.
-    pub fn read_all(&mut self) -> Result<()> {
+    pub fn read_all(&mut self, watch: Watch<'_>) -> Result<()> {
         for number in 0..self.lanes.len() {
             self.start(number, Operation::Flush)?;
             self.lanes[number].queue.commit()?;
         }
-        self.drain()?;
+        self.drain(watch)?;
         let longest = u64::from(LONGEST / self.options.sector_bytes);
         let sectors = self.options.rules.sectors;
         for first in (0..sectors).step_by(longest as usize) {
@@ -305,7 +309,7 @@ impl<D: DriverQueue<Share = GuestFile>> Client<D> {
             let number = self.random.index(self.lanes.len());
             self.start(number, Operation::Read(Range { first, count }))?;
             self.lanes[number].queue.commit()?;
-            self.drain()?;
+            self.drain(watch)?;
         }
         Ok(())
     }

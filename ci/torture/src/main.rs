@@ -3,6 +3,7 @@
 //! `cargo xtask torture` builds the daemon and runs this.
 
 mod client;
+mod leftovers;
 mod medium;
 mod plan;
 mod process;
@@ -12,14 +13,15 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::Parser;
 use pvblk_history::log;
 
+use crate::leftovers::Workshop;
 use crate::medium::Missing;
 use crate::plan::{MEDIA, Medium, Plan};
 
@@ -47,7 +49,7 @@ struct Options {
     #[arg(long, value_name = "COUNT")]
     minutes: Option<u64>,
     /// How many seeds are played at a time. Most of them wait for a server most of the time
-    #[arg(long, value_name = "COUNT", default_value_t = 8)]
+    #[arg(long, value_name = "COUNT", default_value_t = 16)]
     jobs: usize,
     /// Only this medium
     #[arg(long, value_name = "NAME", value_parser = medium)]
@@ -85,9 +87,9 @@ fn main() -> ExitCode {
 }
 
 fn torture(options: &Options) -> Result<bool> {
-    let place = "there is no place for the seeds";
-    fs::create_dir_all(&options.folder).context(place)?;
-    let root = options.folder.canonicalize().context(place)?;
+    let workshop = Arc::new(Workshop::open(&options.folder, &options.daemon)?);
+    workshop.clear_on_signals()?;
+    let root = workshop.folder();
     let start = Instant::now();
     let end = options.minutes.map(|minutes| start + Duration::from_secs(minutes * 60));
     let seeds = options.seeds.unwrap_or(if end.is_some() { u64::MAX } else { 100 });
@@ -103,7 +105,7 @@ fn torture(options: &Options) -> Result<bool> {
                     if seed >= last {
                         break;
                     }
-                    one(options, &root, seed, &tally);
+                    one(options, root, seed, &tally);
                     progress(&tally, &shown, start);
                 }
             });
@@ -183,8 +185,7 @@ fn one(options: &Options, root: &Path, seed: u64, tally: &Mutex<Tally>) {
 }
 
 fn prepare(folder: &Path) -> Result<()> {
-    // Of an earlier run, which may have been killed.
-    let _ = process::run(std::process::Command::new("umount").arg(folder.join("small")));
+    // What is kept of an earlier run.
     let _ = fs::remove_dir_all(folder);
     fs::create_dir_all(folder).context("there is no place for the seed")
 }

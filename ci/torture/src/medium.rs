@@ -11,6 +11,17 @@ use anyhow::{Context, Result, bail};
 use crate::plan::{Durability, Medium, Plan, Program};
 use crate::process::{End, PATIENCE, Process, run};
 
+/// How long the daemon has servers be at work on writes whose connection is gone. It is what most seeds
+/// spend their time with; a server that stands still for longer gives a wrong history.
+const SETTLE: Duration = Duration::from_secs(3);
+
+/// Where control groups are, of the first version and the second.
+pub const CONTROL_GROUPS: [&str; 2] = ["/sys/fs/cgroup/blkio", "/sys/fs/cgroup"];
+/// What the names of ours begin with.
+pub const GROUP_PREFIX: &str = "pvblk-torture-";
+/// The programs that serve NBD.
+pub const SERVERS: [&str; 2] = ["qemu-nbd", "nbdkit"];
+
 /// A medium that this machine does not have.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
@@ -117,7 +128,10 @@ impl Place {
                     Durability::Trusted => "trusted",
                 };
                 let url = format!("nbd+unix:///disk?socket={}", self.socket().display());
-                vec!["--nbd".into(), url, "--nbd-durability".into(), durability.into()]
+                let settle = SETTLE.as_secs().to_string();
+                let options =
+                    ["--nbd", &url, "--nbd-durability", durability, "--nbd-settle", &settle];
+                options.map(String::from).to_vec()
             }
         }
     }
@@ -210,8 +224,8 @@ impl Drop for Place {
 impl Program {
     fn command_name(self) -> &'static str {
         match self {
-            Self::Qemu => "qemu-nbd",
-            Self::Nbdkit | Self::Slow => "nbdkit",
+            Self::Qemu => SERVERS[0],
+            Self::Nbdkit | Self::Slow => SERVERS[1],
         }
     }
 }
@@ -227,12 +241,12 @@ fn group(folder: &Path, seed: u64) -> Result<PathBuf> {
     let device = fs::metadata(folder)?.dev();
     let device = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
     let rate = 1 << 20;
-    let name = format!("pvblk-torture-{}-{seed}", std::process::id());
+    let name = format!("{GROUP_PREFIX}{}-{seed}", std::process::id());
     let tries = [
-        ("/sys/fs/cgroup/blkio", "blkio.throttle.write_bps_device", format!("{device} {rate}")),
-        ("/sys/fs/cgroup", "io.max", format!("{device} wbps={rate}")),
+        ("blkio.throttle.write_bps_device", format!("{device} {rate}")),
+        ("io.max", format!("{device} wbps={rate}")),
     ];
-    for (root, file, limit) in tries {
+    for (root, (file, limit)) in CONTROL_GROUPS.into_iter().zip(tries) {
         let group = Path::new(root).join(&name);
         if fs::create_dir(&group).is_err() {
             continue;

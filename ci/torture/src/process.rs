@@ -5,6 +5,7 @@ use std::io;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::LazyLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -31,12 +32,21 @@ static SPAWNER: LazyLock<Sender<Order>> = LazyLock::new(|| {
     let (sender, orders) = channel::<Order>();
     std::thread::spawn(move || {
         for (mut command, answer) in orders {
+            let is_stopped = IS_STOPPED.load(Ordering::SeqCst);
+            let child = if is_stopped { Err(io::ErrorKind::Other.into()) } else { command.spawn() };
             // The one that asked may have given up.
-            let _ = answer.send(command.spawn());
+            let _ = answer.send(child);
         }
     });
     sender
 });
+
+static IS_STOPPED: AtomicBool = AtomicBool::new(false);
+
+/// No process is started from now on.
+pub fn stop_spawning() {
+    IS_STOPPED.store(true, Ordering::SeqCst);
+}
 
 /// A process of ours. It is killed when it is dropped.
 pub struct Process {
@@ -110,8 +120,16 @@ impl Drop for Process {
     }
 }
 
-/// Runs a program to its end.
+/// Runs a program of a seed to its end.
 pub fn run(command: &mut Command) -> Result<String> {
+    if IS_STOPPED.load(Ordering::SeqCst) {
+        bail!("this run is about to end");
+    }
+    run_always(command)
+}
+
+/// The same, even at the end.
+pub fn run_always(command: &mut Command) -> Result<String> {
     let name = command.get_program().to_string_lossy().into_owned();
     let output = command.stdin(Stdio::null()).output();
     let output = output.with_context(|| format!("cannot start {name}"))?;

@@ -14,7 +14,7 @@ use pvblk_virtio::feature::Features;
 use pvblk_virtio::queue::DriverQueue;
 use pvblk_virtio::{packed, split};
 
-use crate::client::{Client, ClientOptions};
+use crate::client::{Client, ClientOptions, Watch};
 use crate::medium::Place;
 use crate::plan::{Durability, Medium, Plan, Wire};
 use crate::process::{End, PATIENCE, Process};
@@ -108,6 +108,11 @@ fn options(plan: &Plan, offered: Features) -> ClientOptions {
         flush_may_fail: matches!(plan.medium, Medium::Full | Medium::Nbd(_, Durability::Reported)),
         rules: Rules { sectors: plan.sectors, flush_failure, write_through: false },
     }
+}
+
+/// What the death of the server means.
+fn server_death(plan: &Plan) -> Death {
+    Death::Server { keeps_cache: !matches!(plan.medium, Medium::Nbd(_, Durability::Reported)) }
 }
 
 /// The daemon's program, and how it is started for this seed.
@@ -260,8 +265,10 @@ impl<D: DriverQueue<Share = GuestFile>> Session<'_, D> {
             self.life(random)?;
         }
         let (_process, _monitor) = self.connect(random)?;
-        self.client()?.drain()?;
-        self.client()?.read_all()
+        self.watched(|client, watch| {
+            client.drain(watch)?;
+            client.read_all(watch)
+        })
     }
 
     /// One life of the daemon, from its start to its death.
@@ -270,7 +277,7 @@ impl<D: DriverQueue<Share = GuestFile>> Session<'_, D> {
         let most = if self.program.plan.medium == Medium::Throttled { 20 } else { 80 };
         for _ in 0..1 + random.below(2) {
             let answers = random.index(most);
-            self.client()?.work(answers)?;
+            self.watched(|client, watch| client.work(answers, watch))?;
             self.end_server(random)?;
         }
         self.client()?.submit()?;
@@ -315,21 +322,35 @@ impl<D: DriverQueue<Share = GuestFile>> Session<'_, D> {
     }
 
     fn server_died(&mut self) -> Result<()> {
-        let Medium::Nbd(_, durability) = self.program.plan.medium else { return Ok(()) };
         self.deaths += 1;
         self.client()?.poll()?;
-        let keeps_cache = durability != Durability::Reported;
-        self.client()?.history.died(Death::Server { keeps_cache });
+        let death = server_death(self.program.plan);
+        self.client()?.history.died(death);
         Ok(())
     }
 
     /// A server may die of the daemon's death.
     fn revive_server(&mut self) -> Result<()> {
-        if self.place.server_has_ended() {
-            self.place.end_server(End::Killed);
-            self.server_died()?;
-            self.place.start_server()?;
-        }
-        Ok(())
+        self.client()?.poll()?;
+        self.watched(|client, watch| watch(&mut client.history))
+    }
+
+    /// Does something with a server that comes back when it ends by itself: nbdkit has a fault by which
+    /// it may do so when a connection is lost.
+    fn watched(
+        &mut self,
+        work: impl FnOnce(&mut Client<D>, Watch<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let Self { program, place, client, deaths, .. } = self;
+        let client = client.as_mut().context("the guest is gone")?;
+        work(client, &mut |history| {
+            if place.server_has_ended() {
+                place.end_server(End::Killed);
+                *deaths += 1;
+                history.died(server_death(program.plan));
+                place.start_server()?;
+            }
+            Ok(())
+        })
     }
 }
