@@ -91,7 +91,13 @@ impl Workshop {
             let line = fs::read(format!("/proc/{number}/cmdline")).unwrap_or_default();
             self.is_ours(&String::from_utf8_lossy(&line))
         });
-        ours.filter_map(Pid::from_raw).map(|pid| kill_process(pid, Signal::KILL)).count()
+        let mut count = 0;
+        for pid in ours.filter_map(Pid::from_raw) {
+            // One that has just ended is not there any more.
+            let _ = kill_process(pid, Signal::KILL);
+            count += 1;
+        }
+        count
     }
 
     /// Whether a command line, with zeroes between its words, is that of a program which works in the
