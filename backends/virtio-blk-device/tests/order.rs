@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use monitor::{Event, GuestFile, Monitor, QUEUE_SIZE, Queue, Served, Watched};
+use monitor::{Event, GuestFile, Monitor, QUEUE_SIZE, Queue, Served, Watched, guest};
 use pvblk::frontend::{IoError, Request};
 use pvblk_virtio::feature::Features;
 use pvblk_virtio::queue::DriverQueue;
@@ -39,7 +39,7 @@ fn settings() -> Settings {
 /// monitor is served.
 fn refused(words: &str, say: impl FnOnce(&mut Monitor, &Queue<Split>)) {
     let served = Served::new(settings());
-    let ram = GuestFile::new(1024);
+    let ram = guest(1024);
     let mut queue = Queue::<Split>::new(&ram, FEATURES);
     let mut monitor = Monitor::connect(&served.path, &ram, FEATURES, 1);
     say(&mut monitor, &queue);
@@ -74,7 +74,7 @@ fn features_that_were_not_offered_are_refused() {
 #[test]
 fn no_feature_has_to_be_accepted() {
     let served = Served::new(settings());
-    let ram = GuestFile::new(4096);
+    let ram = guest(4096);
     let protocol = 1 << 30;
     let offered = {
         let monitor = Monitor::connect(&served.path, &ram, FEATURES, 1);
@@ -146,7 +146,7 @@ fn a_queue_outside_of_the_memory_is_refused() {
 #[test]
 fn a_queue_is_served_once_everything_is_said_in_whatever_order() {
     let served = Served::new(settings());
-    let ram = GuestFile::new(1024);
+    let ram = guest(1024);
     let mut queue = Queue::<Split>::new(&ram, FEATURES);
     let mut monitor = Monitor::connect_only(&served.path, FEATURES, 1);
     // The kick before there is memory, and before it is known where the queue is.
@@ -195,7 +195,7 @@ fn wait_until(mut is_so: impl FnMut() -> bool) {
 /// on when the store has let go of that, and not before.
 fn stopped_without_an_answer<D: DriverQueue<Share = GuestFile>>(features: Features, base: u16) {
     let served = Served::new(settings());
-    let ram = GuestFile::new(1024);
+    let ram = guest(1024);
     let mut queue = Queue::<D>::new(&ram, features);
     let mut monitor = Monitor::connect(&served.path, &ram, features, 1);
     monitor.start(0, &queue, base);
@@ -236,7 +236,7 @@ fn a_packed_queue_is_stopped_without_an_answer_of_the_store() {
 fn left_to_a_successor<D: DriverQueue<Share = GuestFile>>(features: Features, base: u16) {
     let served = Served::new(settings());
     let disk = served.disk.clone();
-    let ram = GuestFile::new(1024);
+    let ram = guest(1024);
     let mut queue = Queue::<D>::new(&ram, features);
     let mut monitor = Monitor::connect(&served.path, &ram, features, 1);
     let log = monitor.new_log(1);
@@ -277,7 +277,7 @@ fn a_packed_queue_is_left_to_a_successor() {
 fn without_a_log_nothing_is_left() {
     let served = Served::of(Watched::new(), settings());
     let disk = served.disk.clone();
-    let ram = GuestFile::new(1024);
+    let ram = guest(1024);
     let mut queue = Queue::<Split>::new(&ram, FEATURES);
     let mut monitor = Monitor::connect(&served.path, &ram, FEATURES, 1);
     monitor.start(0, &queue, 0);
@@ -296,7 +296,7 @@ fn without_a_log_nothing_is_left() {
 fn a_monitor_does_not_wait_for_a_store_that_does_not_return() {
     let served = Served::new(settings());
     let disk = served.disk.clone();
-    let ram = GuestFile::new(1024);
+    let ram = guest(1024);
     let mut queue = Queue::<Split>::new(&ram, FEATURES);
     let mut monitor = Monitor::connect(&served.path, &ram, FEATURES, 1);
     let log = monitor.new_log(1);

@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
 
-use monitor::{GuestFile, Monitor, QUEUE_SIZE, Queue, SECTORS, Served};
+use monitor::{GuestFile, Monitor, QUEUE_SIZE, Queue, SECTORS, Served, guest};
 use pvblk::frontend::Request;
 use pvblk_virtio::feature::Features;
 use pvblk_virtio::queue::DriverQueue;
@@ -57,7 +57,7 @@ fn bytes(value: u8, count: usize) -> Vec<u8> {
 
 fn two_queues<K: Kind>() {
     let served = Served::new(settings(2));
-    let ram = GuestFile::new(1024);
+    let ram = guest(1024);
     let mut queues = [(); 2].map(|()| Queue::<K::Driver>::new(&ram, K::FEATURES));
     let mut monitor = Monitor::connect(&served.path, &ram, K::FEATURES, 2);
     for (index, queue) in queues.iter().enumerate() {
@@ -98,7 +98,7 @@ fn two_packed_queues() {
 /// The monitor connects anew, with the log: the driver notices nothing.
 fn another_connection<K: Kind>() {
     let served = Served::new(settings(1));
-    let ram = GuestFile::new(1024);
+    let ram = guest(1024);
     let mut queue = Queue::<K::Driver>::new(&ram, K::FEATURES);
     let mut monitor = Monitor::connect(&served.path, &ram, K::FEATURES, 1);
     let log = monitor.new_log(1);
@@ -131,7 +131,7 @@ fn another_connection_to_a_packed_queue() {
 #[test]
 fn a_disk_that_grows_says_so() {
     let served = Served::new(settings(1));
-    let ram = GuestFile::new(1024);
+    let ram = guest(1024);
     let mut monitor = Monitor::connect(&served.path, &ram, USUAL, 1);
     served.disk.sectors.store(SECTORS / 2, Ordering::Relaxed);
     // By then the server has read the message before, which had the channel.
@@ -145,7 +145,7 @@ fn a_disk_that_grows_says_so() {
 #[test]
 fn a_write_cache_that_is_off_is_flushed_each_time() {
     let served = Served::new(settings(1));
-    let ram = GuestFile::new(1024);
+    let ram = guest(1024);
     let mut queue = Queue::<split::DriverQueue<GuestFile>>::new(&ram, USUAL);
     let mut monitor = Monitor::connect(&served.path, &ram, USUAL, 1);
     monitor.start(0, &queue, 0);
@@ -162,11 +162,11 @@ fn a_write_cache_that_is_off_is_flushed_each_time() {
 #[test]
 fn memory_comes_and_goes_while_queues_are_served() {
     let served = Served::new(settings(1));
-    let ram = GuestFile::new(1024);
+    let ram = guest(1024);
     let mut queue = Queue::<split::DriverQueue<GuestFile>>::new(&ram, USUAL);
     let mut monitor = Monitor::connect(&served.path, &ram, USUAL, 1);
     monitor.start(0, &queue, 0);
-    let more = GuestFile::new(16);
+    let more = guest(16);
     let mut region = more.region();
     region.guest_phys_addr = 1 << 40;
     for round in 0..20 {
@@ -180,7 +180,7 @@ fn memory_comes_and_goes_while_queues_are_served() {
 #[test]
 fn a_monitor_that_talks_nonsense_is_sent_away() {
     let served = Served::new(settings(1));
-    let ram = GuestFile::new(1024);
+    let ram = guest(1024);
     for message in [
         // A request that there is not; a length that nobody has; half a message.
         [99, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0].as_slice(),

@@ -79,6 +79,21 @@ impl Monitor {
         features: Features,
         queues: u64,
     ) -> Result<Self, MonitorError> {
+        let monitor = Self::connect_only(path, features, queues)?;
+        monitor.vhost.set_mem_table(&[ram.region()])?;
+        Ok(monitor)
+    }
+
+    /// The same, without sharing memory.
+    ///
+    /// # Errors
+    ///
+    /// As above.
+    pub fn connect_only(
+        path: &Path,
+        features: Features,
+        queues: u64,
+    ) -> Result<Self, MonitorError> {
         let mut vhost = Vhost::connect(path, queues)?;
         vhost.set_owner()?;
         let agree = |offered: u64, wanted: u64| {
@@ -102,7 +117,6 @@ impl Monitor {
         channel.set_read_timeout(Some(Duration::from_secs(60)))?;
         vhost.set_backend_request_fd(&theirs)?;
         vhost.set_features(features)?;
-        vhost.set_mem_table(&[ram.region()])?;
         Ok(Self { vhost, channel })
     }
 
@@ -112,6 +126,23 @@ impl Monitor {
     ///
     /// [`MonitorError`].
     pub fn start<D: DriverQueue<Share = GuestFile>, P: Payload<Address>>(
+        &mut self,
+        index: usize,
+        queue: &Queue<D, P>,
+        base: u16,
+    ) -> Result<(), MonitorError> {
+        self.place(index, queue, base)?;
+        self.vhost.set_vring_kick(index, &queue.kick)?;
+        self.vhost.set_vring_call(index, &queue.call)?;
+        Ok(self.vhost.set_vring_enable(index, true)?)
+    }
+
+    /// Says where a queue is.
+    ///
+    /// # Errors
+    ///
+    /// [`MonitorError`].
+    pub fn place<D: DriverQueue<Share = GuestFile>, P: Payload<Address>>(
         &mut self,
         index: usize,
         queue: &Queue<D, P>,
@@ -129,10 +160,7 @@ impl Monitor {
             avail_ring_addr: driver,
             log_addr: None,
         };
-        self.vhost.set_vring_addr(index, &config)?;
-        self.vhost.set_vring_kick(index, &queue.kick)?;
-        self.vhost.set_vring_call(index, &queue.call)?;
-        Ok(self.vhost.set_vring_enable(index, true)?)
+        Ok(self.vhost.set_vring_addr(index, &config)?)
     }
 
     /// The first bytes of the configuration.

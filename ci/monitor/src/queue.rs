@@ -39,8 +39,10 @@ pub struct Queue<D: DriverQueue<Share = GuestFile>, P: Payload<Address>> {
     pub front: Frontend<DriverWire<D>, GuestFile, P>,
     pub(crate) size: u16,
     pub(crate) addresses: [u64; 3],
-    pub(crate) kick: EventFd,
-    pub(crate) call: EventFd,
+    /// The driver's notifications.
+    pub kick: EventFd,
+    /// The device's.
+    pub call: EventFd,
 }
 
 impl<D: DriverQueue<Share = GuestFile>, P: Payload<Address>> Queue<D, P> {

@@ -2,11 +2,10 @@
 #![allow(dead_code, reason = "every test file uses a part of it")]
 
 use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::ops::{Deref, DerefMut};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::ptr::NonNull;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -15,83 +14,23 @@ use pvblk::backend::{Completed, Operation, Requests, Store, Submitted};
 use pvblk::buffer::{Buffer, Pool};
 use pvblk::command::{DiscardUnits, Features as DiskFeatures};
 use pvblk::extent::Geometry;
-use pvblk::frontend::{Completion, Frontend, Link, Request};
-use pvblk::indirect::TablePool;
-use pvblk::memory::{Access, PAGE_BYTES, PageAllocator, Share, ShareError, StillShared};
-use pvblk::plan::RangeLimits;
+use pvblk::frontend::{Completion, Request};
 use pvblk::table::Tag;
+pub use pvblk_monitor::GuestFile;
+use pvblk_monitor::{InflightLog, QueueOptions};
 use pvblk_stores::Wakeup;
 use pvblk_stores::memory::{HostPages, MemoryDisk};
+use pvblk_virtio::Identity;
 use pvblk_virtio::feature::Features;
 use pvblk_virtio::queue::DriverQueue;
-use pvblk_virtio::{Address, DriverWire, Identity, limits};
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserInflight};
-use vhost::vhost_user::{
-    Frontend as Vhost, VhostUserFrontend, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
-};
-use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vhost::VhostBackend;
+use vhost::vhost_user::{VhostUserFrontend, VhostUserProtocolFeatures};
 use virtio_blk_device::config::Settings;
 use virtio_blk_device::vhost_user::{Disk, Report, Server, ServerError, Waits};
-use vm_memory::{FileOffset, MmapRegion};
-use vmm_sys_util::eventfd::EventFd;
 
-/// Where the guest's memory begins, in the guest.
-const START: u64 = 1 << 32;
-
-/// Guest memory in a file, and who hands it out.
-#[derive(Clone)]
-pub struct GuestFile {
-    map: Arc<MmapRegion<()>>,
-    next: Arc<AtomicUsize>,
-}
-
-impl GuestFile {
-    pub fn new(pages: usize) -> Self {
-        let file = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
-        ftruncate(&file, (pages * PAGE_BYTES) as u64).unwrap();
-        let map = MmapRegion::from_file(FileOffset::new(file.into(), 0), pages * PAGE_BYTES);
-        Self { map: Arc::new(map.unwrap()), next: Arc::default() }
-    }
-
-    pub fn region(&self) -> VhostUserMemoryRegionInfo {
-        VhostUserMemoryRegionInfo {
-            guest_phys_addr: START,
-            memory_size: self.map.size() as u64,
-            userspace_addr: self.map.as_ptr() as u64,
-            mmap_offset: 0,
-            mmap_handle: self.map.file_offset().unwrap().file().as_raw_fd(),
-        }
-    }
-
-    fn monitor_address(&self, address: u64) -> u64 {
-        address - START + self.map.as_ptr() as u64
-    }
-}
-
-// SAFETY: pages of a mapping that lives as long as every clone of this; each is handed out once.
-unsafe impl PageAllocator for GuestFile {
-    fn allocate_pages(&self, count: usize) -> Option<NonNull<u8>> {
-        let at = self.next.fetch_add(count, Ordering::Relaxed) * PAGE_BYTES;
-        assert!(at + count * PAGE_BYTES <= self.map.size(), "the guest has no more memory");
-        // SAFETY: inside of the mapping.
-        NonNull::new(unsafe { self.map.as_ptr().add(at) })
-    }
-
-    unsafe fn release_pages(&self, _base: NonNull<u8>, _count: usize) {}
-}
-
-// SAFETY: a device has all of the guest's memory, always; nothing that was taken back is used again.
-unsafe impl Share for GuestFile {
-    type Handle = Address;
-
-    fn share(&self, page: NonNull<u8>, _access: Access) -> Result<Address, ShareError> {
-        Ok(Address(page.addr().get() as u64 - self.map.as_ptr() as u64 + START))
-    }
-
-    fn unshare(&self, _handle: Address) -> Result<(), StillShared> {
-        Ok(())
-    }
+/// Guest memory of so many pages.
+pub fn guest(pages: usize) -> GuestFile {
+    GuestFile::new(pages).unwrap()
 }
 
 /// A disk in memory that is watched. Clones are the same.
@@ -293,25 +232,30 @@ impl Served {
     }
 }
 
-/// A queue of the guest's, and the events that go with it.
+/// A queue of the guest's, and memory for its requests.
 pub struct Queue<D: DriverQueue<Share = GuestFile>> {
-    pub front: Frontend<DriverWire<D>, GuestFile, Buffer<GuestFile>>,
+    queue: pvblk_monitor::Queue<D, Buffer<GuestFile>>,
     pub pool: Arc<Pool<GuestFile>>,
-    addresses: [u64; 3],
-    pub kick: EventFd,
-    pub call: EventFd,
+}
+
+impl<D: DriverQueue<Share = GuestFile>> Deref for Queue<D> {
+    type Target = pvblk_monitor::Queue<D, Buffer<GuestFile>>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.queue
+    }
+}
+
+impl<D: DriverQueue<Share = GuestFile>> DerefMut for Queue<D> {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        &mut self.queue
+    }
 }
 
 pub const QUEUE_SIZE: u16 = 32;
-const SEGMENTS: usize = 30;
 
 impl<D: DriverQueue<Share = GuestFile>> Queue<D> {
     pub fn new(ram: &GuestFile, features: Features) -> Self {
-        let queue = D::new(ram.clone(), QUEUE_SIZE, features).unwrap();
-        let at = queue.addresses();
-        let addresses = [at.descriptors, at.driver, at.device].map(|it| ram.monitor_address(it));
-        let wire = DriverWire::new(queue, ram.clone(), features).unwrap();
-        let tables = TablePool::new(ram.clone(), 16, 1, Access::Read).unwrap();
         let geometry = Geometry {
             sectors: SECTORS,
             logical_bytes: 512,
@@ -324,13 +268,10 @@ impl<D: DriverQueue<Share = GuestFile>> Queue<D> {
             write_zeroes: true,
             ..DiskFeatures::default()
         };
-        let mut front = Frontend::new(16, geometry, disk);
-        let limits = limits(QUEUE_SIZE, SEGMENTS, 4096, 256, RangeLimits::NONE);
-        front.attach(Link { wire, limits, tables }, geometry, disk);
-        let pool = Pool::new(ram.clone(), 8, 64 << 10).unwrap();
-        // Not blocking, as the server's ends of them are.
-        let event = || EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
-        Self { front, pool, addresses, kick: event(), call: event() }
+        let (size, segments, capacity) = (QUEUE_SIZE, 30, 16);
+        let options = QueueOptions { size, segments, capacity, features, geometry, disk };
+        let queue = pvblk_monitor::Queue::new(ram, &options).unwrap();
+        Self { queue, pool: Pool::new(ram.clone(), 8, 64 << 10).unwrap() }
     }
 
     /// Does one request.
@@ -387,10 +328,20 @@ impl<D: DriverQueue<Share = GuestFile>> Queue<D> {
 }
 
 /// A monitor that is connected.
-pub struct Monitor {
-    pub vhost: Vhost,
-    /// The other end of the server's own channel.
-    pub channel: UnixStream,
+pub struct Monitor(pvblk_monitor::Monitor);
+
+impl Deref for Monitor {
+    type Target = pvblk_monitor::Monitor;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
+
+impl DerefMut for Monitor {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        &mut self.0
+    }
 }
 
 impl Monitor {
@@ -403,26 +354,12 @@ impl Monitor {
 
     /// Connects, and agrees on `features`.
     pub fn connect_only(path: &Path, features: Features, queues: u64) -> Self {
-        let mut vhost = Vhost::connect(path, queues).unwrap();
-        vhost.set_owner().unwrap();
-        let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-        let offered = vhost.get_features().unwrap();
-        let wanted = features.bits() | protocol;
-        assert_eq!(offered & wanted, wanted, "{features:?} are offered");
-        let offered = vhost.get_protocol_features().unwrap();
-        let wanted = VhostUserProtocolFeatures::MQ
-            | VhostUserProtocolFeatures::CONFIG
-            | VhostUserProtocolFeatures::BACKEND_REQ
-            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
-            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
-        assert!(offered.contains(wanted | VhostUserProtocolFeatures::REPLY_ACK));
-        vhost.set_protocol_features(wanted).unwrap();
-        assert_eq!(vhost.get_queue_num().unwrap(), queues);
-        let (channel, theirs) = UnixStream::pair().unwrap();
-        channel.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-        vhost.set_backend_request_fd(&theirs).unwrap();
-        vhost.set_features(features.bits() | protocol).unwrap();
-        Self { vhost, channel }
+        let monitor = pvblk_monitor::Monitor::connect_only(path, features, queues).unwrap();
+        let mut monitor = Self(monitor);
+        let offered = monitor.vhost.get_protocol_features().unwrap();
+        assert!(offered.contains(VhostUserProtocolFeatures::REPLY_ACK));
+        assert_eq!(monitor.vhost.get_queue_num().unwrap(), queues);
+        monitor
     }
 
     /// Has a queue served from `base` on.
@@ -432,10 +369,7 @@ impl Monitor {
         queue: &Queue<D>,
         base: u16,
     ) {
-        self.place(index, queue, base);
-        self.vhost.set_vring_kick(index, &queue.kick).unwrap();
-        self.vhost.set_vring_call(index, &queue.call).unwrap();
-        self.vhost.set_vring_enable(index, true).unwrap();
+        self.0.start(index, queue, base).unwrap();
     }
 
     /// Says where a queue is.
@@ -445,38 +379,22 @@ impl Monitor {
         queue: &Queue<D>,
         base: u16,
     ) {
-        let [descriptors, driver, device] = queue.addresses;
-        self.vhost.set_vring_num(index, QUEUE_SIZE).unwrap();
-        self.vhost.set_vring_base(index, base).unwrap();
-        let config = VringConfigData {
-            queue_max_size: QUEUE_SIZE,
-            queue_size: QUEUE_SIZE,
-            flags: 0,
-            desc_table_addr: descriptors,
-            used_ring_addr: device,
-            avail_ring_addr: driver,
-            log_addr: None,
-        };
-        self.vhost.set_vring_addr(index, &config).unwrap();
+        self.0.place(index, queue, base).unwrap();
     }
 
     pub fn config(&mut self, bytes: usize) -> Vec<u8> {
-        let space = vec![0; bytes];
-        let flags = VhostUserConfigFlags::empty();
-        self.vhost.get_config(0, bytes as u32, flags, &space).unwrap().1
+        self.0.config(bytes).unwrap()
     }
 
     pub fn set_write_back(&mut self, is_on: bool) {
-        let flags = VhostUserConfigFlags::WRITABLE;
-        self.vhost.set_config(32, flags, &[is_on.into()]).unwrap();
+        self.0.set_write_back(is_on).unwrap();
     }
 
-    pub fn new_log(&mut self, queues: u16) -> (VhostUserInflight, std::fs::File) {
-        let wanted = VhostUserInflight::new(0, 0, queues, QUEUE_SIZE);
-        self.vhost.get_inflight_fd(&wanted).unwrap()
+    pub fn new_log(&mut self, queues: u16) -> InflightLog {
+        self.0.new_log(queues, QUEUE_SIZE).unwrap()
     }
 
-    pub fn set_log(&mut self, (log, file): &(VhostUserInflight, std::fs::File)) {
-        self.vhost.set_inflight_fd(log, file.as_raw_fd()).unwrap();
+    pub fn set_log(&mut self, log: &InflightLog) {
+        self.0.set_log(log).unwrap();
     }
 }
