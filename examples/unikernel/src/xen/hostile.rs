@@ -7,25 +7,28 @@
 //! and let go of all that it had of this guest. In the end it is a guest like any other, and the disk
 //! must be as good as new.
 //!
-//! Slots are written by offsets of its own (`xen/include/public/io/blkif.h`, 64-bit layout): with the
-//! driver's code one cannot say what is said here.
+//! The ring is one of its own ([`raw`](crate::raw)): with the driver's code one cannot say what is said
+//! here.
 
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec;
 use core::sync::atomic::{Ordering, fence};
 
-use pvblk::memory::{Access, PAGE_BYTES, SharedPages};
-use pvblk_xen::grants::GrantTo;
-use pvblk_xen::platform::{EventChannels, GrantRef, Port};
-use pvblk_xen::store::{Nodes, Store};
-use pvblk_xen::xenbus::{self, Device, State};
+use pvblk::memory::PAGE_BYTES;
+use pvblk_xen::platform::{EventChannels, GrantRef};
+use pvblk_xen::store::Store;
+use pvblk_xen::xenbus::State;
 use sha2::{Digest, Sha256};
 use unikernel::files::hex;
 use unikernel::model::next;
 use xen_blkfront::{Config, Disk};
 use xen_guest::{Guest, println};
 
+use crate::raw::{
+    Connection, DETAIL, DISCARD_SECTORS, FLUSH, OKAY, READ, REQ_PROD, RSP_PROD, SECTOR, SEGMENTS,
+    SLOT_BYTES, SLOTS, STATUS, TABLE_REFERENCES, TABLE_SEGMENTS, WRITE, slot_at, text, wait,
+};
 use crate::report;
 
 /// How it connects: whether grants are kept.
@@ -35,29 +38,6 @@ const BATCHES: u32 = 24;
 /// How often it rewrites a part of one of a batch's requests after it has shown them.
 const REWRITES: u32 = 4000;
 
-/// Offsets in the ring's page, and its shape.
-const REQ_PROD: usize = 0;
-const REQ_EVENT: usize = 4;
-const RSP_PROD: usize = 8;
-const RSP_EVENT: usize = 12;
-const SLOTS_AT: usize = 64;
-const SLOT_BYTES: usize = 112;
-const SLOTS: u32 = 32;
-/// Offsets in a slot.
-const DETAIL: usize = 1;
-const TABLE_SEGMENTS: usize = 2;
-const SECTOR: usize = 16;
-const SEGMENTS: usize = 24;
-const DISCARD_SECTORS: usize = 24;
-const TABLE_REFERENCES: usize = 28;
-/// Of an answer.
-const STATUS: usize = 10;
-
-const OKAY: u16 = 0;
-
-const READ: u8 = 0;
-const WRITE: u8 = 1;
-const FLUSH: u8 = 3;
 const DISCARD: u8 = 5;
 const INDIRECT: u8 = 6;
 const OPERATIONS: [u8; 5] = [READ, WRITE, FLUSH, DISCARD, INDIRECT];
@@ -72,11 +52,6 @@ const TABLES: usize = 4;
 const TABLE_FAULTS: usize = 16;
 /// What is written and read in the end, in bytes.
 const HONEST_BYTES: usize = 1 << 20;
-/// How long it waits for anything, in nanoseconds: a disk is there only when others are at work.
-const PATIENCE: u64 = 200_000_000_000;
-
-type Pages = SharedPages<GrantTo<&'static Guest>>;
-
 /// Does all of it on the disk with this number.
 pub fn run(
     store: &'static Store<'static, Guest>,
@@ -86,7 +61,7 @@ pub fn run(
 ) -> Result<(), String> {
     let mut random = seed.parse().map_err(|_| format!("hostile={seed}: a number is expected"))?;
     for (round, keeps) in ROUNDS {
-        let connection = Connection::open(store, guest, number, keeps)?;
+        let connection = Connection::open(store, guest, number, PAGES, keeps)?;
         let Answers { done, failed } = connection.fill(&mut random)?;
         connection.overrun(&mut random)?;
         println!("HOSTILE {round} persistent={} done={done} failed={failed}", u8::from(keeps));
@@ -103,48 +78,7 @@ struct Answers {
     failed: u32,
 }
 
-/// A ring that was negotiated.
-struct Connection {
-    store: &'static Store<'static, Guest>,
-    guest: &'static Guest,
-    device: Device,
-    pages: Pages,
-    port: Port,
-}
-
 impl Connection {
-    fn open(
-        store: &'static Store<'static, Guest>,
-        guest: &'static Guest,
-        number: u32,
-        keeps: bool,
-    ) -> Result<Self, String> {
-        let device = wait(guest, || Ok(Device::read(store, "vbd", number).ok()))
-            .map_err(|error| format!("there is no disk {number}: {error}"))?;
-        let lender = GrantTo::new(guest, device.backend_id, PAGES as u32);
-        let pages = Pages::new(lender, PAGES, Access::ReadWrite).map_err(text)?;
-        let port = guest.allocate_unbound(device.backend_id).map_err(text)?;
-        let it = Self { store, guest, device, pages, port };
-        it.tell(State::Initialising)?;
-        it.wait_for(&[State::InitWait])?;
-        // No notification is asked for: this guest looks by itself.
-        it.pages.region().store_u32(REQ_EVENT, 1, Ordering::Relaxed);
-        it.pages.region().store_u32(RSP_EVENT, u32::MAX, Ordering::Release);
-        let path = &it.device.path;
-        let publish = store.transaction(|nodes| {
-            let reference = it.pages.handle(0);
-            nodes.write_number(&format!("{path}/ring-ref"), reference.0.into())?;
-            nodes.write_number(&format!("{path}/event-channel"), port.0.into())?;
-            nodes.write(&format!("{path}/protocol"), "x86_64-abi")?;
-            nodes.write_number(&format!("{path}/feature-persistent"), keeps.into())?;
-            xenbus::write_state(nodes, path, State::Initialised)
-        });
-        publish.map_err(text)?;
-        it.wait_for(&[State::Connected])?;
-        it.tell(State::Connected)?;
-        Ok(it)
-    }
-
     /// Fills the ring again and again; every request must be answered.
     fn fill(&self, random: &mut u64) -> Result<Answers, String> {
         let ring = self.pages.region();
@@ -188,14 +122,6 @@ impl Connection {
         fence(Ordering::SeqCst);
         self.guest.notify(self.port);
         self.wait_for(&[State::Closing, State::Closed])
-    }
-
-    /// Closes this end too. Then the backend must have let go of every page.
-    fn close(mut self) -> Result<(), String> {
-        self.tell(State::Closed)?;
-        self.wait_for(&[State::Closed])?;
-        self.guest.close(self.port);
-        self.pages.reclaim().map_err(|error| format!("after the ring was closed: {error}"))
     }
 
     /// Fills the tables: half of them as they should be, the others with faults.
@@ -264,32 +190,6 @@ impl Connection {
         let value = if GrantRef(value) == self.pages.handle(0) { u32::MAX } else { value };
         value.to_le_bytes()
     }
-
-    fn tell(&self, state: State) -> Result<(), String> {
-        xenbus::write_state(self.store, &self.device.path, state).map_err(text)
-    }
-
-    fn wait_for(&self, states: &[State]) -> Result<(), String> {
-        let path = &self.device.backend_path;
-        let state = || xenbus::read_state(self.store, path).map_err(text);
-        wait(self.guest, || Ok(states.contains(&state()?).then_some(())))
-            .map_err(|error| format!("the backend is to be one of {states:?}: {error}"))
-    }
-}
-
-/// Looks again and again until there is something.
-fn wait<R>(guest: &Guest, look: impl Fn() -> Result<Option<R>, String>) -> Result<R, String> {
-    let deadline = guest.now() + PATIENCE;
-    loop {
-        if let Some(found) = look()? {
-            return Ok(found);
-        }
-        let now = guest.now();
-        if now > deadline {
-            return Err("nothing happens".to_string());
-        }
-        EventChannels::wait(guest, Some(now + 2_000_000));
-    }
 }
 
 /// Writes and reads the disk as one should, and says what must be on it.
@@ -313,12 +213,4 @@ fn honest(
     disk.close(&mut queues).map_err(text)?;
     drop(queues);
     Ok(())
-}
-
-fn text(error: impl ToString) -> String {
-    error.to_string()
-}
-
-fn slot_at(index: u32) -> usize {
-    SLOTS_AT + (index % SLOTS) as usize * SLOT_BYTES
 }

@@ -8,7 +8,8 @@
 //! The command line: `queues=N order=N persistent=0|1 trusted=0|1 segments=N` shape what the
 //! frontend asks for on `xvdb`; `seed=N` makes another pattern; `bench=...` runs a benchmark on
 //! `xvda` instead (see `bench.rs`); `big=...` has 512 MiB under way at once instead (see `big.rs`);
-//! `hostile=SEED` breaks the rules of the ring instead (see `hostile.rs`).
+//! `hostile=SEED` breaks the rules of the ring instead (see `hostile.rs`); `rings=SEED` has its ring
+//! replaced while the backend is dead, again and again (see `rings.rs`).
 #![cfg_attr(target_os = "none", no_std, no_main)]
 
 #[cfg(target_os = "none")]
@@ -25,7 +26,11 @@ mod hostile;
 #[cfg(target_os = "none")]
 mod machine;
 #[cfg(target_os = "none")]
+mod raw;
+#[cfg(target_os = "none")]
 mod report;
+#[cfg(target_os = "none")]
+mod rings;
 
 #[cfg(not(target_os = "none"))]
 fn main() {
@@ -43,7 +48,7 @@ mod image {
     use xen_guest::{Guest, println};
 
     use crate::machine::XenMachine;
-    use crate::{bench, big, hostile, report};
+    use crate::{bench, big, hostile, report, rings};
 
     /// The virtual device numbers of `xvda` and `xvdb` (202 << 8 | disk << 4).
     const XVDA: u32 = 51712;
@@ -70,6 +75,9 @@ mod image {
         }
         if let Some(seed) = guest.argument("hostile") {
             return hostile::run(store, guest, XVDB, seed);
+        }
+        if let Some(seed) = guest.argument("rings") {
+            return rings::run(store, guest, XVDB, seed);
         }
 
         let machine = XenMachine(guest);
