@@ -1,9 +1,36 @@
 # Our driver domain: a guest named `storage` that serves its memory. dom0 reaches what its disks
 # hold as a guest of its own. There is no devd: the domain answers xl by itself.
+#
+# It has a disk of its own, too, which it forwards: pvblkd serves that, from a file of dom0, and is what
+# dies where its store is to die.
+. /pvblkd.sh
+
+own=/tmp/own.img
+
+# Direct and through the page cache.
+store_settings() { # N
+	echo "[defaults]"
+	[ $(($1 % 2)) = 0 ] || echo "buffered = true"
+}
+
+# The driver domain says it by itself.
+backend_served() {
+	:
+}
+
+store_end() { # N
+	backend_end "$1"
+}
+
+store_begin() { # N
+	backend_begin "$1"
+}
 
 backend_up() {
 	load xen-blkfront
-	cat >/guests/storage.cfg <<-'END'
+	truncate -s ${raw_mib}M $own
+	pvblkd_up || return 1
+	cat >/guests/storage.cfg <<-END
 		name="storage"
 		type="pvh"
 		kernel="/guests/driver-domain"
@@ -12,16 +39,18 @@ backend_up() {
 		vcpus=1
 		tsc_mode="native"
 		driver_domain=1
+		disk=["$(pvblkd_disk $own xvdb w)"]
 		on_crash="preserve"
 	END
 	xl create /guests/storage.cfg >&9 2>&1
 }
 
-domain_disk() { # image|raw|other VDEV r|w
+domain_disk() { # image|raw|other|forwarded VDEV r|w
 	case $1 in
 	image) target=ram0 ;;
 	raw) target=ram1 ;;
 	other) target=ram2 ;;
+	forwarded) target=disk:xvdb ;;
 	esac
 	case $3 in
 	r) access=ro ;;
@@ -34,7 +63,7 @@ backend_reset() { # SECTOR
 	# Once: no guest can write to it.
 	[ -n "$filled" ] || through_dom0 "$(domain_disk image xvdy w)" write $image
 	filled=1
-	through_dom0 "$(domain_disk raw xvdy w)" clear
+	through_dom0 "$(domain_disk "$disk" xvdy w)" clear
 }
 
 backend_disk() {
@@ -50,6 +79,8 @@ backend_content() { # [other]
 backend_release() {
 	cp /var/log/xen/console/guest-storage.log /tmp/said
 	tail -n +$((told + 1)) /tmp/said | sed 's/^/storage: /' >&9
+	sed 's/^/pvblkd: /' $pvblkd_log >&9
+	: >$pvblkd_log
 	told=$(wc -l </tmp/said)
 	rm -f $raw /tmp/said
 }

@@ -15,6 +15,10 @@ start_pvblkd() {
 }
 
 backend_up() {
+	store_up && pvblkd_up
+}
+
+pvblkd_up() {
 	cat >/etc/xen/scripts/block-pvblkd <<-'END'
 		#!/bin/sh
 		# libxl's hotplug script for disks that pvblkd serves: there is nothing to prepare.
@@ -22,7 +26,6 @@ backend_up() {
 	END
 	chmod +x /etc/xen/scripts/block-pvblkd
 	store_settings 0 >$pvblkd_config
-	store_up || return 1
 	start_pvblkd
 	marker $pvblkd_log '.*serving' 30 && return
 	sed 's/^/pvblkd: /' $pvblkd_log >&9

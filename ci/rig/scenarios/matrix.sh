@@ -5,7 +5,8 @@
 #   backend_up                starts the backend, once a boot
 #   backend_reset SECTOR      disk `image` holds $image and can be read; `raw` holds zeroes ($raw_mib MiB)
 #   backend_disk DISK VDEV r|w   prints that disk as xl's configuration has it; `mapped` is `raw`, but
-#                             the backend maps pages that it does not keep; `other` is another one
+#                             the backend maps pages that it does not keep; `other` is another one;
+#                             `device` is a block device; `forwarded` is a disk of a driver domain's own
 #   backend_content [other]   prints a file or device of dom0 that shows what `raw` (or that) holds
 #   backend_release           after a guest is gone
 #   backend_kill, backend_restart   kills the backend with its disks in use; starts it again
@@ -16,7 +17,7 @@
 #   backend_serves            whether guests' disks are connected
 #   backend_resize GUEST MIB  gives the guest's disk that size
 #
-# (all from `backend_kill` on, `mapped` and `other`, where that can be done) and, where xl's own way is
+# (all from `backend_kill` on, `mapped`, `other`, `device` and `forwarded`, where that can be done) and, where xl's own way is
 # not the way, backend_plug and backend_unplug; where it can say what it has done for its guests,
 # backend_served.
 #
@@ -29,6 +30,8 @@
 #   crash       is destroyed while it writes
 #   hostile     breaks the rules on `other`, while another guest does its work
 #   deaths-backend, deaths-store   makes random requests, while that dies at random moments
+#   history     makes random requests
+#   rings       has a new ring each time that the backend was killed, before that is started again
 #   kill-backend, kill-store   as linux, but that is killed and started again while the guest
 #               writes its tree, and under load
 
@@ -190,12 +193,24 @@ a_while() {
 	usleep "$(awk -v seed="$1" -v most="$2" 'BEGIN { srand(seed); print int(rand() * most) }')"
 }
 
-# deaths backend|store LOG: ends it and starts it again, until the guest has done its work.
+# progress LOG COUNT: waits until the guest has told more than so many times how far it is.
+progress() {
+	tries=0
+	until [ "$(grep -c '^HISTORY\|^VERDICT' "$1")" -gt "$2" ]; do
+		tries=$((tries + 1))
+		[ $tries -lt $((seconds * 10)) ] || return 1
+		usleep 100000
+	done
+}
+
+# deaths backend|store LOG: ends it and starts it again, six times or until the guest has done its work,
+# each time when the guest has come further.
 deaths() {
 	count=0
-	marker "$2" HISTORY "$seconds" || return
-	until grep -q '^HISTORY [ew]\|^VERDICT' "$2"; do
-		a_while $((2 * count)) 1500000
+	far=0
+	while [ $count -lt 6 ] && progress "$2" $far && ! grep -q '^HISTORY [ew]\|^VERDICT' "$2"; do
+		a_while $((2 * count)) 200000
+		far=$(grep -c ^HISTORY "$2")
 		"$1_end" $count
 		a_while $((2 * count + 1)) 300000
 		"$1_begin" $count
@@ -205,6 +220,27 @@ deaths() {
 			tries=$((tries + 1))
 			usleep 100000
 		done
+		say "SERVES again after death $count, at $(uptime)"
+	done
+	say "DEATHS $count"
+}
+
+# rings NAME LOG: kills the backend, has the guest forget its ring and publish a new one, and starts the
+# backend again, until the guest has done its work.
+rings() {
+	count=0
+	while marker "$2" "RINGS at work $count\|HISTORY [ew]\|VERDICT" "$seconds" &&
+		! grep -q '^HISTORY [ew]\|^VERDICT' "$2"; do
+		domain=$(xl domid "$1")
+		a_while $((2 * count)) 500000
+		backend_end 0
+		# A guest's kernel cannot know: here it does not have its pages before they are free.
+		until [ "$(mapped "$domain")" -le 2 ]; do usleep 100000; done
+		xenstore-write "/local/domain/$domain/data/rings" $((count + 1))
+		marker "$2" "RINGS published $((count + 1))" "$seconds" || return
+		a_while $((2 * count + 1)) 300000
+		backend_begin $count
+		count=$((count + 1))
 	done
 	say "DEATHS $count"
 }
@@ -229,13 +265,17 @@ disturb() {
 		deaths "${2#deaths-}" "$3"
 		return
 		;;
+	rings)
+		rings "$1" "$3"
+		return
+		;;
 	kill-*)
 		marker "$3" 'STEP .* tree' "$seconds" || return
 		strike "${2#kill-}"
 		marker "$3" 'STEP .* load' "$seconds" || return
 		strike "${2#kill-}"
 		;;
-	unikernel) return ;;
+	unikernel | history) return ;;
 	esac
 	marker "$3" DETACH "$seconds" || return
 	look "$1"
@@ -259,7 +299,7 @@ one_guest() {
 	disturber=$!
 	guest "$1" "$seconds" "$how"
 	case $2 in
-	crash | deaths-*) ;;
+	crash | deaths-* | rings) ;;
 	*) kill $disturber 2>/dev/null ;;
 	esac
 	wait $disturber

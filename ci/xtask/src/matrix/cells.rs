@@ -14,7 +14,10 @@ use crate::guests::transcript::Transcript;
 const GROWN_MIB: u64 = 96;
 
 /// How many requests a guest makes whose backend dies again and again.
-const REQUESTS: u32 = 4000;
+const REQUESTS: u32 = 2000;
+
+/// How many requests a guest makes of a device that discards.
+const DISCARD_REQUESTS: u32 = 500;
 
 /// What is done in a cell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
@@ -39,13 +42,20 @@ pub enum Work {
     /// The backend is killed, ended and started again with other settings, at random moments; a Linux
     /// guest judges each answer by the history of its disk
     Deaths,
-    /// The same with the server that the backend has its data from
+    /// The same with the server that the backend has its data from, or the backend behind a driver
+    /// domain
     StoreDeaths,
+    /// The backend is killed, and a guest of ours publishes a new ring before it is started again, as
+    /// after a kexec
+    NewRings,
+    /// The disk is a block device that discards and has no command to write zeroes; a Linux guest judges
+    /// each answer by the history of its disk
+    Discard,
 }
 
 impl Work {
     /// All there is to do beside everything, with what the table calls it.
-    pub const MORE: [(Self, &str); 9] = [
+    pub const MORE: [(Self, &str); 11] = [
         (Self::Resize, "the disk grows while the guest writes"),
         (Self::GrantCopy, "no persistent grants: Xen copies"),
         (Self::GrantMap, "no persistent grants: pages are mapped"),
@@ -54,7 +64,12 @@ impl Work {
         (Self::StoreKill, "the NBD server is killed under a guest"),
         (Self::Hostile, "a hostile guest beside one that works"),
         (Self::Deaths, "the backend dies at random moments, judged by the history"),
-        (Self::StoreDeaths, "the NBD server dies at random moments, judged by the history"),
+        (
+            Self::StoreDeaths,
+            "what it has its data from dies at random moments, judged by the history",
+        ),
+        (Self::NewRings, "new rings while the backend is dead, judged by the history"),
+        (Self::Discard, "a device that discards and cannot write zeroes, judged by the history"),
     ];
 
     /// As `target/matrix.json` has it.
@@ -70,6 +85,8 @@ impl Work {
             Self::Hostile => "hostile",
             Self::Deaths => "deaths",
             Self::StoreDeaths => "store-deaths",
+            Self::NewRings => "new-rings",
+            Self::Discard => "discard",
         }
     }
 
@@ -86,6 +103,8 @@ impl Work {
             Self::Hostile => "hostile",
             Self::Deaths => "deaths-backend",
             Self::StoreDeaths => "deaths-store",
+            Self::NewRings => "rings",
+            Self::Discard => "history",
         }
     }
 
@@ -99,7 +118,14 @@ impl Work {
             Self::Hostile => "hostile=2013".into(),
             Self::Deaths => format!("history=11 requests={REQUESTS}"),
             Self::StoreDeaths => format!("history=12 requests={REQUESTS}"),
+            Self::NewRings => "rings=13".into(),
+            Self::Discard => format!("history=14 requests={DISCARD_REQUESTS}"),
         }
+    }
+
+    /// Whether the guest judges each answer by the history of its disk.
+    fn has_history(self) -> bool {
+        matches!(self, Self::Deaths | Self::StoreDeaths | Self::NewRings | Self::Discard)
     }
 
     /// By which way the backend must have reached the guest's pages, and no other.
@@ -135,6 +161,7 @@ impl Cell {
     /// How long its guests may take, in seconds of a slow machine.
     pub fn seconds(self) -> u32 {
         match self.front {
+            _ if self.work.has_history() => 600,
             Front::XenBlkfront if self.work == Work::Everything => 120,
             _ => 240,
         }
@@ -153,8 +180,14 @@ impl Cell {
     /// A line of the list that `matrix.sh` reads; `live` if its console is to come as it is written.
     pub fn line(self, live: bool) -> String {
         let kind = self.work.kind(self.front);
-        let disk = if self.work == Work::GrantMap { "mapped" } else { "raw" };
-        let how = if live { "live" } else { "later" };
+        let disk = match (self.work, self.back) {
+            (Work::GrantMap, _) => "mapped",
+            (Work::Discard, _) => "device",
+            (Work::StoreDeaths, Back::DriverDomain) => "forwarded",
+            _ => "raw",
+        };
+        // If a history stops, the log says when.
+        let how = if live || self.work.has_history() { "live" } else { "later" };
         format!("{} {kind} {} 512 {disk} {how}\n", self.name(), self.seconds())
     }
 
@@ -184,7 +217,19 @@ impl Cell {
                 checks::hostile(seen)?;
                 unikernel().context("the guest beside the hostile one")
             }
-            (Work::Deaths | Work::StoreDeaths, _) => checks::history(seen, REQUESTS.into()),
+            (Work::Deaths | Work::StoreDeaths, _) => {
+                checks::deaths(seen)?;
+                checks::history(seen, REQUESTS.into())
+            }
+            (Work::NewRings, _) => {
+                checks::deaths(seen)?;
+                checks::forgotten(seen)?;
+                checks::history(seen, 0)
+            }
+            (Work::Discard, _) => {
+                checks::discarded(seen)?;
+                checks::history(seen, DISCARD_REQUESTS.into())
+            }
             (Work::FrontendCrash, _) => {
                 checks::crash(seen)?;
                 unikernel().context("the guest that got the disk next")

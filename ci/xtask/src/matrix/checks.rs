@@ -83,24 +83,50 @@ pub fn spoke(seen: &Transcript, wanted: &str) -> Result<()> {
     Ok(())
 }
 
-/// The guest found in each answer what its disk may hold, and no request failed, while what it depends
-/// on died many times. Returns how many bytes were compared.
+/// The guest found in each answer what its disk may hold, and no request failed. Returns how many bytes
+/// were compared.
 pub fn history(seen: &Transcript, requests: u64) -> Result<u64> {
     if let Some(wrong) = seen.after("HISTORY wrong: ").next() {
         bail!("{wrong}{}", seen.last_words());
     }
     seen.check_end()?;
-    let end = last(seen, "HISTORY end ")?;
-    let count = |key| -> Result<u64> {
-        value(end, key)
-            .and_then(|count| count.parse().ok())
-            .with_context(|| format!("no {key}: {end}"))
-    };
-    ensure!(count("requests")? >= requests, "not all requests were made: {end}");
-    ensure!(count("failed")? == 0, "requests failed: {end}");
+    ensure!(of_history(seen, "requests")? >= requests, "not all requests were made");
+    ensure!(of_history(seen, "failed")? == 0, "requests failed{}", seen.last_words());
+    of_history(seen, "compared")
+}
+
+/// What the guest depends on died many times while it worked.
+pub fn deaths(seen: &Transcript) -> Result<()> {
     let deaths: u64 = report(seen, "DEATHS ")?.parse().context("DEATHS")?;
     ensure!(deaths >= DEATHS, "{deaths} deaths are too few to say anything");
-    count("compared")
+    Ok(())
+}
+
+/// Requests were in progress on the rings that were replaced.
+pub fn forgotten(seen: &Transcript) -> Result<()> {
+    ensure!(
+        of_history(seen, "forgotten")? > 0,
+        "nothing was in progress on a ring that was replaced"
+    );
+    Ok(())
+}
+
+/// The guest was offered discards, and its device got them; that has no command to write zeroes.
+pub fn discarded(seen: &Transcript) -> Result<()> {
+    let offered = value(last(seen, "NEGOTIATED ")?, "discard");
+    ensure!(offered.is_some_and(|most| most != "0"), "no discard is offered: {offered:?}");
+    let device = report(seen, "DEVICE ")?;
+    ensure!(value(device, "write-zeroes") == Some("0"), "it can write zeroes: {device}");
+    let discards: u64 =
+        value(device, "discards").and_then(|count| count.parse().ok()).context("DEVICE")?;
+    ensure!(discards > 0, "no discard reached the device: {device}");
+    Ok(())
+}
+
+/// A number of a history's summary.
+fn of_history(seen: &Transcript, key: &str) -> Result<u64> {
+    let end = last(seen, "HISTORY end ")?;
+    value(end, key).and_then(|count| count.parse().ok()).with_context(|| format!("no {key}: {end}"))
 }
 
 /// The destroyed guest had pages mapped, and all of them came back.
@@ -278,6 +304,7 @@ mod tests {
             let mut seen = Transcript::default();
             seen.lines.extend(lines.iter().map(|&line| line.to_owned()));
             reports.iter().for_each(|report| seen.take_report(report));
+            deaths(&seen)?;
             history(&seen, 100)
         };
         let reports = ["DEATHS 4", "ENDED poweroff"];
@@ -343,6 +370,33 @@ mod tests {
         {
             let other: Vec<_> = reports.iter().map(|report| report.replace(old, new)).collect();
             assert!(hostile(&seen(&lines, &other)).is_err(), "{new} in the place of {old}");
+        }
+    }
+
+    #[test]
+    fn a_ring_that_is_replaced_must_have_had_requests() {
+        for (count, is_good) in [(0, false), (3, true)] {
+            let mut seen = Transcript::default();
+            seen.lines.push(format!("HISTORY end requests=9 forgotten={count}"));
+            assert_eq!(forgotten(&seen).is_ok(), is_good);
+        }
+    }
+
+    #[test]
+    fn discards_must_reach_a_device_without_write_zeroes() {
+        let seen = |most: u32, device: &str| {
+            let mut seen = Transcript::default();
+            seen.lines.push(format!("NEGOTIATED device=xvdb discard={most}"));
+            seen.take_report(device);
+            discarded(&seen)
+        };
+        let good = "DEVICE write-zeroes=0 discards=31";
+        seen(1 << 20, good).unwrap();
+        assert!(seen(0, good).is_err());
+        for wrong in
+            ["DEVICE write-zeroes=0 discards=0", "DEVICE write-zeroes=4096 discards=31", ""]
+        {
+            assert!(seen(1 << 20, wrong).is_err());
         }
     }
 }

@@ -128,13 +128,16 @@ impl Back {
     pub fn can(self, work: Work) -> bool {
         match work {
             Work::Everything | Work::FrontendCrash => true,
-            Work::Resize | Work::GrantMap => self == Self::PvblkdFile,
+            Work::Resize | Work::GrantMap | Work::NewRings | Work::Discard => {
+                self == Self::PvblkdFile
+            }
             Work::GrantCopy | Work::Hostile => {
                 matches!(self, Self::PvblkdFile | Self::DriverDomain)
             }
             // What is in a program's memory dies with it.
             Work::BackendKill => matches!(self, Self::PvblkdFile | Self::PvblkdNbd),
-            Work::StoreKill | Work::StoreDeaths => self == Self::PvblkdNbd,
+            Work::StoreKill => self == Self::PvblkdNbd,
+            Work::StoreDeaths => matches!(self, Self::PvblkdNbd | Self::DriverDomain),
             // The daemon's memory is in files of a tmpfs, which outlive it.
             Work::Deaths => {
                 matches!(self, Self::PvblkdFile | Self::PvblkdMemory | Self::PvblkdNbd)
@@ -164,7 +167,9 @@ impl Back {
             },
             Self::DriverDomain => {
                 let image = bare::build(bare::X86_64, "driver-domain", &[])?;
-                Needs { copies: vec![("guests/driver-domain".into(), image)], ..Needs::default() }
+                let mut copies = pvblkd()?;
+                copies.push(("guests/driver-domain".into(), image));
+                Needs { copies, ..Needs::default() }
             }
         })
     }

@@ -62,7 +62,7 @@ impl Front {
     pub fn can(self, work: Work) -> bool {
         match work {
             Work::Everything => true,
-            Work::Hostile => self == Self::XenBlkfront,
+            Work::Hostile | Work::NewRings => self == Self::XenBlkfront,
             // One kind of Linux guest is enough.
             _ => self == Self::LinuxPvh,
         }

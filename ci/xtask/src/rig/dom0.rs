@@ -14,7 +14,7 @@ use crate::project;
 use crate::shell;
 
 /// Modules of dom0's kernel; `init.dom0` and the scenarios load them.
-const MODULES: [&str; 9] = [
+const MODULES: [&str; 10] = [
     "xen-privcmd",
     "xenfs",
     "xen-evtchn",
@@ -23,6 +23,8 @@ const MODULES: [&str; 9] = [
     "xen-blkback",
     "loop",
     "brd",
+    // null_blk depends on it.
+    "configfs",
     "null_blk",
 ];
 
