@@ -208,6 +208,7 @@ progress() {
 deaths() {
 	count=0
 	far=0
+	marker "$2" HISTORY "$seconds" || return
 	while [ $count -lt 6 ] && progress "$2" $far && ! grep -q '^HISTORY [ew]\|^VERDICT' "$2"; do
 		a_while $((2 * count)) 200000
 		far=$(grep -c ^HISTORY "$2")
