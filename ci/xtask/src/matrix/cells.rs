@@ -14,7 +14,7 @@ use crate::guests::transcript::Transcript;
 const GROWN_MIB: u64 = 96;
 
 /// How many requests a guest makes whose backend dies again and again.
-const REQUESTS: u32 = 2000;
+const REQUESTS: u32 = 1200;
 
 /// How many requests a guest makes of a device that discards.
 const DISCARD_REQUESTS: u32 = 500;
