@@ -1058,6 +1058,40 @@ fn an_answer_to_the_whole_of_a_request_in_parts_closes_the_disk() {
     }
 }
 
+/// The peer may guess the id of a request that it was not shown, or see it in shared memory: an answer
+/// to it is none, and its buffer is not given back before it is on the wire.
+#[test]
+fn an_answer_to_a_request_that_was_not_shown_closes_the_disk() {
+    for (is_registered, status) in [
+        (true, Status::Done),
+        (true, Status::Failed),
+        (false, Status::Done),
+        (false, Status::NotSupported),
+    ] {
+        let mut rig = Rig::new(Setup::default());
+        let pool = Pool::new(rig.share(), 2, PAGE_BYTES).unwrap();
+        let submit = |rig: &mut Rig, sector| {
+            if is_registered {
+                let buffer = pool.take().unwrap().into();
+                let tag = rig.engine.submit(Request::Read { sector, sectors: 8, buffer });
+                tag.map_err(|rejected| rejected.error).unwrap();
+            } else {
+                rig.read(sector, 1);
+            }
+        };
+        submit(&mut rig, 0);
+        rig.engine.commit();
+        let shown = rig.take();
+        submit(&mut rig, 8);
+        // The next slot, which was not used before either.
+        let id = shown[0].id + 1;
+        let operation = Some(Code::Read as u8);
+        rig.peer.borrow_mut().say(Answer { id, operation, status });
+        assert_eq!(rig.engine.next().unwrap_err(), Violation::UnknownRequest);
+        assert_eq!(rig.engine.pending(), 2, "it is not done");
+    }
+}
+
 #[test]
 fn an_answer_to_an_earlier_request_of_the_same_slot_closes_the_disk() {
     let mut rig = Rig::new(Setup { capacity: 1, ..Setup::default() });

@@ -184,9 +184,9 @@ pub(super) struct Job<P> {
     pub(super) buffer: Option<P>,
     /// The order of submission.
     pub(super) sequence: u64,
-    /// All of it is on the wire as one request without tables, which goes by the job's own tag. What
-    /// follows says nothing then.
-    pub(super) whole: bool,
+    /// Its `sequence`, if all of it is on the wire as one request without tables, which goes by the
+    /// job's own tag. What follows says nothing then. [`IN_PARTS`] otherwise.
+    pub(super) whole: u64,
     /// Up to where the buffer is on the wire.
     pub(super) cursor: Cursor,
     /// How much is not on the wire yet; see [`Work::amount`].
@@ -211,7 +211,7 @@ impl<P> Job<P> {
             work: Work { code: Code::Flush, sector: 0, sectors: 0 },
             buffer: None,
             sequence: 0,
-            whole: false,
+            whole: IN_PARTS,
             cursor: Cursor::default(),
             left: 0,
             outstanding: 0,
@@ -230,7 +230,7 @@ impl<P> Job<P> {
 
     /// Nothing of it is done, and `left` is to be put on the wire.
     pub(super) fn rewind(&mut self, left: u64) {
-        self.whole = false;
+        self.whole = IN_PARTS;
         self.cursor = Cursor::default();
         self.left = left;
         self.outstanding = 0;
@@ -244,7 +244,16 @@ pub(super) struct Part {
     /// `None` only before the first use.
     pub(super) job: Option<Tag>,
     pub(super) chain: Chain,
+    /// How many parts were staged before it.
+    pub(super) number: u64,
 }
+
+impl Part {
+    pub(super) const EMPTY: Self = Self { job: None, chain: Chain::EMPTY, number: 0 };
+}
+
+/// Of a job that is not on the wire as a whole: no answer is one to all of it.
+pub(super) const IN_PARTS: u64 = u64::MAX;
 
 /// Set in the id of a part, so that it is not one of a job that is on the wire as a whole.
 pub(super) const PART: u64 = 1 << 63;

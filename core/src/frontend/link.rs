@@ -90,7 +90,7 @@ impl<W: Wire, S: Share<Handle = W::Handle>> Link<W, S> {
             }
             statistics.bytes += job.left - segments.left();
             (job.cursor, job.left) = (segments.cursor(), segments.left());
-            *vacancy.occupy() = Part { job: Some(tag), chain };
+            *vacancy.occupy() = Part { job: Some(tag), chain, number: statistics.parts };
             job.outstanding += 1;
             statistics.parts += 1;
         }
@@ -121,7 +121,8 @@ impl<W: Wire, S: Share<Handle = W::Handle>> Link<W, S> {
             let id = vacancy.tag().to_id() | PART;
             self.wire.stage(id, &command, Memory::Direct(&[]));
             job.left -= count;
-            *vacancy.occupy() = Part { job: Some(tag), chain: Chain::EMPTY };
+            let (chain, number) = (Chain::EMPTY, statistics.parts);
+            *vacancy.occupy() = Part { job: Some(tag), chain, number };
             job.outstanding += 1;
             statistics.parts += 1;
         }

@@ -123,8 +123,18 @@ pub struct Frontend<W: Wire, S: Share<Handle = W::Handle>, P> {
     /// How many jobs were not put on the wire as a whole at once. The rest are not counted in
     /// `statistics.parts`.
     admitted: u64,
-    /// How many requests on the wire the peer was shown.
-    shown: u64,
+    shown: Shown,
+}
+
+/// What the peer was shown. What is staged only cannot be answered.
+#[derive(Clone, Copy, Debug, Default)]
+struct Shown {
+    /// How many requests on the wire.
+    requests: u64,
+    /// Jobs before this one, if they are on the wire as a whole.
+    jobs: u64,
+    /// How many parts of others.
+    parts: u64,
 }
 
 impl<W, S, P> Frontend<W, S, P>
@@ -144,12 +154,12 @@ where
             features,
             jobs: Slots::new(capacity, Job::empty),
             in_parts: 0,
-            parts: Slots::new(capacity, || Part { job: None, chain: Chain::EMPTY }),
+            parts: Slots::new(capacity, || Part::EMPTY),
             waiting: queue(),
             finished: queue(),
             statistics: Statistics::default(),
             admitted: 0,
-            shown: 0,
+            shown: Shown::default(),
         }
     }
 
@@ -189,7 +199,7 @@ where
     /// answer of the old peer counts from now on.
     pub fn detach(&mut self) -> Option<Link<W, S>> {
         let link = self.peer.take();
-        self.shown = self.statistics().parts;
+        self.shown = self.staged();
         let parts: alloc::vec::Vec<Tag> = self.parts.tags().collect();
         for tag in parts {
             if let Some(part) = self.parts.tenancy(tag) {
@@ -278,7 +288,7 @@ where
         {
             let command = Command { code, sector, sectors: work.sectors };
             link.wire.stage(tag.to_id(), &command, Memory::Direct(core::slice::from_ref(&segment)));
-            job.whole = true;
+            job.whole = job.sequence;
             self.statistics.jobs += 1;
             self.statistics.bytes += extent.bytes();
             return Ok(tag);
@@ -365,9 +375,9 @@ where
         if !self.waiting.is_empty() {
             self.stage_waiting();
         }
-        let staged = self.statistics().parts;
+        let staged = self.staged();
         let Peer::Present(link) = &mut self.peer else { return false };
-        if self.shown == staged {
+        if self.shown.requests == staged.requests {
             return false;
         }
         self.shown = staged;
@@ -407,7 +417,7 @@ where
             if status == Status::Done
                 && let Some(mut tenancy) = self.jobs.tenancy_of_id(id)
                 && let job = tenancy.value()
-                && job.whole
+                && job.whole < self.shown.jobs
                 && operation.is_none_or(|name| W::echoes(name, job.work.code, false))
                 && job.buffer.as_ref().is_some_and(|buffer| buffer.is_registered())
             {
@@ -441,7 +451,10 @@ where
             None => {
                 let part = Tag::from_id(id ^ PART).and_then(|tag| self.parts.tenancy(tag));
                 let mut part = part.ok_or(Violation::UnknownRequest)?;
-                let Part { job, chain } = *part.value();
+                let Part { job, chain, number } = *part.value();
+                if number >= self.shown.parts {
+                    return Err(Violation::UnknownRequest);
+                }
                 part.vacate();
                 (job.ok_or(Violation::UnknownRequest)?, Some(chain))
             }
@@ -449,7 +462,7 @@ where
         // Jobs leave only after their last part: this one is there.
         let job = self.jobs.get_mut(tag).ok_or(Violation::UnknownRequest)?;
         if chain.is_none() {
-            if !job.whole {
+            if job.whole >= self.shown.jobs {
                 return Err(Violation::UnknownRequest);
             }
             job.rewind(0);
@@ -527,11 +540,11 @@ where
         if !self.waiting.is_empty() {
             self.stage_waiting();
         }
-        let staged = self.statistics().parts;
+        let staged = self.staged();
         let Peer::Present(link) = &mut self.peer else {
             return self.peer.violation().map_or(Ok(false), Err);
         };
-        if self.shown != staged {
+        if self.shown.requests != staged.requests {
             return Ok(true);
         }
         let outstanding = self.jobs.len() - self.in_parts + self.parts.len();
@@ -583,9 +596,15 @@ where
         self.peer.link().map(|link| link.limits)
     }
 
+    /// Everything that is staged.
+    #[inline(always)]
+    fn staged(&self) -> Shown {
+        let Statistics { jobs, parts, .. } = self.statistics;
+        Shown { requests: parts + (jobs - self.admitted), jobs, parts }
+    }
+
     /// What the engine has done so far.
     pub fn statistics(&self) -> Statistics {
-        let whole = self.statistics.jobs - self.admitted;
-        Statistics { parts: self.statistics.parts + whole, ..self.statistics }
+        Statistics { parts: self.staged().requests, ..self.statistics }
     }
 }
