@@ -80,6 +80,8 @@ impl Connection {
                     self.socket.connected()?;
                     let handshake = std::mem::replace(handshake, Box::new(Handshake::new("")));
                     self.stage = Stage::Handshaking(handshake);
+                    #[cfg(any(test, fuzzing))]
+                    super::seam::turn();
                 }
                 Stage::Handshaking(handshake) => {
                     while !handshake.outbox.is_empty() {
@@ -87,6 +89,10 @@ impl Connection {
                             return self.in_time();
                         };
                         handshake.outbox.drain(..count);
+                        #[cfg(any(test, fuzzing))]
+                        if handshake.outbox.is_empty() {
+                            super::seam::turn();
+                        }
                     }
                     let mut bytes = [0; 1024];
                     let Some(count) = self.socket.receive_bytes(&mut bytes)? else {

@@ -86,10 +86,15 @@ impl Handshake {
         }
     }
 
-    /// Takes what the server sent. The export, once there is agreement.
+    /// Takes what the server sent. The export, once there is agreement. What was to be sent must have
+    /// been sent before: a server does not say anything but its greeting unasked.
     pub(super) fn receive(&mut self, bytes: &[u8]) -> Result<Option<Export>, HandshakeError> {
+        let early = HandshakeError::Protocol("it answers before it was asked");
         self.inbox.extend_from_slice(bytes);
         loop {
+            if !self.outbox.is_empty() && !self.inbox.is_empty() {
+                return Err(early);
+            }
             let done = match self.state {
                 State::Greeting => self.greeting()?,
                 State::Option => self.option_reply()?,
@@ -99,9 +104,7 @@ impl Handshake {
                 Progress::More => return Ok(None),
                 Progress::Step => {}
                 Progress::Agreed if self.inbox.is_empty() => return Ok(Some(self.found)),
-                Progress::Agreed => {
-                    return Err(HandshakeError::Protocol("it answers before it was asked"));
-                }
+                Progress::Agreed => return Err(early),
             }
         }
     }
@@ -267,6 +270,7 @@ mod tests {
     fn greeted() -> Handshake {
         let mut handshake = Handshake::new("disk");
         assert_eq!(handshake.receive(b"NBDMAGICIHAVEOPT\x00\x03"), Ok(None));
+        handshake.outbox.clear();
         handshake
     }
 
@@ -337,6 +341,35 @@ mod tests {
         }
         let agreed = handshake.receive(&[*last]).unwrap().unwrap();
         assert_eq!((agreed.bytes, agreed.flags, agreed.minimum), (4096, 0x101, 1));
+    }
+
+    /// There is no agreement with a server that did not hear this client's flags, or its question.
+    #[test]
+    fn a_server_that_does_not_listen_is_refused() {
+        let early = Err(HandshakeError::Protocol("it answers before it was asked"));
+        let mut export = std::vec![0, 0];
+        export.extend(4096_u64.to_be_bytes());
+        export.extend(0x101_u16.to_be_bytes());
+        let agreement = [reply(reply::INFO, &export), reply(reply::ACK, &[])].concat();
+        let by_name = [&export[2..], &[0; 124]].concat();
+        for (greeting, rest) in [(1, &agreement), (3, &agreement), (0, &by_name)] {
+            let greeting = [&b"NBDMAGICIHAVEOPT"[..], &[0, greeting]].concat();
+            let at_once = [&greeting[..], rest].concat();
+            assert_eq!(Handshake::new("disk").receive(&at_once), early);
+            // Nor if a part of it comes later, and nothing was sent in between.
+            let mut handshake = Handshake::new("disk");
+            assert_eq!(handshake.receive(&greeting), Ok(None));
+            assert_eq!(handshake.receive(&rest[..1]), early);
+        }
+        // A server that does not know `GO` is asked once more, and hears that first, too.
+        let unsupported = reply(reply::UNSUPPORTED, &[]);
+        let mut by_name = by_name;
+        by_name.truncate(10);
+        assert_eq!(greeted().receive(&[&unsupported[..], &by_name].concat()), early);
+        let mut handshake = greeted();
+        assert_eq!(handshake.receive(&unsupported), Ok(None));
+        handshake.outbox.clear();
+        assert_eq!(handshake.receive(&by_name).unwrap().unwrap().bytes, 4096);
     }
 
     #[test]

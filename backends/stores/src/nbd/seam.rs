@@ -8,23 +8,51 @@ use std::vec::Vec;
 use super::HandshakeError;
 use super::handshake::Handshake;
 
-std::thread_local! {
-    static CONNECTED: RefCell<VecDeque<OwnedFd>> = const { RefCell::new(VecDeque::new()) };
+/// What a server says in the handshake, one part after the other, and its end of the connection.
+struct Speech {
+    server: OwnedFd,
+    parts: VecDeque<Vec<u8>>,
 }
 
-/// The next connection of this thread is this socket, which does not block, wherever it should go to.
-pub fn connect_to(socket: OwnedFd) {
-    CONNECTED.with_borrow_mut(|sockets| sockets.push_back(socket));
+std::thread_local! {
+    static PREPARED: RefCell<VecDeque<(OwnedFd, Speech)>> = const { RefCell::new(VecDeque::new()) };
+    static SPEAKING: RefCell<Option<Speech>> = const { RefCell::new(None) };
+}
+
+/// The next connection of this thread is `socket`, which does not block, wherever it should go to.
+/// `server` is its other end, where the server says the first of `parts` by itself, and each of the
+/// others when it has heard what the client has to say.
+pub fn connect_to(socket: OwnedFd, server: OwnedFd, parts: impl IntoIterator<Item = Vec<u8>>) {
+    let speech = Speech { server, parts: parts.into_iter().collect() };
+    PREPARED.with_borrow_mut(|prepared| prepared.push_back((socket, speech)));
 }
 
 /// What was given and not used is closed.
 pub fn forget() {
-    CONNECTED.with_borrow_mut(VecDeque::clear);
+    PREPARED.with_borrow_mut(VecDeque::clear);
+    SPEAKING.with_borrow_mut(|speaking| *speaking = None);
 }
 
 /// What was given to [`connect_to`], once.
 pub(super) fn connected() -> Option<OwnedFd> {
-    CONNECTED.with_borrow_mut(VecDeque::pop_front)
+    let (socket, speech) = PREPARED.with_borrow_mut(VecDeque::pop_front)?;
+    SPEAKING.with_borrow_mut(|speaking| *speaking = Some(speech));
+    Some(socket)
+}
+
+/// The client has said everything that it has to say now: it is the server's turn.
+pub(super) fn turn() {
+    SPEAKING.with_borrow_mut(|speaking| {
+        let Some(Speech { server, parts }) = speaking else { return };
+        if let Some(part) = parts.pop_front() {
+            // As far as there is room.
+            let _ = rustix::io::write(server, &part);
+        }
+        if parts.is_empty() {
+            // Its end is the server's alone now: it may hang up.
+            *speaking = None;
+        }
+    });
 }
 
 /// A handshake without a socket.

@@ -7,7 +7,6 @@
 use std::boxed::Box;
 use std::collections::HashMap;
 use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::ptr::NonNull;
 use std::vec;
@@ -107,15 +106,15 @@ fn content(sector: u64) -> u8 {
 }
 
 impl Server {
-    /// Both ends of a connection on which the handshake is under way.
-    fn new(handshake: &[u8]) -> (Self, OwnedFd) {
+    /// A server for the next connection, and what it says in the handshake.
+    fn new(handshake: &[Vec<u8>]) -> Self {
         let (ours, theirs) = UnixStream::pair().expect("sockets");
         ours.set_nonblocking(true).expect("a socket");
         theirs.set_nonblocking(true).expect("a socket");
+        let speaks = ours.try_clone().expect("a descriptor").into();
+        seam::connect_to(theirs.into(), speaks, handshake.iter().cloned());
         let stream = Some(ours);
-        let server = Self { stream, is_greeted: false, inbox: Vec::new(), asked: Vec::new() };
-        server.say(handshake);
-        (server, theirs.into())
+        Self { stream, is_greeted: false, inbox: Vec::new(), asked: Vec::new() }
     }
 
     /// Says it, as far as there is room.
@@ -139,11 +138,10 @@ impl Server {
             self.inbox.extend_from_slice(&bytes[..count]);
         }
         if !self.is_greeted && self.inbox.len() >= 4 {
-            // To a server that says everything at once the client does not say its part.
             self.is_greeted = true;
-            if !self.inbox.starts_with(&[0x25, 0x60, 0x95, 0x13]) {
-                self.inbox.drain(..4);
-            }
+            let is_request = self.inbox.starts_with(&[0x25, 0x60, 0x95, 0x13]);
+            assert!(!is_request, "a request before the handshake");
+            self.inbox.drain(..4);
         }
         while let Some((head, rest)) = self.inbox.split_first_chunk::<16>()
             && head.starts_with(b"IHAVEOPT")
@@ -197,11 +195,10 @@ impl Server {
     }
 }
 
-/// What a server says in a handshake; most of it is right.
-fn handshake(script: &mut Script) -> Vec<u8> {
-    let mut said = b"NBDMAGICIHAVEOPT".to_vec();
+/// What a server says in a handshake, and when it listens in between; most of it is right.
+fn handshake(script: &mut Script) -> Vec<Vec<u8>> {
     let flags = [3_u16, 3, 1, 2, 0, 0xffff][script.below(6)];
-    said.extend(flags.to_be_bytes());
+    let mut parts = vec![[&b"NBDMAGICIHAVEOPT"[..], &flags.to_be_bytes()].concat()];
     let size = match script.byte() {
         0..200 => 1 << 20,
         200..220 => u64::from(script.number16()) * 512,
@@ -209,12 +206,19 @@ fn handshake(script: &mut Script) -> Vec<u8> {
     };
     let export_flags = [0x16d, 0x0d, 0x6d, 0x03, 0x1ff, 0x41][script.below(6)] as u16;
     let export = [&size.to_be_bytes()[..], &export_flags.to_be_bytes()].concat();
+    let zeroes = if flags & 2 == 0 { vec![0; 124] } else { Vec::new() };
+    let by_name = [&export[..], &zeroes].concat();
+    let reply = |kind: u32, length: u32, data: &[u8]| {
+        let words = [7, kind, length].map(u32::to_be_bytes).concat();
+        [&0x0003_e889_0455_65a9_u64.to_be_bytes()[..], &words, data].concat()
+    };
     if flags & 1 == 0 {
-        said.extend(&export);
-        said.extend(if flags & 2 == 0 { vec![0; 124] } else { Vec::new() });
+        parts.push(by_name);
     } else {
+        let mut said = Vec::new();
+        let mut is_known = true;
         for _ in 0..1 + script.below(5) {
-            let kind = match script.byte() {
+            let (kind, data) = match script.byte() {
                 0..120 => (3, [&[0, 0][..], &export].concat()),
                 120..170 => {
                     let numbers = [1_u32, 512, 4096, 65536, 1 << 25, 0, 1000, u32::MAX];
@@ -229,50 +233,72 @@ fn handshake(script: &mut Script) -> Vec<u8> {
             };
             let length = match script.byte() {
                 255 => script.number32(),
-                _ => kind.1.len() as u32,
+                _ => data.len() as u32,
             };
-            said.extend(0x0003_e889_0455_65a9_u64.to_be_bytes());
-            for word in [7, kind.0, length] {
-                said.extend(word.to_be_bytes());
+            said.extend(reply(kind, length, &data));
+            if kind == 0x8000_0001 {
+                is_known = false;
+                break;
             }
-            said.extend(&kind.1);
         }
-        if !script.one_in(8) {
-            said.extend(0x0003_e889_0455_65a9_u64.to_be_bytes());
-            [7_u32, 1, 0].iter().for_each(|word| said.extend(word.to_be_bytes()));
+        if is_known && !script.one_in(8) {
+            said.extend(reply(1, 0, &[]));
+        }
+        parts.push(said);
+        if !is_known {
+            // The client asks in the old way.
+            parts.push(by_name);
         }
     }
     if script.one_in(8) {
+        let part = script.below(parts.len());
+        let said = &mut parts[part];
         let at = usize::from(script.number16()) % (said.len() + 1);
         let bytes = script.some(64);
         let end = (at + bytes.len()).min(said.len());
         said.splice(at..end, bytes);
     }
-    said
+    parts
 }
 
-/// Hears a server out, in parts of any length: how much of it leads to an agreement, and on what.
-fn agree(said: &[u8], script: &mut Script) -> Option<(usize, u64, u16)> {
+/// Hears a server out, each part in pieces of any length: what of it leads to an agreement, and on
+/// what.
+fn agree(said: &[Vec<u8>], script: &mut Script) -> Option<(Vec<Vec<u8>>, u64, u16)> {
     let mut agreement = seam::Agreement::new("disk");
-    let (mut heard, mut sent) = (0, 0);
-    while heard < said.len() {
-        let part = match script.byte() {
-            0 => said.len() - heard,
-            part => usize::from(part).min(said.len() - heard),
-        };
-        let outcome = agreement.receive(&said[heard..heard + part]);
-        heard += part;
-        sent += agreement.take_outbox().len();
-        assert!(sent < 1024, "{sent} bytes are sent");
-        assert!(agreement.kept() <= KEPT_MAX, "{} bytes are kept", agreement.kept());
-        if let Some((size, flags)) = outcome.ok()? {
-            let export = [&size.to_be_bytes()[..], &flags.to_be_bytes()].concat();
-            assert!(
-                said[..heard].windows(10).any(|it| it == export),
-                "nothing of the kind was said"
-            );
-            return Some((heard, size, flags));
+    // A server may say everything without listening.
+    let listens = !script.one_in(16);
+    let (mut heard, mut sent) = (Vec::new(), 0);
+    for part in said {
+        let (mut now, mut asked) = (0, 0);
+        while now < part.len() {
+            let piece = match script.byte() {
+                0..64 => part.len() - now,
+                piece => usize::from(piece).min(part.len() - now),
+            };
+            let outcome = agreement.receive(&part[now..now + piece]);
+            now += piece;
+            if listens {
+                asked += agreement.take_outbox().len();
+                assert!(sent + asked < 1024, "{sent} + {asked} bytes are sent");
+            }
+            assert!(agreement.kept() <= KEPT_MAX, "{} bytes are kept", agreement.kept());
+            if let Some((size, flags)) = outcome.ok()? {
+                assert!(listens, "agreement with a server that has heard nothing");
+                heard.push(part[..now].to_vec());
+                let export = [&size.to_be_bytes()[..], &flags.to_be_bytes()].concat();
+                assert!(
+                    heard.concat().windows(10).any(|it| it == export),
+                    "nothing of the kind was said"
+                );
+                return Some((heard, size, flags));
+            }
         }
+        if asked == 0 && listens {
+            // Both wait for each other.
+            return None;
+        }
+        sent += asked;
+        heard.push(part.clone());
     }
     None
 }
@@ -426,15 +452,13 @@ impl World {
     }
 
     /// The connection ends; there may be another one.
-    fn end_connection(&mut self, handshake: &[u8], script: &mut Script) {
+    fn end_connection(&mut self, handshake: &[Vec<u8>], script: &mut Script) {
         self.server.stream = None;
         self.server.asked.clear();
         self.server.inbox.clear();
         self.server.is_greeted = false;
         if script.one_in(2) {
-            let (server, theirs) = Server::new(handshake);
-            self.server = server;
-            seam::connect_to(theirs);
+            self.server = Server::new(handshake);
         }
     }
 }
@@ -445,8 +469,7 @@ pub fn nbd_server(bytes: &[u8]) {
     let script = &mut Script::new(bytes);
     let said = handshake(script);
     let Some((heard, size, flags)) = agree(&said, script) else { return };
-    let (server, theirs) = Server::new(&said[..heard]);
-    seam::connect_to(theirs);
+    let server = Server::new(&heard);
     let url: Url = URL.parse().expect("a URL");
     let mut options = NbdOptions::default();
     let durabilities = [Durability::Reported, Durability::WriteThrough, Durability::Trusted];
@@ -477,7 +500,7 @@ pub fn nbd_server(bytes: &[u8]) {
             80..130 => world.complete(),
             130..215 => world.answer(script),
             215..230 => world.lie(script),
-            230..238 => world.end_connection(&said[..heard], script),
+            230..238 => world.end_connection(&heard, script),
             _ => {
                 world.is_wild = true;
                 world.server.say(&script.some(64));
