@@ -130,9 +130,11 @@ impl<Q: DeviceQueue> DeviceWire<Q> {
             kind::WRITE_ZEROES => Code::WriteZeroes,
             _ => return Taken::Refused(Status::NotSupported),
         };
-        // The configuration allows one range in a request.
+        // The configuration allows one range in a request. What the device writes to holds none: it
+        // is not to read that (VirtIO 2.7.4.2).
         let [range] = *data else { return Taken::Refused(Status::Failed) };
-        let words = (range.bytes() == RANGE_BYTES).then(|| read_words(memory, range.address));
+        let is_range = range.bytes() == RANGE_BYTES && !range.is_writable();
+        let words = is_range.then(|| read_words(memory, range.address));
         let Some(words) = words.flatten() else {
             return Taken::Refused(Status::Failed);
         };

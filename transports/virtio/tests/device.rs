@@ -312,6 +312,16 @@ fn ranges_are_checked() {
         assert_eq!(range(kind, 0, 1, 0, 15), status::IOERR, "half a range");
         assert_eq!(range(kind, 0, 1, 0, 32), status::IOERR, "two ranges");
     }
+    // A range where the device writes to: it is not looked at, and nothing is done.
+    for kind in [kind::DISCARD, kind::WRITE_ZEROES, kind::SECURE_ERASE] {
+        guest.header(at, kind, 0);
+        guest.write(data, &[8, 8].map(u64::to_le_bytes).concat());
+        let chain = [(at, 16, 0), (data, 16, WRITE), (end, 1, WRITE)];
+        assert_eq!(request(&guest, end, &chain), (status::IOERR, 1), "{kind}");
+        // Nor if the status follows in the same descriptor.
+        let chain = [(at, 16, 0), (data, 17, WRITE)];
+        assert_eq!(request(&guest, data + 16, &chain), (status::IOERR, 1), "{kind}");
+    }
     assert_eq!(range(kind::WRITE_ZEROES, 8, 8, 1, 16), status::OK);
     assert_eq!(range(kind::DISCARD, 8, 8, 1, 16), status::UNSUPP);
     assert_eq!(range(kind::SECURE_ERASE, 8, 8, 0, 16), status::OK);

@@ -168,11 +168,9 @@ impl Model {
     }
 
     fn range(&self, memory: &Snapshot, kind: u32, reads: &[Range], writes: &[Range]) -> Outcome {
-        // A device should not read what it is to write to, and may (2.7.4.2).
-        let is_readable = total_is_zero(writes);
-        let data = if is_readable { reads } else { writes };
-        let [(at, 16)] = data else { return Outcome::Failed };
-        if self.read_only || !(is_readable || total_is_zero(reads)) {
+        // A device should not read what it is to write to (2.7.4.2).
+        let [(at, 16)] = reads else { return Outcome::Failed };
+        if self.read_only || !total_is_zero(writes) {
             return Outcome::Failed;
         }
         let Some(bytes) = memory.get(*at, 16) else { return Outcome::Failed };
@@ -188,7 +186,7 @@ impl Model {
             13 => Effect::Written(sector, vec![0; sectors as usize * 512]),
             _ => Effect::Discarded(sector, sectors.into()),
         };
-        let is_usual = sectors > 0 && is_readable && is_whole((*at, 16)) && writes.is_empty();
+        let is_usual = sectors > 0 && is_whole((*at, 16)) && writes.is_empty();
         if is_usual { Outcome::Done(effect) } else { Outcome::Either(effect) }
     }
 }
