@@ -209,3 +209,24 @@ fn a_monitor_that_talks_nonsense_is_sent_away() {
     let ends = served.end();
     assert!(matches!(ends.last(), Some(Ok(_))), "{ends:?}");
 }
+
+/// A monitor that stays, and does not say the rest of what it has begun, keeps the server from nothing.
+#[test]
+fn half_a_message_does_not_keep_the_server_from_ending() {
+    let head = |request: u32, bytes: u32| [request, 1, bytes].map(u32::to_ne_bytes).concat();
+    // A part of the head; the head, and no body or a part of it.
+    let set_features = [&head(2, 8)[..], &[0; 7]].concat();
+    for message in [&head(1, 0)[..1], &head(21, 0)[..11], &head(2, 8), &set_features] {
+        let served = Served::new(settings(1));
+        let mut stream = UnixStream::connect(&served.path).unwrap();
+        // One whole message, so that the server is known to be at this monitor's: `GET_FEATURES`.
+        stream.write_all(&head(1, 0)).unwrap();
+        stream.read_exact(&mut [0; 20]).unwrap();
+        stream.write_all(message).unwrap();
+        // It has taken what there is, or looked at it, or will: it ends in any case.
+        let ends = served.end();
+        assert!(matches!(ends[..], [Ok(false)]), "{ends:?}");
+        // The other end is closed, and was open until then.
+        let _ = stream.read(&mut [0; 1]);
+    }
+}

@@ -5,7 +5,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::net::{Shutdown, shutdown};
 use vhost::vhost_user::BackendReqHandler;
 
 use super::channel::{Channel, peek};
@@ -35,6 +36,8 @@ struct Inner<D: Disk> {
     channel: Mutex<Option<Channel>>,
     /// Readable when the server is to end.
     end: OwnedFd,
+    /// The connection to the monitor that is served.
+    monitor: Mutex<Option<UnixStream>>,
 }
 
 impl<D: Disk> Clone for Server<D> {
@@ -52,7 +55,8 @@ impl<D: Disk> Server<D> {
     pub fn new(disk: D, settings: Settings) -> io::Result<Self> {
         let device = Arc::new(Mutex::new(Device::new(disk, settings)));
         let end = eventfd(0, EventfdFlags::CLOEXEC)?;
-        Ok(Self { inner: Arc::new(Inner { device, channel: Mutex::new(None), end }) })
+        let (channel, monitor) = (Mutex::new(None), Mutex::new(None));
+        Ok(Self { inner: Arc::new(Inner { device, channel, end, monitor }) })
     }
 
     /// Waits for the next monitor. `None` if the server is to end.
@@ -72,9 +76,12 @@ impl<D: Disk> Server<D> {
     /// [`ServerError`]; the connection is closed then.
     pub fn serve(&self, stream: UnixStream) -> Result<bool, ServerError> {
         let result = self.exchange(stream);
+        *lock(&self.inner.monitor) = None;
         self.device().disconnect();
         *lock(&self.inner.channel) = None;
         match result {
+            // A message was cut short.
+            Err(_) if self.is_ending() => Ok(false),
             Err(ServerError::System(error)) if error.kind() == io::ErrorKind::UnexpectedEof => {
                 Ok(true)
             }
@@ -84,6 +91,8 @@ impl<D: Disk> Server<D> {
 
     fn exchange(&self, stream: UnixStream) -> Result<(), ServerError> {
         let socket = stream.try_clone()?;
+        // Before the first look at `end`: either that is seen, or this is.
+        *lock(&self.inner.monitor) = Some(stream.try_clone()?);
         let mut handler = BackendReqHandler::from_stream(stream, self.inner.device.clone());
         while self.wait(&socket)? {
             if let Some(channel) = peek(&socket)? {
@@ -92,6 +101,12 @@ impl<D: Disk> Server<D> {
             handler.handle_request()?;
         }
         Ok(())
+    }
+
+    /// Whether the server is to end.
+    fn is_ending(&self) -> bool {
+        let mut fds = [PollFd::new(&self.inner.end, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec::default())).is_ok_and(|count| count > 0)
     }
 
     /// Waits for something to read. `false` if the server is to end.
@@ -121,10 +136,15 @@ impl<D: Disk> Server<D> {
         lock(&self.inner.channel).as_ref().map_or(Ok(()), Channel::config_changed)
     }
 
-    /// Has [`accept`](Self::accept) and [`serve`](Self::serve) end.
+    /// Has [`accept`](Self::accept) and [`serve`](Self::serve) end. A message of the monitor's that has
+    /// not arrived wholly is not waited for.
     pub fn end(&self) {
         // It fails only if that was said 2^64 times.
         let _ = rustix::io::write(&self.inner.end, &1_u64.to_ne_bytes());
+        // What waits for the rest of a message, or for a monitor to read its answer, waits no more.
+        if let Some(stream) = &*lock(&self.inner.monitor) {
+            let _ = shutdown(stream, Shutdown::Both);
+        }
     }
 
     fn device(&self) -> MutexGuard<'_, Device<D>> {
