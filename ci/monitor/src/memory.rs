@@ -20,6 +20,8 @@ const START: u64 = 1 << 32;
 pub struct GuestFile {
     map: Arc<MmapRegion<()>>,
     next: Arc<AtomicUsize>,
+    /// Whether pages are handed out as they are.
+    is_data: bool,
 }
 
 impl GuestFile {
@@ -32,7 +34,11 @@ impl GuestFile {
         let file = memfd_create("guest", MemfdFlags::CLOEXEC)?;
         ftruncate(&file, (pages * PAGE_BYTES) as u64)?;
         let map = MmapRegion::from_file(FileOffset::new(file.into(), 0), pages * PAGE_BYTES);
-        Ok(Self { map: Arc::new(map.map_err(io::Error::other)?), next: Arc::default() })
+        Ok(Self {
+            map: Arc::new(map.map_err(io::Error::other)?),
+            next: Arc::default(),
+            is_data: false,
+        })
     }
 
     /// The same memory for the guest's next kernel, which hands out the same pages again. What a device
@@ -43,7 +49,13 @@ impl GuestFile {
     /// If the kernel before still has some of it.
     pub fn kexec(self) -> Self {
         assert_eq!(Arc::strong_count(&self.next), 1, "a queue of the old kernel is still there");
-        Self { map: self.map, next: Arc::default() }
+        Self { next: Arc::default(), ..self }
+    }
+
+    /// The same memory for data: its pages are not cleared. After a kexec the host may still be at work on
+    /// writes of the kernel before, from these very pages.
+    pub fn for_data(&self) -> Self {
+        Self { is_data: true, ..self.clone() }
     }
 
     /// The memory as vhost-user describes it.
@@ -73,8 +85,10 @@ unsafe impl PageAllocator for GuestFile {
         }
         // SAFETY: inside of the mapping.
         let pages = unsafe { self.map.as_ptr().add(at) };
-        // SAFETY: as above, all of them; the next kernel finds what the one before has left.
-        unsafe { pages.write_bytes(0, count * PAGE_BYTES) };
+        if !self.is_data {
+            // SAFETY: as above, all of them; the next kernel finds what the one before has left.
+            unsafe { pages.write_bytes(0, count * PAGE_BYTES) };
+        }
         NonNull::new(pages)
     }
 

@@ -86,7 +86,7 @@ impl<D: DriverQueue<Share = GuestFile>> Client<D> {
     fn lanes(ram: &GuestFile, options: &ClientOptions) -> Result<Vec<Lane<D>>> {
         let lane = |_| {
             let queue = Queue::new(ram, &options.queue)?;
-            let pool = Pool::new(ram.clone(), DEPTH as u32, LONGEST as usize + 4096)?;
+            let pool = Pool::new(ram.for_data(), DEPTH as u32, LONGEST as usize + 4096)?;
             Ok(Lane { queue, pool, flying: Vec::new() })
         };
         (0..options.queues).map(lane).collect()
