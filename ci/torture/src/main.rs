@@ -27,7 +27,11 @@ use crate::plan::{MEDIA, Medium, Plan};
 
 /// Failures that are known and not mended yet: the medium's name, or its beginning; words of the
 /// failure; what is wrong. They are run, and counted apart. Empty when everything is mended.
-const KNOWN: &[(&str, &str, &str)] = &[];
+const KNOWN: &[(&str, &str, &str)] =
+    &[("full", "shows", UNANSWERED), ("full", "succeeds although", UNANSWERED)];
+
+/// The host tells a failure once; what was told is not written down. See `docs/guarantees.md`.
+const UNANSWERED: &str = "a flush failed in a daemon that was killed before it answered";
 
 /// Kills daemons, servers and rings under load, and judges what is read afterwards.
 #[derive(Parser)]
