@@ -1058,6 +1058,18 @@ fn an_answer_to_the_whole_of_a_request_in_parts_closes_the_disk() {
     }
 }
 
+/// The short way through the engine: no part is made for what is one segment of registered memory.
+#[test]
+fn a_request_of_one_registered_segment_goes_by_its_own_tag() {
+    let mut rig = Rig::new(Setup::default());
+    let pool = Pool::new(rig.share(), 1, PAGE_BYTES).unwrap();
+    let buffer = pool.take().unwrap().into();
+    let tag = rig.engine.submit(Request::Read { sector: 0, sectors: 8, buffer });
+    let tag = tag.map_err(|rejected| rejected.error).unwrap();
+    rig.engine.commit();
+    assert_eq!(rig.take()[0].id, tag.to_id());
+}
+
 /// The peer may guess the id of a request that it was not shown, or see it in shared memory: an answer
 /// to it is none, and its buffer is not given back before it is on the wire.
 #[test]
