@@ -115,10 +115,12 @@ impl Guest {
         }
         if matches!(kind, 11 | 13 | 14) && !script.one_in(8) {
             let at = Self::address(script);
-            let (sectors, flags) = (script.byte() % 70, script.byte() % 3);
-            let words = [sector as u32, (sector >> 32) as u32, sectors.into(), flags.into()];
+            let (sectors, choice) = (script.byte() % 70, script.byte());
+            let flags = u32::from(choice % 3);
+            let words = [sector as u32, (sector >> 32) as u32, sectors.into(), flags];
             self.write(at, &words.map(u32::to_le_bytes).concat());
-            buffers = vec![(at, 16, false)];
+            // Some give it where the device is to write to.
+            buffers = vec![(at, 16, choice >= 240)];
         }
         // The header and the status, with descriptors of their own or not.
         let header = [kind, 0, sector as u32, (sector >> 32) as u32].map(u32::to_le_bytes).concat();
