@@ -62,37 +62,6 @@ fn a_device_can_end_before_it_was_offered() {
     assert_eq!(rig.state(), "6");
 }
 
-/// Whatever the backend is just looking at.
-#[test]
-fn a_closed_device_that_is_detached_at_any_moment_leaves_nothing() {
-    for moment in 0..60 {
-        let rig = Rig::new();
-        let store = rig.store();
-        let mut vbd = connected(&rig, &store);
-        rig.publish(&[], "6");
-        disconnect(&mut vbd);
-        quiet(&mut vbd);
-        let (host, path) = (rig.host.clone(), rig.path());
-        let mut steps = 0;
-        rig.host.add_actor(Box::new(move || {
-            steps += 1;
-            if steps == moment {
-                let nodes = [(format!("{path}/online"), "0"), (format!("{path}/state"), "5")];
-                write_all(&host, &nodes);
-            }
-            steps <= moment
-        }));
-        // Something to look at, again and again.
-        let mut events = 0;
-        while next(&mut vbd) != Event::Removed {
-            events += 1;
-            assert!(events < 1000, "moment {moment}: it stays");
-            rig.publish(&[], "6");
-        }
-        assert!(vbd.remove().unwrap(), "moment {moment}: its nodes stay");
-    }
-}
-
 #[test]
 fn online_keeps_a_closed_device() {
     for (online, stays) in [(Some("1"), true), (Some("0"), false), (None, false)] {

@@ -17,7 +17,7 @@ const TRANSACTION_START: u32 = 6;
 const TRANSACTION_END: u32 = 7;
 const EVENT: u32 = 15;
 const ERROR: u32 = 16;
-const DIRECTORY_PART: u32 = 20;
+const DIRECTORY_PART: u32 = 22;
 
 const ERRORS: [&str; 9] =
     ["ENOENT", "EAGAIN", "EEXIST", "EINVAL", "EACCES", "E2BIG", "EQUOTA", "", "EODD"];
@@ -148,7 +148,14 @@ impl Daemon {
                 let offset = asked.split(|byte| *byte == 0).nth(1).unwrap_or_default();
                 let offset = std::str::from_utf8(offset).ok().and_then(|it| it.parse().ok());
                 let rest = self.names.get(offset.unwrap_or(usize::MAX)..).unwrap_or_default();
-                let part = &rest[..rest.len().min(LONGEST - 8)];
+                // A generation, whole names, and an empty one after the last.
+                let part = match rest.get(..LONGEST - 8) {
+                    None => rest,
+                    Some(most) => {
+                        let end = most.iter().rposition(|byte| *byte == 0).map_or(0, |at| at + 1);
+                        &most[..end]
+                    }
+                };
                 let end = if part.len() == rest.len() { &b"\0"[..] } else { b"" };
                 [b"7\0", part, end].concat()
             }
