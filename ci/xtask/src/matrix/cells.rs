@@ -162,8 +162,8 @@ impl Cell {
     pub fn seconds(self) -> u32 {
         match self.front {
             _ if self.work.has_history() => 600,
-            Front::XenBlkfront if self.work == Work::Everything => 120,
-            _ => 240,
+            Front::XenBlkfront if self.work == Work::Everything => 240,
+            _ => 480,
         }
     }
 
