@@ -1,10 +1,12 @@
 //! The host: its domains, its clock, its actors.
 
+use std::collections::HashMap;
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
+use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use pvblk_xen::platform::DomainId;
@@ -120,6 +122,10 @@ pub(crate) struct DomainState {
     pub(crate) store_waker: Option<Waker>,
     /// Something was delivered since the last wait returned.
     pub(crate) fresh: bool,
+    /// How often something was delivered to threads that wait, and up to where each thread was woken:
+    /// what is delivered wakes all threads of a domain, as an interrupt of a processor would.
+    pub(crate) delivered: u64,
+    pub(crate) woken: HashMap<ThreadId, u64>,
     pub(crate) foreign: ForeignState,
     /// Counts the programs that were killed here.
     pub(crate) incarnation: u32,
@@ -140,6 +146,8 @@ impl DomainState {
             faults: FaultState::new(Faults::default()),
             store_waker: None,
             fresh: false,
+            delivered: 0,
+            woken: HashMap::new(),
             foreign: ForeignState::new(),
             incarnation: 0,
             dead: false,

@@ -28,6 +28,16 @@ impl State {
         let domain = self.domain(id);
         domain.fresh || (store && bytes)
     }
+
+    /// Whether something was delivered to the domain since this thread was last woken.
+    fn wakes(&mut self, id: DomainId) -> bool {
+        let domain = self.domain(id);
+        if core::mem::take(&mut domain.fresh) {
+            domain.delivered += 1;
+        }
+        let woken = domain.woken.insert(std::thread::current().id(), domain.delivered);
+        woken.unwrap_or(0) != domain.delivered
+    }
 }
 
 impl Inner {
@@ -205,8 +215,11 @@ impl Inner {
                 return;
             }
             let mut state = self.lock();
+            if state.wakes(id) {
+                self.changed.notify_all();
+                return;
+            }
             if state.is_ready(id, store) {
-                state.domain(id).fresh = false;
                 return;
             }
             let now = Instant::now();
