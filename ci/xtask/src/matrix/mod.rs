@@ -63,7 +63,10 @@ impl Options {
     }
 
     fn wants_work(&self, work: Work) -> bool {
-        self.work.is_empty() || self.work.contains(&work)
+        match self.work.is_empty() {
+            true => work.is_usual(),
+            false => self.work.contains(&work),
+        }
     }
 
     fn fronts(&self) -> Vec<Front> {
