@@ -281,7 +281,7 @@ impl Model {
                     (told.durable, told.doubtful, told.lost) = (true, false, None);
                 }
             }
-            Death::Medium => unimplemented!("anything goes"),
+            Death::Medium => unreachable!("the model is not told of it: anything goes then"),
         }
     }
 
