@@ -80,8 +80,7 @@ impl<D: Disk> Server<D> {
         self.device().disconnect();
         *lock(&self.inner.channel) = None;
         match result {
-            // A message was cut short.
-            Err(_) if self.is_ending() => Ok(false),
+            Err(error) if is_cut(&error) && self.is_ending() => Ok(false),
             Err(ServerError::System(error)) if error.kind() == io::ErrorKind::UnexpectedEof => {
                 Ok(true)
             }
@@ -149,6 +148,23 @@ impl<D: Disk> Server<D> {
 
     fn device(&self) -> MutexGuard<'_, Device<D>> {
         lock(&self.inner.device)
+    }
+}
+
+/// Whether it is what a connection says that was shut down amid a message. What was wrong with a whole
+/// message is none of these: it is told, even if the server is to end at that moment.
+fn is_cut(error: &ServerError) -> bool {
+    use vhost::vhost_user::Error;
+    match error {
+        ServerError::System(_) => true,
+        ServerError::Message(error) => matches!(
+            error,
+            Error::PartialMessage
+                | Error::Disconnected
+                | Error::SocketBroken(_)
+                | Error::SocketError(_)
+                | Error::SocketRetry(_)
+        ),
     }
 }
 
