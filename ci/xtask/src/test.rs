@@ -68,26 +68,16 @@ pub fn test(options: &Options) -> ExitCode {
 }
 
 fn host(tally: &Tally) -> Result<()> {
-    heading("host tests, and the examples in the docs");
-    cargo_test(tally, "host tests", &["--no-fail-fast"], false)?;
-    heading("host tests, with the crates' features");
-    // All crates in one build: one by one, what they have in common is built again for each of them.
-    let mut words = vec!["--no-fail-fast".to_owned()];
+    heading("host tests, and the examples in the docs, with the crates' features");
+    // No test is there without a feature only, so all are run once. That crates build without their
+    // features is for `cargo xtask check`.
+    let mut features = Vec::new();
     for package in metadata::published()? {
-        let name = &package.name;
-        let features = package.additive_features().into_iter();
-        let features: Vec<_> = features.map(|feature| format!("{name}/{feature}")).collect();
-        if !features.is_empty() {
-            words.extend([
-                "--package".into(),
-                name.clone(),
-                "--features".into(),
-                features.join(","),
-            ]);
-        }
+        let its = package.additive_features().into_iter();
+        features.extend(its.map(|feature| format!("{}/{feature}", package.name)));
     }
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    cargo_test(tally, "host tests with features", &words, false)?;
+    let words = ["--no-fail-fast", "--features", &features.join(",")];
+    cargo_test(tally, "host tests", &words, false)?;
     if project::root().join("core/tests/loom.rs").exists() {
         heading("loom: every interleaving of accesses to a shared ring");
         let words = ["--release", "--package", "pvblk", "--test", "loom"];
