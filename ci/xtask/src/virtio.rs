@@ -74,7 +74,7 @@ impl Case {
         }
     }
 
-    /// Descriptors that the guest finds: by memory-mapped registers QEMU 10.0 offers 1024 whatever it
+    /// Descriptors that the guest finds: by memory-mapped registers QEMU 7.2 offers 1024 whatever it
     /// is asked for, of which the driver takes as many as it has use for. The limit of segments is that
     /// of the size that was asked for.
     fn offered_size(&self) -> u32 {

@@ -27,6 +27,9 @@ const WINDOW_BYTES: usize = 2 * WINDOW_UNIT;
 ///
 /// * Anything but reading. What else writes to the disk must stop while it is read, as `ext4-view`
 ///   itself demands; [`queue`](Self::queue) and [`forget`](Self::forget) drop the window.
+/// * Space that was reserved for a file and never written (`fallocate`): `ext4-view` 1.0.0 takes it for
+///   data, and returns what lies there on the disk instead of zeroes. The file system is in order then,
+///   and nothing says so.
 /// * `Ext4::load` wants the reader to be `'static`, and `Ext4` is not `Send`.
 ///
 /// # Errors
