@@ -13,11 +13,9 @@ use crate::{driver_domain, foreign, vhost_user, virtio};
 /// What to run.
 #[derive(clap::Args)]
 pub struct Options {
-    /// The guest: `unikernel` (ours), `linux` (the same checks by Linux's own driver), or
-    /// `foreign` (two guests that share pages); or the backend: `pvblkd`, for a Linux guest to use,
-    /// `driver-domain`, for several guests at once, `vhost-user-blkd`, for a Linux guest without Xen
-    #[arg(default_value = "unikernel")]
-    example: String,
+    /// What is to run
+    #[arg(value_enum, default_value_t = Example::Unikernel)]
+    example: Example,
     /// A PVH image of one's own in the unikernel's place
     #[arg(long)]
     image: Option<PathBuf>,
@@ -42,6 +40,22 @@ pub struct Options {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Example {
+    /// A guest of ours: reads a file system, and uses a disk in every way
+    Unikernel,
+    /// A Linux guest, which does the same by Linux's own driver
+    Linux,
+    /// Two guests that share pages
+    Foreign,
+    /// Our daemon in dom0, with a Linux guest
+    Pvblkd,
+    /// Our driver domain, with several guests at once
+    DriverDomain,
+    /// Our daemon for QEMU, with a Linux guest, without Xen
+    VhostUserBlkd,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum Wire {
     Xen,
     Virtio,
@@ -49,11 +63,15 @@ enum Wire {
 
 /// Boots Xen with the guest; or the guest alone.
 pub fn run(options: &Options) -> Result<()> {
+    // What does not fit is said before anything is fetched.
     if options.arch != "x86_64" {
         bail!("only x86_64 so far, not {}", options.arch);
     }
+    if options.example != Example::Unikernel && (options.image.is_some() || options.defmt) {
+        bail!("`--image` and `--defmt` are for the unikernel");
+    }
     if options.wire == Wire::Virtio {
-        if options.example != "unikernel" || options.image.is_some() {
+        if options.example != Example::Unikernel || options.image.is_some() {
             bail!("with `--wire virtio` there is our unikernel, and nothing else");
         }
         let packed = options.packed.then_some(true);
@@ -65,46 +83,43 @@ pub fn run(options: &Options) -> Result<()> {
         bail!("`--machine` and `--packed` are for `--wire virtio`");
     }
     let rig = Rig::prepare()?;
-    if options.example == "foreign" {
-        foreign::run(&rig, true).context("FAIL")?;
-        println!("PASS: pages of one guest were mapped and copied by another");
-        return Ok(());
-    }
-    if options.example == "driver-domain" {
-        driver_domain::run(&rig, true).context("FAIL")?;
-        println!(
-            "PASS: several guests' disks are as they must be; one was destroyed; 512 MiB were \
-             outstanding on one ring page"
-        );
-        return Ok(());
-    }
-    if options.example == "vhost-user-blkd" {
-        vhost_user::run(&rig, true).context("FAIL")?;
-        println!(
-            "PASS: split and packed queues; nothing was lost when the daemon was killed; a Linux \
-             guest's file system and disk are as they must be, from both sides"
-        );
-        return Ok(());
-    }
-    if options.example == "pvblkd" {
-        matrix::show(&rig, Back::PvblkdFile).context("FAIL")?;
-        println!("PASS: a Linux guest's file system and disk are as they must be, from both sides");
-        return Ok(());
-    }
-    let guest = match (options.example.as_str(), &options.image) {
-        ("unikernel", Some(image)) => Guest::image(&rig, image.clone())?,
-        ("unikernel", None) if options.defmt => Guest::unikernel(&rig, &["defmt"])?,
-        ("unikernel", None) => Guest::unikernel(&rig, &[])?,
-        ("linux", None) => Guest::linux(&rig)?,
-        (other, _) => bail!(
-            "there is no example {other}: `unikernel`, `linux`, `foreign`, `pvblkd`, \
-             `driver-domain` or `vhost-user-blkd`"
-        ),
+    let passed = match options.example {
+        Example::Unikernel => {
+            let guest = match &options.image {
+                Some(image) => Guest::image(&rig, image.clone()),
+                None => Guest::unikernel(&rig, if options.defmt { &["defmt"] } else { &[] }),
+            };
+            one_guest(&guest?, "unikernel", options)?
+        }
+        Example::Linux => one_guest(&Guest::linux(&rig)?, "linux", options)?,
+        Example::Foreign => {
+            foreign::run(&rig, true).context("FAIL")?;
+            "pages of one guest were mapped and copied by another"
+        }
+        Example::Pvblkd => {
+            matrix::show(&rig, Back::PvblkdFile).context("FAIL")?;
+            "a Linux guest's file system and disk are as they must be, from both sides"
+        }
+        Example::DriverDomain => {
+            driver_domain::run(&rig, true).context("FAIL")?;
+            "several guests' disks are as they must be; one was destroyed; 512 MiB were outstanding \
+             on one ring page"
+        }
+        Example::VhostUserBlkd => {
+            vhost_user::run(&rig, true).context("FAIL")?;
+            "split and packed queues; nothing was lost when the daemon was killed; a Linux guest's \
+             file system and disk are as they must be, from both sides"
+        }
     };
-    let case = Case { arguments: options.cmdline.clone(), ..Case::plain(&options.example) };
+    println!("PASS: {passed}");
+    Ok(())
+}
+
+/// Boots Xen with one guest, which is also what [`Case`] calls it.
+fn one_guest(guest: &Guest<'_>, name: &str, options: &Options) -> Result<&'static str> {
+    let case = Case { arguments: options.cmdline.clone(), ..Case::plain(name) };
     let result = guest.run_one(&case, true);
     println!();
     result.context("FAIL")?;
-    println!("PASS: every file and the disk are as they must be, seen from both sides");
-    Ok(())
+    Ok("every file and the disk are as they must be, seen from both sides")
 }
