@@ -100,7 +100,7 @@ fn machines(
     let mut jobs = Vec::new();
     // The longest first.
     if is_wanted(Part::Xen) {
-        jobs.extend(matrix.jobs(&matrix::Options::default())?);
+        jobs.extend(matrix.jobs(&matrix::Options::brief())?);
         jobs.push(Job::step(
             "driver domain: several guests, one destroyed, 512 MiB on one ring page",
             || driver_domain::run(&rig, false),
@@ -123,7 +123,7 @@ fn machines(
         jobs.push(Job::new("our unikernel on VirtIO", |tally| virtio(&rig, tally)));
     }
     jobs::run(jobs, host, tally);
-    if is_wanted(Part::Xen) { matrix.close(&matrix::Options::default()) } else { Ok(()) }
+    if is_wanted(Part::Xen) { matrix.close(&matrix::Options::brief()) } else { Ok(()) }
 }
 
 fn virtio(rig: &Rig, tally: &Tally) -> Result<()> {

@@ -164,6 +164,24 @@ impl Cell {
         }
     }
 
+    /// Whether it is part of the selection that runs with all other tests. What is left out differs from
+    /// another cell in one thing that a third one has, too.
+    pub fn is_brief(self) -> bool {
+        match (self.work, self.front) {
+            // Linux has one driver for both kinds of guest.
+            (Work::Everything, Front::LinuxPv) => {
+                matches!(self.back, Back::Linux | Back::PvblkdFile | Back::DriverDomain)
+            }
+            (Work::Everything, Front::LinuxPvh32) | (Work::Deaths, _) => {
+                self.back == Back::PvblkdFile
+            }
+            (Work::FrontendCrash, _) => matches!(self.back, Back::PvblkdFile | Back::DriverDomain),
+            // The other kill of the daemon is of this backend.
+            (Work::BackendKill, _) => self.back == Back::PvblkdNbd,
+            _ => true,
+        }
+    }
+
     /// How long its guests may take, in seconds of a slow machine.
     pub fn seconds(self) -> u32 {
         match self.front {

@@ -42,6 +42,9 @@ pub struct Options {
     /// Only one part
     #[arg(long, value_enum)]
     only: Option<Part>,
+    /// A selection in which each frontend, each backend and each kind of work is there
+    #[arg(long)]
+    brief: bool,
 }
 
 /// A part of the matrix.
@@ -54,6 +57,11 @@ enum Part {
 }
 
 impl Options {
+    /// What is run with all other tests.
+    pub fn brief() -> Self {
+        Self { brief: true, ..Self::default() }
+    }
+
     fn wants_front(&self, front: Front) -> bool {
         self.front.is_empty() || self.front.contains(&front)
     }
@@ -256,5 +264,30 @@ fn cells(options: &Options, back: Back, is_32_bit: bool) -> Vec<Cell> {
             .filter(|&&work| options.wants_work(work) && front.can(work) && back.can(work));
         cells.extend(works.map(|&work| Cell { back, work, front }));
     }
+    cells.retain(|cell| !options.brief || cell.is_brief());
     cells
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_selection_has_each_frontend_backend_and_kind_of_work() {
+        let all = |options: &Options| -> Vec<Cell> {
+            let of = |back, is_32_bit| cells(options, back, is_32_bit);
+            let backs = Back::value_variants().iter();
+            backs.flat_map(|&back| [of(back, false), of(back, true)].concat()).collect()
+        };
+        let (brief, whole) = (all(&Options::brief()), all(&Options::default()));
+        assert!(brief.len() < whole.len() && brief.iter().all(|cell| whole.contains(cell)));
+        for cell in &whole {
+            assert!(brief.iter().any(|it| it.front == cell.front));
+            assert!(brief.iter().any(|it| (it.back, it.work) == (cell.back, Work::Everything)));
+            assert!(brief.iter().any(|it| it.work == cell.work));
+            // Our ends meet every other end.
+            let is_ours = cell.front == Front::XenBlkfront && cell.work == Work::Everything;
+            assert!(!is_ours || brief.contains(cell));
+        }
+    }
 }
