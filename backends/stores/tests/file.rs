@@ -368,6 +368,32 @@ fn a_block_device_has_its_own_sectors_and_is_ours_alone() {
     }
 }
 
+/// Pages of a device that wait in the host's cache to be written, this program's or another one's, do not
+/// keep a range of it from being discarded or zeroed.
+#[test]
+fn ranges_of_a_device_with_dirty_pages_can_be_discarded() {
+    let image = image(&places()[0], 4096);
+    let Some(device) = Loop::new(image.path(), 512) else { return };
+    let other = OpenOptions::new().write(true).open(&device.0).unwrap();
+    for (method, direct) in methods().into_iter().flat_map(|it| [(it, false), (it, true)]) {
+        let options = options(|options| (options.method, options.direct) = (method, direct));
+        let disk = FileDisk::open(&device.0, &options).unwrap();
+        let mut harness = Harness::new(disk.queue(8).unwrap(), wait);
+        for step in [
+            Step::Discard { first: 15, count: 4 },
+            Step::WriteZeroes { first: 15, count: 4, may_unmap: false },
+            Step::WriteZeroes { first: 15, count: 4, may_unmap: true },
+        ] {
+            other.write_all_at(&[7; 4096], 16 * 512).unwrap();
+            harness.perform(write(8, 32, 3)).unwrap();
+            if direct {
+                other.write_all_at(&[7; 4096], 16 * 512).unwrap();
+            }
+            harness.perform(step).unwrap();
+        }
+    }
+}
+
 /// Neighbouring sectors of one page, in flight at once, from memory that the host can access and memory
 /// that it cannot. Each way into the file has its own copy of the page: were both used, one would undo
 /// what the other wrote.

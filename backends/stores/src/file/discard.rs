@@ -23,15 +23,15 @@ const BLKDISCARD: libc::Ioctl = 0x1277;
 
 /// Has the device discard `bytes` bytes from `start` on, and waits for that.
 pub(super) fn discard(
-    file: BorrowedFd<'_>,
     target: &Target,
+    queue: BorrowedFd<'_>,
     start: u64,
     bytes: u64,
 ) -> Result<(), StoreError> {
-    let range = [start, bytes];
+    let (file, range) = (target.for_ranges(queue).as_raw_fd(), [start, bytes]);
     let call = || {
         // SAFETY: the request takes two numbers of 64 bits, which live until it returns.
-        let result = unsafe { libc::ioctl(file.as_raw_fd(), BLKDISCARD, &raw const range) };
+        let result = unsafe { libc::ioctl(file, BLKDISCARD, &raw const range) };
         match result {
             0 => Ok(()),
             _ => Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)),
@@ -129,7 +129,7 @@ fn run(shared: &Shared, target: &Target, file: BorrowedFd<'_>) {
             continue;
         };
         drop(state);
-        let result = discard(file, target, start, bytes);
+        let result = discard(target, file, start, bytes);
         state = shared.state();
         state.done.push_back((id, result));
         // It holds up to 2^64 of these.

@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -98,12 +98,20 @@ impl Job {
 
     /// The entry for what is left of it. `None` if there is no memory for that.
     #[inline]
-    fn entry(&self, file: Fd, bounce: &Bounce, memory: Option<Lent<'_>>) -> Option<squeue::Entry> {
+    fn entry(
+        &self,
+        target: &Target,
+        file: &OwnedFd,
+        bounce: &Bounce,
+        memory: Option<Lent<'_>>,
+    ) -> Option<squeue::Entry> {
         let place = self.start + self.done;
         if let Some(mode) = self.work.range_mode() {
-            let entry = opcode::Fallocate::new(file, self.bytes).offset(self.start);
+            let ranges = Fd(target.for_ranges(file.as_fd()).as_raw_fd());
+            let entry = opcode::Fallocate::new(ranges, self.bytes).offset(self.start);
             return Some(entry.mode(mode.bits() as i32).build());
         }
+        let file = Fd(file.as_raw_fd());
         if matches!(self.work, Work::Flush) {
             return Some(opcode::Fsync::new(file).flags(FsyncFlags::DATASYNC).build());
         }
@@ -263,7 +271,7 @@ impl RingStore {
             self.waiting.push_back(number);
             return Submitted::Pending;
         }
-        let Some(entry) = job.entry(Fd(self.file.as_raw_fd()), &self.bounce, memory) else {
+        let Some(entry) = job.entry(&self.target, &self.file, &self.bounce, memory) else {
             return Submitted::Done(Err(StoreError::Medium));
         };
         *vacancy.occupy() = job;
@@ -367,7 +375,7 @@ impl RingStore {
             }
             let result = match next {
                 Next::Over(result) => result,
-                Next::Again => match job.entry(Fd(self.file.as_raw_fd()), &self.bounce, memory) {
+                Next::Again => match job.entry(&self.target, &self.file, &self.bounce, memory) {
                     Some(entry) => {
                         self.push(id, entry);
                         continue;
@@ -411,9 +419,8 @@ impl RingStore {
             job.buffer = Some(buffer);
             let memory = job.tag.and_then(|tag| requests.memory(tag));
             // Without memory there is nothing to read for.
-            let entry = memory.and_then(|memory| {
-                job.entry(Fd(self.file.as_raw_fd()), &self.bounce, Some(memory))
-            });
+            let entry = memory
+                .and_then(|memory| job.entry(&self.target, &self.file, &self.bounce, Some(memory)));
             match entry {
                 Some(entry) => self.push(number.to_id(), entry),
                 None => return self.finish(number.to_id(), Err(StoreError::Medium)),

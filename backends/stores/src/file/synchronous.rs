@@ -44,7 +44,7 @@ impl SynchronousStore {
             }
             Operation::Discard { extent, secure: false } if self.target.is_device() => {
                 let start = extent.first() * u64::from(SECTOR_BYTES);
-                discard(self.file.as_fd(), &self.target, start, extent.bytes())
+                discard(&self.target, self.file.as_fd(), start, extent.bytes())
             }
             Operation::Discard { extent, secure: false } => self.change(Work::Discard, extent),
             Operation::WriteZeroes { extent, may_unmap } => {
@@ -58,7 +58,8 @@ impl SynchronousStore {
     fn change(&mut self, mut work: Work, extent: Extent) -> Result<(), StoreError> {
         let start = extent.first() * u64::from(SECTOR_BYTES);
         while let Some(mode) = work.range_mode() {
-            match retry_on_intr(|| fallocate(&self.file, mode, start, extent.bytes())) {
+            let file = self.target.for_ranges(self.file.as_fd());
+            match retry_on_intr(|| fallocate(file, mode, start, extent.bytes())) {
                 Ok(()) => return Ok(()),
                 Err(error) => work = work.instead(error).ok_or_else(|| work.failure(error))?,
             }

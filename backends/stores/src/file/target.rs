@@ -3,7 +3,7 @@
 use std::format;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::string::ToString;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -361,6 +361,13 @@ impl Target {
     }
 
     /// Whether it is a block device, which discards by a command of its own.
+    /// By which description ranges are discarded and zeroed, for a queue whose own one is `queue`. A
+    /// device's pages in the host's cache have to go for that, and if some of them wait to be written,
+    /// that is refused (`EBUSY`) to all but the description that has the device exclusively.
+    pub(super) fn for_ranges<'a>(&'a self, queue: BorrowedFd<'a>) -> BorrowedFd<'a> {
+        if self.is_device() { self.first.as_fd() } else { queue }
+    }
+
     pub(super) fn is_device(&self) -> bool {
         self.device.is_some()
     }

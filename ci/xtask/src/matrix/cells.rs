@@ -72,10 +72,10 @@ impl Work {
         (Self::Discard, "a device that discards and cannot write zeroes, judged by the history"),
     ];
 
-    /// Whether it is done without being asked for. What takes many minutes on a busy machine, or is
-    /// not known to pass, is done with `--work` only.
+    /// Whether it is done without being asked for. What takes many minutes on a busy machine is done with
+    /// `--work` only.
     pub fn is_usual(self) -> bool {
-        !matches!(self, Self::StoreDeaths | Self::Discard)
+        self != Self::StoreDeaths
     }
 
     /// As `target/matrix.json` has it.
