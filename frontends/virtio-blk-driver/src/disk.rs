@@ -305,7 +305,7 @@ where
         outcome
     }
 
-    /// What the connection came to, once there is one.
+    /// What the connection came to, once there is one. It stays while the disk is being connected again.
     pub fn negotiated(&self) -> Option<&Negotiated> {
         self.negotiated.as_ref()
     }

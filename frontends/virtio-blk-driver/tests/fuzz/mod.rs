@@ -232,7 +232,8 @@ fn run<Q: DriverQueue<Share = Ram>>(registers: &Registers) {
     };
     let mut submitted = 0;
     for _ in 0..ROUNDS {
-        if let Some(negotiated) = disk.negotiated() {
+        // One that has failed to start again remembers what it had before.
+        if let Some(negotiated) = disk.negotiated().filter(|_| registers.is_live()) {
             check(registers, &config, negotiated);
         }
         match registers.byte() % 4 {
