@@ -23,7 +23,7 @@ use support::wire::{FakeWire, Found, Peer, Slots, limits};
 use support::{Random, pattern};
 
 type Mine = Buffer<Shares<Reference>>;
-type Engine = Frontend<FakeWire<Slots>, Shares<Reference>, Mine>;
+type Engine = Frontend<FakeWire<Slots>>;
 
 /// What a disk and its connection are like.
 #[derive(Clone)]

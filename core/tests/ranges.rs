@@ -19,7 +19,7 @@ use support::memory::{Address, Memory, Shares};
 use support::pattern;
 use support::wire::{Descriptors, FakeWire, Found, Peer, limits};
 
-type Engine = Frontend<FakeWire<Descriptors>, Shares<Address>, Buffer<Shares<Address>>>;
+type Engine = Frontend<FakeWire<Descriptors>>;
 
 const SECTORS: u64 = 4096;
 

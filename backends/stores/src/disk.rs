@@ -9,8 +9,8 @@ use pvblk::backend::{Completed, Operation, Requests, Store, StoreError, Submitte
 use pvblk::buffer::{Buffer, Pool, PoolBuffer};
 use pvblk::command::Features;
 use pvblk::extent::{Extent, Geometry, SECTOR_BYTES};
-use pvblk::frontend::queue::{Line, Queue};
-use pvblk::frontend::{Completion, IoError, Request, SubmitError, Wire};
+use pvblk::frontend::queue::{BufferOf, Channel, Line, Queue, ShareOf};
+use pvblk::frontend::{Completion, IoError, Request, SubmitError};
 use pvblk::memory::{Lent, Share};
 use pvblk::table::{Slots, Tag};
 
@@ -71,9 +71,9 @@ struct Part {
 ///
 /// A peer that breaks the protocol makes everything in flight fail, and everything after it. To let
 /// the disk come back, its owner follows it as ever, with [`queue_mut`](Self::queue_mut).
-pub struct DiskStore<W: Wire, S: Share<Handle = W::Handle>, L> {
-    queue: Queue<W, S, L>,
-    pool: Arc<Pool<S>>,
+pub struct DiskStore<C: Channel> {
+    queue: Queue<C>,
+    pool: Arc<Pool<ShareOf<C>>>,
     jobs: Slots<Job>,
     /// By the slot of the request's tag.
     parts: Box<[Option<Part>]>,
@@ -83,22 +83,17 @@ pub struct DiskStore<W: Wire, S: Share<Handle = W::Handle>, L> {
     over: VecDeque<Tag>,
 }
 
-impl<W: Wire, S: Share<Handle = W::Handle>, L> fmt::Debug for DiskStore<W, S, L> {
+impl<C: Channel> fmt::Debug for DiskStore<C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("DiskStore").field("in_flight", &self.jobs.len()).finish_non_exhaustive()
     }
 }
 
-impl<W, S, L> DiskStore<W, S, L>
-where
-    W: Wire,
-    S: Share<Handle = W::Handle>,
-    L: Line,
-{
+impl<C: Channel> DiskStore<C> {
     /// A store for up to `depth` operations in flight, on a queue with nothing in flight. `pool` has
     /// registered buffers of that disk, at least one, for this store alone: as many as operations
     /// are to be under way at a time, each as large as most operations.
-    pub fn new(queue: Queue<W, S, L>, pool: Arc<Pool<S>>, depth: u16) -> Self {
+    pub fn new(queue: Queue<C>, pool: Arc<Pool<ShareOf<C>>>, depth: u16) -> Self {
         let empty =
             || Job { tag: None, work: Work::Flush, asked: 0, outstanding: 0, result: Ok(()) };
         let line = || VecDeque::with_capacity(depth.into());
@@ -109,17 +104,17 @@ where
 
     /// The queue of the other disk, for whoever follows that disk: to connect it to a backend that
     /// came back, to resize it, to close it. Nothing may be submitted or taken there.
-    pub fn queue_mut(&mut self) -> &mut Queue<W, S, L> {
+    pub fn queue_mut(&mut self) -> &mut Queue<C> {
         &mut self.queue
     }
 
     /// The line on which the other disk notifies: to wait there, or to set a waker.
-    pub fn line(&self) -> &L {
+    pub fn line(&self) -> &C::Line {
         self.queue.line()
     }
 
     /// Takes everything back: the queue, on which requests may be in flight still.
-    pub fn into_queue(self) -> Queue<W, S, L> {
+    pub fn into_queue(self) -> Queue<C> {
         self.queue
     }
 
@@ -201,7 +196,7 @@ where
     }
 
     /// A request was answered.
-    fn answered(&mut self, completion: Completion<Buffer<S>>, requests: &dyn Requests) {
+    fn answered(&mut self, completion: Completion<BufferOf<C>>, requests: &dyn Requests) {
         let Some(part) = self.parts.get_mut(completion.tag.slot()).and_then(Option::take) else {
             return;
         };
@@ -268,12 +263,7 @@ fn failed(error: IoError) -> StoreError {
     }
 }
 
-impl<W, S, L> Store for DiskStore<W, S, L>
-where
-    W: Wire,
-    S: Share<Handle = W::Handle>,
-    L: Line,
-{
+impl<C: Channel> Store for DiskStore<C> {
     fn geometry(&self) -> Geometry {
         self.queue.frontend.geometry()
     }

@@ -11,9 +11,9 @@ use pvblk_simulated::blkback::{Backend, BackendConfig, Completion, Feature, Host
 use pvblk_simulated::{Domain, Host};
 use pvblk_stores::disk::DiskStore;
 use pvblk_xen::platform::DomainId;
-use xen_blkfront::{Change, Config, Connection, Disk, EventLine, Lender, Queues, Ring};
+use xen_blkfront::{Change, Config, Connection, Disk, EventLine, Queues, Ring};
 
-type TheStore<'t> = DiskStore<Ring<'t, Domain>, Lender<'t, Domain>, EventLine<'t, Domain>>;
+type TheStore<'t> = DiskStore<(Ring<'t, Domain>, EventLine<'t, Domain>)>;
 
 /// A host with one disk for one frontend.
 struct Rig {

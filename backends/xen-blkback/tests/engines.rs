@@ -20,7 +20,7 @@ use xen_blkback::{Queue, QueuePlan};
 const SECTORS: u64 = 4096;
 
 type Lender = GrantTo<&'static Domain>;
-type Front = Frontend<FrontRing<Lender>, Lender, Buffer<Lender>>;
+type Front = Frontend<FrontRing<Lender>>;
 
 /// How the two ends are set up.
 #[derive(Clone, Copy, Debug)]

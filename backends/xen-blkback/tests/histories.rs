@@ -32,7 +32,7 @@ const BACK: DomainId = DomainId(7);
 const GUEST: DomainId = DomainId(1);
 
 type Lender = GrantTo<&'static Domain>;
-type Front = Frontend<FrontRing<Lender>, Lender, Buffer<Lender>>;
+type Front = Frontend<FrontRing<Lender>>;
 
 /// Pages of a domain that never dies, in the place of a file on a tmpfs.
 struct Kept {

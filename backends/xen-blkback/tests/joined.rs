@@ -138,11 +138,7 @@ fn pattern(sectors: u64, version: u8) -> Vec<u8> {
 
 fn exercise<L: pvblk::frontend::queue::Line>(
     content: &Arc<Mutex<Content>>,
-    queues: &mut [pvblk::frontend::queue::Queue<
-        xen_blkfront::Ring<'_, Domain>,
-        xen_blkfront::Lender<'_, Domain>,
-        L,
-    >],
+    queues: &mut [xen_blkfront::FrontQueue<'_, Domain, L>],
     version: u8,
 ) {
     for (number, queue) in queues.iter_mut().enumerate() {

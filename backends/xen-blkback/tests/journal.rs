@@ -24,8 +24,6 @@ use xen_blkback::{Queue, QueuePlan};
 const SECTORS: u64 = 2048;
 const BACK: DomainId = DomainId(7);
 
-type Lender = GrantTo<&'static Domain>;
-
 /// Pages of a domain that is never killed, in the place of a file on a tmpfs.
 struct File {
     base: NonNull<u8>,
@@ -54,8 +52,7 @@ fn run(seed: u64, order: u32, kills: usize) {
     let remote = front.allocate_unbound(BACK).unwrap();
     let limits = wire::limits(0, 0);
     let slots = ring.slots();
-    let mut engine: Frontend<_, Lender, Buffer<Lender>> =
-        Frontend::new(slots as u16, geometry(SECTORS), features());
+    let mut engine: Frontend<_> = Frontend::new(slots as u16, geometry(SECTORS), features());
     let link = Link { wire: ring, limits, tables: TablePool::empty() };
     engine.attach(link, geometry(SECTORS), features());
     let pool = Pool::new(lender, 40, 32 << 10).unwrap();

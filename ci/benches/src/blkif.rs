@@ -99,7 +99,7 @@ impl Backend {
 
 /// A disk in use.
 pub struct Bench {
-    client: Client<FrontRing<Host>, Host>,
+    client: Client<FrontRing<Host>>,
     backend: Backend,
 }
 

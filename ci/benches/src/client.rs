@@ -1,16 +1,15 @@
 //! The client of our frontend engine, over any wire: what is counted.
 
-use pvblk::buffer::{Buffer, Pool};
+use pvblk::buffer::Pool;
 use pvblk::extent::{Geometry, SECTOR_BYTES};
 use pvblk::frontend::{Features, Frontend, Link, Request, Wire};
-use pvblk::memory::Share;
 
 use crate::blkif::Case;
 use crate::{DISK_SECTORS, Random, Tally, alignment};
 
 /// A user of a disk who always has as many reads in flight as the case says.
-pub struct Client<W: Wire, S: Share<Handle = W::Handle>> {
-    frontend: Frontend<W, S, Buffer<S>>,
+pub struct Client<W: Wire> {
+    frontend: Frontend<W>,
     random: Random,
     sectors: u32,
     mask: u64,
@@ -21,7 +20,7 @@ pub struct Client<W: Wire, S: Share<Handle = W::Handle>> {
 
 /// What is counted: one round of the client.
 #[inline(never)]
-fn client_round<W: Wire, S: Share<Handle = W::Handle>>(client: &mut Client<W, S>) {
+fn client_round<W: Wire>(client: &mut Client<W>) {
     loop {
         match client.frontend.next() {
             Ok(Some(completion)) => {
@@ -44,9 +43,9 @@ fn client_round<W: Wire, S: Share<Handle = W::Handle>>(client: &mut Client<W, S>
     client.notifications += u64::from(client.frontend.commit());
 }
 
-impl<W: Wire, S: Share<Handle = W::Handle>> Client<W, S> {
+impl<W: Wire> Client<W> {
     /// Connects a disk and fills its queue.
-    pub fn new(link: Link<W, S>, share: S, case: Case) -> Self {
+    pub fn new(link: Link<W>, share: W::Share, case: Case) -> Self {
         let geometry = Geometry {
             sectors: DISK_SECTORS,
             logical_bytes: SECTOR_BYTES,

@@ -76,7 +76,7 @@ impl Kind for Packed {
 
 /// A disk in use.
 pub struct Bench<K: Kind> {
-    client: Client<DriverWire<K::Queue>, Ram>,
+    client: Client<DriverWire<K::Queue>>,
     device: K::Device,
 }
 

@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 use std::{io, mem, thread};
 
 use pvblk::backend::{Backend, PeerMemory, Wire as BackWire};
-use pvblk::buffer::{Buffer, Pool};
+use pvblk::buffer::Pool;
 use pvblk::command::Features as DiskFeatures;
 use pvblk::extent::Geometry;
 use pvblk::frontend::{Frontend, Link, Request, Wire};
 use pvblk::indirect::TablePool;
-use pvblk::memory::{Access, Share};
+use pvblk::memory::Access;
 use pvblk::plan::RangeLimits;
 use pvblk_simulated::{Domain, Host, Ram};
 use pvblk_stores::memory::{HostPages, MemoryDisk};
@@ -113,9 +113,9 @@ fn run<T: Send>(
 }
 
 /// Our frontend's engine, kept busy until it is told to stop. Requests are left in flight.
-fn keep_busy<W: Wire, S: Share<Handle = W::Handle>>(
-    mut front: Frontend<W, S, Buffer<S>>,
-    share: S,
+fn keep_busy<W: Wire>(
+    mut front: Frontend<W>,
+    share: W::Share,
     case: Case,
     go_on: &dyn Fn(u64) -> bool,
 ) {

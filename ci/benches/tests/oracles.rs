@@ -52,7 +52,7 @@ fn drive(features: Features, segment_bytes: u32, largest: u64, requests: u32) {
     let entries = if has_tables { 512 } else { 0 };
     let limits = limits(64, 500, segment_bytes, entries, RangeLimits::NONE);
     let features = DiskFeatures { flush: true, ..DiskFeatures::default() };
-    let mut front: Frontend<_, Ram, Buffer<Ram>> = Frontend::new(16, GEOMETRY, features);
+    let mut front: Frontend<_> = Frontend::new(16, GEOMETRY, features);
     front.attach(Link { wire, limits, tables: tables.unwrap() }, GEOMETRY, features);
     let pool = Pool::new(ram, 16, largest as usize * 512).unwrap();
     let mut model = vec![0u8; SECTORS as usize * 512];

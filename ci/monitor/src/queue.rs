@@ -36,7 +36,7 @@ pub struct QueueOptions {
 /// A queue, and the events that go with it. It outlives the device that serves it.
 pub struct Queue<D: DriverQueue<Share = GuestFile>, P: Payload<Address>> {
     /// The engine.
-    pub front: Frontend<DriverWire<D>, GuestFile, P>,
+    pub front: Frontend<DriverWire<D>, P>,
     pub(crate) size: u16,
     pub(crate) addresses: [u64; 3],
     /// The driver's notifications.

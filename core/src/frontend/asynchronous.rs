@@ -22,11 +22,10 @@ use core::task::{Context, Poll, Waker};
 use embassy_sync::blocking_mutex::Mutex;
 use embassy_sync::blocking_mutex::raw::RawMutex;
 
-use super::queue::{Error, Line, Queue};
-use super::{Completion, IoError, Rejected, Request, SubmitError, Violation, Wire};
+use super::queue::{BufferOf, Channel, Error, Line, Queue, ShareOf};
+use super::{Completion, IoError, Rejected, Request, SubmitError, Violation};
 use crate::buffer::{Buffer, Pool, PoolBuffer};
 use crate::extent::{Geometry, SECTOR_BYTES};
-use crate::memory::Share;
 use crate::table::{Table, Tag};
 
 /// Tasks that can wait for room at the same time before more memory is needed to note them.
@@ -45,10 +44,10 @@ enum Fate<P> {
     Abandoned,
 }
 
-struct Inner<W: Wire, S: Share<Handle = W::Handle>, L> {
-    queue: Queue<W, S, L>,
+struct Inner<C: Channel> {
+    queue: Queue<C>,
     /// One entry a future, from the submission until the completion was handed out or dropped.
-    fates: Table<Fate<Buffer<S>>>,
+    fates: Table<Fate<BufferOf<C>>>,
     /// For each slot of the engine the future that stands for its request.
     futures: Box<[Option<Tag>]>,
     runner: Option<Waker>,
@@ -59,20 +58,13 @@ struct Inner<W: Wire, S: Share<Handle = W::Handle>, L> {
     violation: Option<Violation>,
 }
 
-impl<W: Wire, S: Share<Handle = W::Handle>, L> Inner<W, S, L> {
+impl<C: Channel> Inner<C> {
     /// A request, a future or a buffer is free again.
     fn make_room(&mut self) {
         self.rooms += 1;
         self.waiters.drain(..).for_each(Waker::wake);
     }
-}
 
-impl<W, S, L> Inner<W, S, L>
-where
-    W: Wire,
-    S: Share<Handle = W::Handle>,
-    L: Line,
-{
     fn wake_runner(&mut self) {
         if let Some(waker) = self.runner.take() {
             waker.wake();
@@ -128,28 +120,22 @@ where
     }
 }
 
-type Locked<M, W, S, L> = Mutex<M, RefCell<Inner<W, S, L>>>;
+type Locked<M, C> = Mutex<M, RefCell<Inner<C>>>;
 
 /// A handle to a queue, for futures.
-pub struct AsyncQueue<M: RawMutex, W: Wire, S: Share<Handle = W::Handle>, L> {
-    inner: Arc<Locked<M, W, S, L>>,
+pub struct AsyncQueue<M: RawMutex, C: Channel> {
+    inner: Arc<Locked<M, C>>,
 }
 
-impl<M: RawMutex, W: Wire, S: Share<Handle = W::Handle>, L> Clone for AsyncQueue<M, W, S, L> {
+impl<M: RawMutex, C: Channel> Clone for AsyncQueue<M, C> {
     fn clone(&self) -> Self {
         Self { inner: self.inner.clone() }
     }
 }
 
-impl<M, W, S, L> AsyncQueue<M, W, S, L>
-where
-    M: RawMutex,
-    W: Wire,
-    S: Share<Handle = W::Handle>,
-    L: Line,
-{
+impl<M: RawMutex, C: Channel> AsyncQueue<M, C> {
     /// Makes a queue into one for futures. Nothing may be in flight on it.
-    pub fn new(queue: Queue<W, S, L>) -> Self {
+    pub fn new(queue: Queue<C>) -> Self {
         let capacity = queue.frontend.capacity();
         // An engine's capacity fits 16 bits: it was made from them.
         let fates = Table::new(capacity as u16);
@@ -160,13 +146,13 @@ where
         Self { inner: Arc::new(Mutex::new(RefCell::new(inner))) }
     }
 
-    fn with<T>(&self, work: impl FnOnce(&mut Inner<W, S, L>) -> T) -> T {
+    fn with<T>(&self, work: impl FnOnce(&mut Inner<C>) -> T) -> T {
         self.inner.lock(|inner| work(&mut inner.borrow_mut()))
     }
 
     /// Uses the queue itself, for instance to connect it to another peer. Requests submitted in
     /// `work` complete into nowhere.
-    pub fn with_queue<T>(&self, work: impl FnOnce(&mut Queue<W, S, L>) -> T) -> T {
+    pub fn with_queue<T>(&self, work: impl FnOnce(&mut Queue<C>) -> T) -> T {
         self.with(|inner| {
             let result = work(&mut inner.queue);
             inner.wake_runner();
@@ -226,8 +212,8 @@ where
     /// awaited.
     pub fn submit(
         &self,
-        request: Request<Buffer<S>>,
-    ) -> Result<Transfer<M, W, S, L>, Rejected<Buffer<S>>> {
+        request: Request<BufferOf<C>>,
+    ) -> Result<Transfer<M, C>, Rejected<BufferOf<C>>> {
         let future = self.with(|inner| {
             if inner.violation.is_some() {
                 // Places of requests that nobody will answer stay taken: it must not look busy.
@@ -345,7 +331,7 @@ where
         self.perform(|| Request::WriteZeroes { sector, sectors, may_unmap }).await
     }
 
-    async fn perform(&self, request: impl Fn() -> Request<Buffer<S>>) -> Result<(), Error> {
+    async fn perform(&self, request: impl Fn() -> Request<BufferOf<C>>) -> Result<(), Error> {
         loop {
             let rooms = self.rooms();
             match self.submit(request()) {
@@ -361,14 +347,14 @@ where
     async fn bounce_through(
         &self,
         total: usize,
-        mut fill: impl FnMut(usize, usize, &mut PoolBuffer<S>),
-        request: impl Fn(u64, u32, Buffer<S>) -> Request<Buffer<S>>,
-        mut drain: impl FnMut(usize, usize, &PoolBuffer<S>),
+        mut fill: impl FnMut(usize, usize, &mut PoolBuffer<ShareOf<C>>),
+        request: impl Fn(u64, u32, BufferOf<C>) -> Request<BufferOf<C>>,
+        mut drain: impl FnMut(usize, usize, &PoolBuffer<ShareOf<C>>),
     ) -> Result<(), Error> {
         if !total.is_multiple_of(SECTOR_BYTES as usize) {
             return Err(Error::Length);
         }
-        let pool: Arc<Pool<S>> =
+        let pool: Arc<Pool<ShareOf<C>>> =
             self.with(|inner| inner.queue.bounce().cloned()).ok_or(Error::NoBuffers)?;
         let mut windows = heapless::Deque::<_, WINDOWS>::new();
         let (mut at, mut outcome) = (0, Ok(()));
@@ -417,20 +403,14 @@ where
 }
 
 /// A request in flight. Yields its completion; may be dropped.
-pub struct Transfer<M: RawMutex, W: Wire, S: Share<Handle = W::Handle>, L> {
-    queue: AsyncQueue<M, W, S, L>,
+pub struct Transfer<M: RawMutex, C: Channel> {
+    queue: AsyncQueue<M, C>,
     /// `None` once the completion was handed out.
     future: Option<Tag>,
 }
 
-impl<M, W, S, L> Future for Transfer<M, W, S, L>
-where
-    M: RawMutex,
-    W: Wire,
-    S: Share<Handle = W::Handle>,
-    L: Line,
-{
-    type Output = Completion<Buffer<S>>;
+impl<M: RawMutex, C: Channel> Future for Transfer<M, C> {
+    type Output = Completion<BufferOf<C>>;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let future = self.future.expect("a future is not polled again after it was ready");
@@ -465,7 +445,7 @@ where
     }
 }
 
-impl<M: RawMutex, W: Wire, S: Share<Handle = W::Handle>, L> Drop for Transfer<M, W, S, L> {
+impl<M: RawMutex, C: Channel> Drop for Transfer<M, C> {
     fn drop(&mut self) {
         let Some(future) = self.future else { return };
         let fate = self.queue.inner.lock(|inner| {

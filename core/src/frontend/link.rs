@@ -2,43 +2,43 @@
 
 use super::Statistics;
 use super::job::{Job, PART, Part, Work};
-use super::wire::{Memory, Shape, Wire};
+use super::wire::{HandleOf, Memory, Shape, Wire};
 use crate::buffer::{Fragment, Payload};
 use crate::command::{Code, Command};
 use crate::extent::SECTOR_BYTES;
 use crate::indirect::{Chain, TableEntry, TablePool, TableRef};
-use crate::memory::{Handle, PAGE_BYTES, Share};
+use crate::memory::{Handle, PAGE_BYTES};
 use crate::plan::{DIRECT_SEGMENTS_MAX, Limits, Segment, Segments, TABLES_MAX};
 use crate::table::{Slots, Tag};
 
 /// The connection to a peer: what is made anew when the peer changes.
-pub struct Link<W: Wire, S: Share<Handle = W::Handle>> {
+pub struct Link<W: Wire> {
     /// The ring and its encoding.
     pub wire: W,
     /// What one request may carry.
     pub limits: Limits,
     /// The indirect tables.
-    pub tables: TablePool<S, W::Entry>,
+    pub tables: TablePool<W::Share, W::Entry>,
 }
 
-impl<W: Wire, S: Share<Handle = W::Handle>> Link<W, S> {
+impl<W: Wire> Link<W> {
     /// The segment that holds the first `bytes` bytes of a buffer, if one does and nothing is to be
     /// done about it, and if there is room for a request of one segment.
     #[inline(always)]
-    pub(super) fn segment<P: Payload<W::Handle>>(
+    pub(super) fn segment<P: Payload<HandleOf<W>>>(
         &self,
         buffer: &P,
         bytes: u64,
-    ) -> Option<Segment<W::Handle>> {
+    ) -> Option<Segment<HandleOf<W>>> {
         let Fragment { handle, offset, .. } = buffer.registered(bytes)?;
         // A page always fits.
-        let fits = !W::Handle::MAY_FOLLOW || bytes <= u64::from(self.limits.segment_bytes);
+        let fits = !HandleOf::<W>::MAY_FOLLOW || bytes <= u64::from(self.limits.segment_bytes);
         let room = fits && self.wire.has_room(Shape::Direct(1));
         room.then_some(Segment { handle, offset, bytes: bytes as u32 })
     }
 
     /// Puts as much of a job on the wire as fits, which moves data. `true` if that is all of it.
-    pub(super) fn stage<P: Payload<W::Handle>>(
+    pub(super) fn stage<P: Payload<HandleOf<W>>>(
         &mut self,
         tag: Tag,
         job: &mut Job<P>,
@@ -52,7 +52,7 @@ impl<W: Wire, S: Share<Handle = W::Handle>> Link<W, S> {
             let id = vacancy.tag().to_id() | PART;
             let mut chain = Chain::EMPTY;
             let mut segments = Segments::new(buffer, job.cursor, job.left, &self.limits);
-            let mut direct = heapless::Vec::<Segment<W::Handle>, DIRECT_SEGMENTS_MAX>::new();
+            let mut direct = heapless::Vec::<Segment<HandleOf<W>>, DIRECT_SEGMENTS_MAX>::new();
             let takes_tables = self.limits.has_indirect() && self.tables.count() > 0;
             let most = self.limits.direct_segments as u64 * u64::from(self.limits.segment_bytes);
             // More than that is sure not to fit without tables.
@@ -77,7 +77,7 @@ impl<W: Wire, S: Share<Handle = W::Handle>> Link<W, S> {
             if indirect {
                 segments = Segments::new(buffer, job.cursor, job.left, &self.limits);
                 let (filled, numbers) = self.fill_tables(&mut chain, &mut segments, code);
-                let mut tables = heapless::Vec::<TableRef<'_, W::Handle>, TABLES_MAX>::new();
+                let mut tables = heapless::Vec::<TableRef<'_, HandleOf<W>>, TABLES_MAX>::new();
                 for number in &numbers {
                     tables.extend(self.tables.table(*number));
                 }
@@ -131,7 +131,7 @@ impl<W: Wire, S: Share<Handle = W::Handle>> Link<W, S> {
 
     /// Writes the segments of one request to tables. Takes as many tables as are needed and there
     /// are. Returns the number of segments, and the tables.
-    fn fill_tables<P: Payload<W::Handle>>(
+    fn fill_tables<P: Payload<HandleOf<W>>>(
         &mut self,
         chain: &mut Chain,
         segments: &mut Segments<'_, P>,

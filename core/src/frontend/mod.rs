@@ -15,11 +15,10 @@
 
 use alloc::collections::VecDeque;
 
-use crate::buffer::Payload;
+use crate::buffer::{Buffer, Payload};
 pub use crate::command::{Code, Command, DiscardUnits, Features, Status};
 use crate::extent::Geometry;
 use crate::indirect::Chain;
-use crate::memory::Share;
 use crate::plan::Limits;
 use crate::table::{Slots, Tag};
 
@@ -34,7 +33,7 @@ mod wire;
 use job::{Job, Outlook, PART, Part, Work};
 pub use link::Link;
 pub use request::{Completion, ErrorKind, IoError, Rejected, Request, SubmitError, Violation};
-pub use wire::{Answer, Memory, Shape, Wire};
+pub use wire::{Answer, HandleOf, Memory, Shape, Wire};
 
 /// What an engine has done so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -56,18 +55,18 @@ pub struct Statistics {
 }
 
 /// The other end, from the engine's point of view.
-enum Peer<W: Wire, S: Share<Handle = W::Handle>> {
+enum Peer<W: Wire> {
     /// There is none yet, or not any more. Requests wait for the next one.
     Absent,
-    Present(Link<W, S>),
+    Present(Link<W>),
     /// It broke the protocol. The disk is to be closed.
-    Misbehaved(Option<Link<W, S>>, Violation),
+    Misbehaved(Option<Link<W>>, Violation),
     /// The disk is closed.
     Gone,
 }
 
-impl<W: Wire, S: Share<Handle = W::Handle>> Peer<W, S> {
-    fn link(&self) -> Option<&Link<W, S>> {
+impl<W: Wire> Peer<W> {
+    fn link(&self) -> Option<&Link<W>> {
         match self {
             Self::Present(link) | Self::Misbehaved(Some(link), _) => Some(link),
             _ => None,
@@ -75,7 +74,7 @@ impl<W: Wire, S: Share<Handle = W::Handle>> Peer<W, S> {
     }
 
     /// Disconnects.
-    fn take(&mut self) -> Option<Link<W, S>> {
+    fn take(&mut self) -> Option<Link<W>> {
         match self {
             Self::Misbehaved(link, _) => link.take(),
             Self::Absent | Self::Gone => None,
@@ -107,8 +106,10 @@ impl<W: Wire, S: Share<Handle = W::Handle>> Peer<W, S> {
 }
 
 /// The frontend engine of one queue of a disk.
-pub struct Frontend<W: Wire, S: Share<Handle = W::Handle>, P> {
-    peer: Peer<W, S>,
+///
+/// Requests transfer to or from a [`Buffer`], unless they are to have a [`Payload`] of another kind.
+pub struct Frontend<W: Wire, P = Buffer<<W as Wire>::Share>> {
+    peer: Peer<W>,
     geometry: Geometry,
     features: Features,
     jobs: Slots<Job<P>>,
@@ -137,12 +138,7 @@ struct Shown {
     parts: u64,
 }
 
-impl<W, S, P> Frontend<W, S, P>
-where
-    W: Wire,
-    S: Share<Handle = W::Handle>,
-    P: Payload<W::Handle>,
-{
+impl<W: Wire, P: Payload<HandleOf<W>>> Frontend<W, P> {
     /// An engine for up to `capacity` requests in flight, without a peer yet: requests wait.
     ///
     /// This is the only place that allocates.
@@ -165,7 +161,7 @@ where
 
     /// Connects to a peer. Requests that wait, and those that an earlier peer did not answer, are
     /// cut to the new limits and staged in the order of their submission; `commit` shows them.
-    pub fn attach(&mut self, link: Link<W, S>, geometry: Geometry, features: Features) {
+    pub fn attach(&mut self, link: Link<W>, geometry: Geometry, features: Features) {
         self.detach();
         self.geometry = geometry;
         self.features = features;
@@ -197,7 +193,7 @@ where
 
     /// Disconnects from the peer. Everything that it did not answer waits for the next one; no
     /// answer of the old peer counts from now on.
-    pub fn detach(&mut self) -> Option<Link<W, S>> {
+    pub fn detach(&mut self) -> Option<Link<W>> {
         let link = self.peer.take();
         self.shown = self.staged();
         let parts: alloc::vec::Vec<Tag> = self.parts.tags().collect();
@@ -227,7 +223,7 @@ where
     /// Closes the disk for good: every request that was not answered fails with
     /// [`IoError::Closed`], and no new one is taken. Returns the link, whose memory the caller takes
     /// back by dropping it.
-    pub fn close(&mut self) -> Option<Link<W, S>> {
+    pub fn close(&mut self) -> Option<Link<W>> {
         let link = self.detach();
         self.peer = Peer::Gone;
         while let Some(tag) = self.waiting.pop_front() {

@@ -9,7 +9,6 @@ use super::{
 };
 use crate::buffer::{Buffer, Pool};
 use crate::extent::SECTOR_BYTES;
-use crate::memory::Share;
 use crate::table::Tag;
 
 /// The line on which the two ends notify each other: an event channel on Xen, a queue's
@@ -29,6 +28,26 @@ pub trait Line {
     /// Has `waker` woken when the peer notifies. The last one counts.
     fn set_waker(&self, waker: &Waker);
 }
+
+/// What connects one queue of a disk to its peer: a ring with its encoding and the memory that both
+/// ends share, and the line on which they notify each other.
+pub trait Channel {
+    /// The ring, and how memory is shared.
+    type Wire: Wire;
+    /// How the two ends notify each other.
+    type Line: Line;
+}
+
+/// Any ring and any line make a channel.
+impl<W: Wire, L: Line> Channel for (W, L) {
+    type Wire = W;
+    type Line = L;
+}
+
+/// How memory is shared over a channel.
+pub type ShareOf<C> = <<C as Channel>::Wire as Wire>::Share;
+/// The memory of a request over a channel.
+pub type BufferOf<C> = Buffer<ShareOf<C>>;
 
 /// Why an operation on a whole slice of bytes failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -65,26 +84,25 @@ impl Error {
 }
 
 /// One queue of a disk: an engine, its line, and buffers to bounce through.
-pub struct Queue<W: Wire, S: Share<Handle = W::Handle>, L> {
+pub struct Queue<C: Channel> {
     /// The engine.
-    pub frontend: Frontend<W, S, Buffer<S>>,
-    line: L,
-    bounce: Option<Arc<Pool<S>>>,
+    pub frontend: Frontend<C::Wire>,
+    line: C::Line,
+    bounce: Option<Arc<Pool<ShareOf<C>>>>,
     /// Completions that came while another one was waited for.
-    kept: Vec<Completion<Buffer<S>>>,
+    kept: Vec<Completion<BufferOf<C>>>,
     /// Requests whose caller left with an error: their completions are dropped.
     orphans: Vec<Tag>,
     batch: usize,
 }
 
-impl<W, S, L> Queue<W, S, L>
-where
-    W: Wire,
-    S: Share<Handle = W::Handle>,
-    L: Line,
-{
+impl<C: Channel> Queue<C> {
     /// A queue on `frontend`, with a pool to bounce through if slices of bytes are to be used.
-    pub fn new(frontend: Frontend<W, S, Buffer<S>>, line: L, bounce: Option<Arc<Pool<S>>>) -> Self {
+    pub fn new(
+        frontend: Frontend<C::Wire>,
+        line: C::Line,
+        bounce: Option<Arc<Pool<ShareOf<C>>>>,
+    ) -> Self {
         let kept = Vec::with_capacity(frontend.capacity());
         let orphans = Vec::with_capacity(frontend.capacity());
         Self { frontend, line, bounce, kept, orphans, batch: 1 }
@@ -97,28 +115,28 @@ where
     }
 
     /// Replaces the line by one of another type.
-    pub fn map_line<M: Line>(self, map: impl FnOnce(L) -> M) -> Queue<W, S, M> {
+    pub fn map_line<L: Line>(self, map: impl FnOnce(C::Line) -> L) -> Queue<(C::Wire, L)> {
         let Self { frontend, line, bounce, kept, orphans, batch } = self;
         Queue { frontend, line: map(line), bounce, kept, orphans, batch }
     }
 
     /// The line, to connect it to another peer.
-    pub fn line_mut(&mut self) -> &mut L {
+    pub fn line_mut(&mut self) -> &mut C::Line {
         &mut self.line
     }
 
     /// The line.
-    pub fn line(&self) -> &L {
+    pub fn line(&self) -> &C::Line {
         &self.line
     }
 
     /// Sets the buffers to bounce through; without any, slices of bytes cannot be used.
-    pub fn set_bounce(&mut self, bounce: Option<Arc<Pool<S>>>) {
+    pub fn set_bounce(&mut self, bounce: Option<Arc<Pool<ShareOf<C>>>>) {
         self.bounce = bounce;
     }
 
     /// The buffers to bounce through.
-    pub fn bounce(&self) -> Option<&Arc<Pool<S>>> {
+    pub fn bounce(&self) -> Option<&Arc<Pool<ShareOf<C>>>> {
         self.bounce.as_ref()
     }
 
@@ -128,7 +146,7 @@ where
     ///
     /// [`Rejected`], with the buffer.
     #[inline]
-    pub fn submit(&mut self, request: Request<Buffer<S>>) -> Result<Tag, Rejected<Buffer<S>>> {
+    pub fn submit(&mut self, request: Request<BufferOf<C>>) -> Result<Tag, Rejected<BufferOf<C>>> {
         // Kept completions count as in flight, so that there is always room to keep one more.
         if !self.kept.is_empty()
             && self.kept.len() + self.frontend.pending() >= self.frontend.capacity()
@@ -152,7 +170,7 @@ where
     ///
     /// [`Violation`]; see [`Frontend::next`].
     #[inline]
-    pub fn poll(&mut self) -> Result<Option<Completion<Buffer<S>>>, Violation> {
+    pub fn poll(&mut self) -> Result<Option<Completion<BufferOf<C>>>, Violation> {
         match self.kept.pop() {
             None => self.next(),
             kept => Ok(kept),
@@ -161,7 +179,7 @@ where
 
     /// [`Frontend::next`], without the orphans.
     #[inline]
-    fn next(&mut self) -> Result<Option<Completion<Buffer<S>>>, Violation> {
+    fn next(&mut self) -> Result<Option<Completion<BufferOf<C>>>, Violation> {
         loop {
             let next = self.frontend.next()?;
             let Some(completion) = &next else { return Ok(None) };
@@ -202,7 +220,7 @@ where
     /// # Errors
     ///
     /// [`Violation`]; see [`Frontend::next`].
-    pub fn wait(&mut self) -> Result<Option<Completion<Buffer<S>>>, Violation> {
+    pub fn wait(&mut self) -> Result<Option<Completion<BufferOf<C>>>, Violation> {
         loop {
             if let Some(completion) = self.poll()? {
                 return Ok(Some(completion));
@@ -234,7 +252,7 @@ where
     }
 
     /// The completion of one request; sleeps until it is there. Others are kept for later.
-    fn wait_for(&mut self, tag: Tag) -> Result<Completion<Buffer<S>>, Error> {
+    fn wait_for(&mut self, tag: Tag) -> Result<Completion<BufferOf<C>>, Error> {
         loop {
             if let Some(index) = self.kept.iter().position(|kept| kept.tag == tag) {
                 return Ok(self.kept.swap_remove(index));
@@ -317,7 +335,7 @@ where
         self.perform(Request::WriteZeroes { sector, sectors, may_unmap })
     }
 
-    fn perform(&mut self, request: Request<Buffer<S>>) -> Result<(), Error> {
+    fn perform(&mut self, request: Request<BufferOf<C>>) -> Result<(), Error> {
         self.settle_orphans()?;
         let tag = self.submit(request).map_err(|rejected| rejected.error)?;
         let completion = self.wait_for(tag).inspect_err(|_| self.orphan(tag))?;
@@ -329,9 +347,9 @@ where
     fn bounce_through(
         &mut self,
         total: usize,
-        mut fill: impl FnMut(usize, &mut crate::buffer::PoolBuffer<S>),
-        mut drain: impl FnMut(usize, &crate::buffer::PoolBuffer<S>, usize),
-        request: impl Fn(u64, u32, Buffer<S>) -> Request<Buffer<S>>,
+        mut fill: impl FnMut(usize, &mut crate::buffer::PoolBuffer<ShareOf<C>>),
+        mut drain: impl FnMut(usize, &crate::buffer::PoolBuffer<ShareOf<C>>, usize),
+        request: impl Fn(u64, u32, BufferOf<C>) -> Request<BufferOf<C>>,
     ) -> Result<(), Error> {
         const WINDOWS: usize = 16;
         if !total.is_multiple_of(SECTOR_BYTES as usize) {

@@ -3,7 +3,7 @@
 use super::Violation;
 use crate::command::{Code, Command, Status};
 use crate::indirect::{TableEntry, TableRef};
-use crate::memory::Handle;
+use crate::memory::Share;
 use crate::plan::Segment;
 
 /// The memory of a request.
@@ -42,13 +42,16 @@ pub struct Answer {
     pub status: Status,
 }
 
+/// What the peer calls a page that is shared over a wire.
+pub type HandleOf<W> = <<W as Wire>::Share as Share>::Handle;
+
 /// The frontend's half of a wire: an encoding of requests and answers, and a ring of them.
 ///
 /// The engine calls [`stage`](Self::stage) any number of times, [`commit`](Self::commit) once, then
 /// [`take`](Self::take) until there is nothing more, and [`sleep`](Self::sleep) before it waits.
 pub trait Wire {
-    /// The peer's name for a page.
-    type Handle: Handle;
+    /// How memory is shared with the peer.
+    type Share: Share;
     /// An entry of an indirect table.
     type Entry: TableEntry;
 
@@ -58,14 +61,14 @@ pub trait Wire {
     const RESERVED_TAIL: usize;
 
     /// Encodes the entry at `position` of a table chain.
-    fn entry(segment: Segment<Self::Handle>, position: usize, code: Code) -> Self::Entry;
+    fn entry(segment: Segment<HandleOf<Self>>, position: usize, code: Code) -> Self::Entry;
 
     /// Whether [`stage`](Self::stage) would find room for one more request of this shape.
     fn has_room(&self, shape: Shape) -> bool;
 
     /// Writes a request where the peer does not look yet. There must be room. Of the commands without
     /// data only those come that the disk's [`Features`](crate::command::Features) have.
-    fn stage(&mut self, id: u64, command: &Command, memory: Memory<'_, Self::Handle>);
+    fn stage(&mut self, id: u64, command: &Command, memory: Memory<'_, HandleOf<Self>>);
 
     /// Shows all staged requests to the peer. `true` if the peer asked to be notified of them.
     fn commit(&mut self) -> bool;

@@ -10,7 +10,7 @@ use pvblk::indirect::{TableEntry, TableRef};
 use pvblk::memory::{Access, Handle, PAGE_BYTES};
 use pvblk::plan::{Limits, RangeLimits, Segment};
 
-use super::memory::{Address, Memory, Naming, Reference};
+use super::memory::{Address, Memory, Naming, Reference, Shares};
 
 /// What makes one fake wire different from another.
 pub trait Kind: Sized + 'static {
@@ -337,7 +337,7 @@ impl<K: Kind> Peer<K> {
 }
 
 impl<K: Kind> Wire for FakeWire<K> {
-    type Handle = K::Handle;
+    type Share = Shares<K::Handle>;
     type Entry = K::Entry;
     const RESERVED_HEAD: usize = K::RESERVED_HEAD;
     const RESERVED_TAIL: usize = K::RESERVED_TAIL;

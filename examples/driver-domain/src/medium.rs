@@ -10,15 +10,14 @@ use pvblk::table::Tag;
 use pvblk_stores::disk::DiskStore;
 use pvblk_stores::memory::MemoryDisk;
 use pvblk_xen::platform::EventChannels;
-use xen_blkfront::{EventLine, Lender, Ring};
+use xen_blkfront::{EventLine, Ring};
 use xen_guest::Guest;
 
 /// A RAM disk.
 pub type RamDisk = MemoryDisk<&'static Guest>;
 
 /// One queue of a disk of this domain.
-pub type OwnQueue =
-    DiskStore<Ring<'static, Guest>, Lender<'static, Guest>, EventLine<'static, Guest>>;
+pub type OwnQueue = DiskStore<(Ring<'static, Guest>, EventLine<'static, Guest>)>;
 
 /// What one queue is served from.
 pub enum Medium {

@@ -7,9 +7,7 @@ use alloc::{format, vec};
 use core::fmt::Write;
 
 use ext4_view::{Ext4, Ext4Error, Path, PathBuf};
-use pvblk::frontend::Wire;
-use pvblk::frontend::queue::{Line, Queue};
-use pvblk::memory::Share;
+use pvblk::frontend::queue::{Channel, Queue};
 use pvblk_adapters::ByteReader;
 use sha2::{Digest, Sha256};
 
@@ -21,12 +19,10 @@ const MAGIC: [u8; 2] = 0xef53_u16.to_le_bytes();
 
 /// Reads the whole file system through a queue of the disk. Returns the mounted file system, with the
 /// queue in it.
-pub fn read_all<W, S, L>(machine: &impl Machine, mut queue: Queue<W, S, L>) -> Result<Ext4, String>
-where
-    W: Wire + 'static,
-    S: Share<Handle = W::Handle> + 'static,
-    L: Line + 'static,
-{
+pub fn read_all<C: Channel + 'static>(
+    machine: &impl Machine,
+    mut queue: Queue<C>,
+) -> Result<Ext4, String> {
     let geometry = queue.frontend.geometry();
 
     let mut block = vec![0; geometry.logical_bytes.max(1024) as usize];

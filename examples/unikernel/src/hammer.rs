@@ -8,8 +8,8 @@ use alloc::vec;
 use alloc::vec::Vec;
 
 use pvblk::buffer::{Buffer, OwnedPages, Pool, PoolBuffer};
-use pvblk::frontend::queue::{Line, Queue};
-use pvblk::frontend::{Request, Wire};
+use pvblk::frontend::Request;
+use pvblk::frontend::queue::{Channel, Queue, ShareOf};
 use pvblk::memory::Share;
 use sha2::{Digest, Sha256};
 
@@ -37,12 +37,12 @@ struct Transfer {
     is_write: bool,
 }
 
-struct Hammer<'q, M, W: Wire, S: Share<Handle = W::Handle>, L> {
+struct Hammer<'q, M, C: Channel> {
     machine: &'q M,
-    many: Many<'q, M, W, S, L, Transfer>,
+    many: Many<'q, M, C, Transfer>,
     model: Model,
-    small: Arc<Pool<S>>,
-    large: Arc<Pool<S>>,
+    small: Arc<Pool<ShareOf<C>>>,
+    large: Arc<Pool<ShareOf<C>>>,
     /// Sectors in a logical sector.
     unit: u64,
     random: u64,
@@ -53,16 +53,15 @@ struct Hammer<'q, M, W: Wire, S: Share<Handle = W::Handle>, L> {
 
 /// Does all of it, with memory that `lender` shares. Returns the buffers' pools, which are to be kept
 /// until the disk is closed.
-pub fn run<M, W, S, L>(
+pub fn run<M, C>(
     machine: &M,
-    lender: &S,
-    queues: &mut [Queue<W, S, L>],
-) -> Result<Vec<Arc<Pool<S>>>, String>
+    lender: &ShareOf<C>,
+    queues: &mut [Queue<C>],
+) -> Result<Vec<Arc<Pool<ShareOf<C>>>>, String>
 where
     M: Machine,
-    W: Wire,
-    S: Share<Handle = W::Handle> + Clone,
-    L: Line,
+    C: Channel,
+    ShareOf<C>: Clone,
 {
     let depth = DEPTH.min(queues.iter().map(|queue| queue.frontend.capacity()).sum());
     let queue = queues.first_mut().ok_or("a disk without a queue")?;
@@ -127,12 +126,7 @@ where
 }
 
 /// Slices that live elsewhere are copied through registered buffers.
-fn through_bounce_buffers<W, S, L>(queue: &mut Queue<W, S, L>, unit: u64) -> Result<(), String>
-where
-    W: Wire,
-    S: Share<Handle = W::Handle>,
-    L: Line,
-{
+fn through_bounce_buffers<C: Channel>(queue: &mut Queue<C>, unit: u64) -> Result<(), String> {
     let text = |error: pvblk::frontend::queue::Error| error.to_string();
     for sectors in [1, 7, 8, 9, 300, 4096, 9001_u64] {
         let bytes = (sectors.next_multiple_of(unit) * 512) as usize;
@@ -150,22 +144,21 @@ where
 }
 
 /// Pages of ours that are lent for the time of one request.
-fn lent_for_one_request<W, S, L>(lender: &S, queue: &mut Queue<W, S, L>) -> Result<(), String>
+fn lent_for_one_request<C>(lender: &ShareOf<C>, queue: &mut Queue<C>) -> Result<(), String>
 where
-    W: Wire,
-    S: Share<Handle = W::Handle> + Clone,
-    L: Line,
+    C: Channel,
+    ShareOf<C>: Clone,
 {
     let bytes = 5 * 4096;
     let mut pages = OwnedPages::new(lender.clone(), bytes).map_err(|error| error.to_string())?;
-    let fill = |pages: &mut OwnedPages<S>, value: fn(usize) -> u8| {
+    let fill = |pages: &mut OwnedPages<ShareOf<C>>, value: fn(usize) -> u8| {
         let memory = pages.bytes_mut().ok_or("our own pages are not ours")?;
         memory.iter_mut().enumerate().for_each(|(i, byte)| *byte = value(i));
         Ok::<(), String>(())
     };
     fill(&mut pages, |i| (i / 7) as u8)?;
     let sectors = (bytes / 512) as u32;
-    let mut transfer = |request| -> Result<OwnedPages<S>, String> {
+    let mut transfer = |request| -> Result<OwnedPages<ShareOf<C>>, String> {
         queue.submit(request).map_err(|rejected| rejected.error.to_string())?;
         let done = queue.wait().map_err(|error| error.to_string())?.ok_or("nothing in flight")?;
         done.result.map_err(|error| error.to_string())?;
@@ -184,14 +177,12 @@ where
     Ok(())
 }
 
-impl<M, W, S, L> Hammer<'_, M, W, S, L>
-where
-    M: Machine,
-    W: Wire,
-    S: Share<Handle = W::Handle>,
-    L: Line,
-{
-    fn start(&mut self, mut transfer: Transfer, mut buffer: PoolBuffer<S>) -> Result<(), String> {
+impl<M: Machine, C: Channel> Hammer<'_, M, C> {
+    fn start(
+        &mut self,
+        mut transfer: Transfer,
+        mut buffer: PoolBuffer<ShareOf<C>>,
+    ) -> Result<(), String> {
         let Transfer { sector, sectors, is_write } = transfer;
         let request = if is_write {
             self.model.write(sector, sectors, &buffer.region());
@@ -207,7 +198,7 @@ where
     }
 
     /// Waits for one transfer, checks it, and gives back its buffer.
-    fn finish(&mut self) -> Result<(Transfer, PoolBuffer<S>), String> {
+    fn finish(&mut self) -> Result<(Transfer, PoolBuffer<ShareOf<C>>), String> {
         let done = self.many.wait()?;
         self.finished += 1;
         let Transfer { sector, sectors, is_write } = done.known;
@@ -286,7 +277,8 @@ where
 
     /// Random sizes at random places, reads among writes, none of which overlap while in flight.
     fn random(&mut self) -> Result<(), String> {
-        let mut free: Vec<PoolBuffer<S>> = core::iter::from_fn(|| self.small.take()).collect();
+        let mut free: Vec<PoolBuffer<ShareOf<C>>> =
+            core::iter::from_fn(|| self.small.take()).collect();
         let mut busy = VecDeque::<(u64, u64)>::new();
         for _ in 0..RANDOM {
             let Some(buffer) = free.pop() else {

@@ -4,17 +4,15 @@ use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
-use pvblk::buffer::Buffer;
-use pvblk::frontend::queue::{Line, Queue};
-use pvblk::frontend::{Completion, Request, Wire};
-use pvblk::memory::Share;
+use pvblk::frontend::queue::{BufferOf, Channel, Line, Queue};
+use pvblk::frontend::{Completion, Request};
 
 use crate::machine::Machine;
 
 /// The queues of a disk, and who is in flight on them.
-pub struct Many<'q, M, W: Wire, S: Share<Handle = W::Handle>, L, K> {
+pub struct Many<'q, M, C: Channel, K> {
     machine: &'q M,
-    queues: &'q mut [Queue<W, S, L>],
+    queues: &'q mut [Queue<C>],
     /// What the caller knows of each request, by queue and slot.
     known: Vec<Vec<Option<K>>>,
     turn: usize,
@@ -22,23 +20,17 @@ pub struct Many<'q, M, W: Wire, S: Share<Handle = W::Handle>, L, K> {
 }
 
 /// A request that is done, and what its submitter knew of it.
-pub struct Done<S: Share, K> {
+pub struct Done<C: Channel, K> {
     /// What was submitted with it.
     pub known: K,
     /// How it went.
-    pub completion: Completion<Buffer<S>>,
+    pub completion: Completion<BufferOf<C>>,
 }
 
-impl<'q, M, W, S, L, K> Many<'q, M, W, S, L, K>
-where
-    M: Machine,
-    W: Wire,
-    S: Share<Handle = W::Handle>,
-    L: Line,
-{
+impl<'q, M: Machine, C: Channel, K> Many<'q, M, C, K> {
     /// Nothing is in flight at first.
-    pub fn new(machine: &'q M, queues: &'q mut [Queue<W, S, L>]) -> Self {
-        let slots = |queue: &Queue<W, S, L>| (0..queue.frontend.capacity()).map(|_| None).collect();
+    pub fn new(machine: &'q M, queues: &'q mut [Queue<C>]) -> Self {
+        let slots = |queue: &Queue<C>| (0..queue.frontend.capacity()).map(|_| None).collect();
         let known = queues.iter().map(slots).collect();
         Self { machine, queues, known, turn: 0, in_flight: 0 }
     }
@@ -49,7 +41,7 @@ where
     }
 
     /// Submits a request on the next queue that takes one more.
-    pub fn submit(&mut self, request: Request<Buffer<S>>, known: K) -> Result<(), String> {
+    pub fn submit(&mut self, request: Request<BufferOf<C>>, known: K) -> Result<(), String> {
         for _ in 0..self.queues.len() {
             self.turn = (self.turn + 1) % self.queues.len();
             let frontend = &self.queues[self.turn].frontend;
@@ -66,7 +58,7 @@ where
     }
 
     /// The next request that is done; sleeps until there is one.
-    pub fn wait(&mut self) -> Result<Done<S, K>, String> {
+    pub fn wait(&mut self) -> Result<Done<C, K>, String> {
         loop {
             for number in 0..self.queues.len() {
                 if let Some(done) = self.poll(number)? {
@@ -85,7 +77,7 @@ where
         }
     }
 
-    fn poll(&mut self, number: usize) -> Result<Option<Done<S, K>>, String> {
+    fn poll(&mut self, number: usize) -> Result<Option<Done<C, K>>, String> {
         let Some(completion) = self.queues[number].poll().map_err(|error| error.to_string())?
         else {
             return Ok(None);

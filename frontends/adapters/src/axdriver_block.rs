@@ -4,9 +4,8 @@ use alloc::boxed::Box;
 
 use ::axdriver_block::{BaseDriverOps, BlockDriverOps, DevError, DevResult, DeviceType};
 use pvblk::extent::ExtentError;
-use pvblk::frontend::queue::{Error, Line, Queue};
-use pvblk::frontend::{ErrorKind, SubmitError, Wire};
-use pvblk::memory::Share;
+use pvblk::frontend::queue::{Channel, Error, Queue};
+use pvblk::frontend::{ErrorKind, SubmitError};
 
 use crate::blocks;
 
@@ -36,32 +35,27 @@ use crate::blocks;
 /// | `ResourceBusy` | too many requests in flight |
 /// | `Io` | the medium failed |
 /// | `BadState` | the disk is closed, or the peer broke the protocol |
-pub struct BlockDriver<W: Wire, S: Share<Handle = W::Handle>, L> {
-    queue: Queue<W, S, L>,
+pub struct BlockDriver<C: Channel> {
+    queue: Queue<C>,
     name: Box<str>,
     block_bytes: usize,
     last_error: Option<Error>,
 }
 
-impl<W, S, L> BlockDriver<W, S, L>
-where
-    W: Wire,
-    S: Share<Handle = W::Handle>,
-    L: Line,
-{
+impl<C: Channel> BlockDriver<C> {
     /// The disk of `queue`, under the name that the system shall know it by.
-    pub fn new(queue: Queue<W, S, L>, name: impl Into<Box<str>>) -> Self {
+    pub fn new(queue: Queue<C>, name: impl Into<Box<str>>) -> Self {
         let block_bytes = queue.frontend.geometry().logical_bytes as usize;
         Self { queue, name: name.into(), block_bytes, last_error: None }
     }
 
     /// The queue.
-    pub fn queue(&mut self) -> &mut Queue<W, S, L> {
+    pub fn queue(&mut self) -> &mut Queue<C> {
         &mut self.queue
     }
 
     /// The queue, back.
-    pub fn into_queue(self) -> Queue<W, S, L> {
+    pub fn into_queue(self) -> Queue<C> {
         self.queue
     }
 
@@ -92,12 +86,10 @@ fn to_dev_error(error: Error) -> DevError {
     }
 }
 
-impl<W, S, L> BaseDriverOps for BlockDriver<W, S, L>
+impl<C> BaseDriverOps for BlockDriver<C>
 where
-    W: Wire,
-    S: Share<Handle = W::Handle>,
-    L: Line,
-    Queue<W, S, L>: Send + Sync,
+    C: Channel,
+    Queue<C>: Send + Sync,
 {
     fn device_name(&self) -> &str {
         &self.name
@@ -108,12 +100,10 @@ where
     }
 }
 
-impl<W, S, L> BlockDriverOps for BlockDriver<W, S, L>
+impl<C> BlockDriverOps for BlockDriver<C>
 where
-    W: Wire,
-    S: Share<Handle = W::Handle>,
-    L: Line,
-    Queue<W, S, L>: Send + Sync,
+    C: Channel,
+    Queue<C>: Send + Sync,
 {
     fn num_blocks(&self) -> u64 {
         blocks::count(&self.queue.frontend.geometry(), self.block_bytes)

@@ -3,10 +3,8 @@
 use ::block_device_driver::{BlockDevice, blocks_to_slice, blocks_to_slice_mut};
 use aligned::{A1, Aligned};
 use embassy_sync::blocking_mutex::raw::RawMutex;
-use pvblk::frontend::Wire;
 use pvblk::frontend::asynchronous::AsyncQueue;
-use pvblk::frontend::queue::{Error, Line};
-use pvblk::memory::Share;
+use pvblk::frontend::queue::{Channel, Error};
 
 use crate::{Unfit, blocks};
 
@@ -51,34 +49,27 @@ use crate::{Unfit, blocks};
 ///     Ok(())
 /// }
 /// ```
-pub struct AsyncBlocks<M, W, S, L, const SIZE: usize>
+pub struct AsyncBlocks<M, C, const SIZE: usize>
 where
     M: RawMutex,
-    W: Wire,
-    S: Share<Handle = W::Handle>,
+    C: Channel,
 {
-    queue: AsyncQueue<M, W, S, L>,
+    queue: AsyncQueue<M, C>,
 }
 
-impl<M, W, S, L, const SIZE: usize> AsyncBlocks<M, W, S, L, SIZE>
-where
-    M: RawMutex,
-    W: Wire,
-    S: Share<Handle = W::Handle>,
-    L: Line,
-{
+impl<M: RawMutex, C: Channel, const SIZE: usize> AsyncBlocks<M, C, SIZE> {
     /// The disk of `queue` in blocks of `SIZE` bytes.
     ///
     /// # Errors
     ///
     /// [`Unfit`] if `SIZE` is not one or more of the disk's logical sectors.
-    pub fn new(queue: AsyncQueue<M, W, S, L>) -> Result<Self, Unfit> {
+    pub fn new(queue: AsyncQueue<M, C>) -> Result<Self, Unfit> {
         blocks::check(&queue.geometry(), SIZE)?;
         Ok(Self { queue })
     }
 
     /// The queue.
-    pub fn queue(&self) -> &AsyncQueue<M, W, S, L> {
+    pub fn queue(&self) -> &AsyncQueue<M, C> {
         &self.queue
     }
 
@@ -92,24 +83,13 @@ where
     }
 }
 
-impl<M, W, S, L, const SIZE: usize> Clone for AsyncBlocks<M, W, S, L, SIZE>
-where
-    M: RawMutex,
-    W: Wire,
-    S: Share<Handle = W::Handle>,
-{
+impl<M: RawMutex, C: Channel, const SIZE: usize> Clone for AsyncBlocks<M, C, SIZE> {
     fn clone(&self) -> Self {
         Self { queue: self.queue.clone() }
     }
 }
 
-impl<M, W, S, L, const SIZE: usize> BlockDevice<SIZE> for AsyncBlocks<M, W, S, L, SIZE>
-where
-    M: RawMutex,
-    W: Wire,
-    S: Share<Handle = W::Handle>,
-    L: Line,
-{
+impl<M: RawMutex, C: Channel, const SIZE: usize> BlockDevice<SIZE> for AsyncBlocks<M, C, SIZE> {
     type Error = Error;
     type Align = A1;
 

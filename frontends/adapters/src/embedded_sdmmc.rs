@@ -4,9 +4,8 @@ use alloc::boxed::Box;
 use core::cell::RefCell;
 
 use embedded_sdmmc_types::{Block, BlockCount, BlockDevice, BlockIdx};
-use pvblk::frontend::queue::{Error, Line, Queue};
-use pvblk::frontend::{SubmitError, Wire};
-use pvblk::memory::Share;
+use pvblk::frontend::SubmitError;
+use pvblk::frontend::queue::{Channel, Error, Queue};
 
 use crate::{Unfit, blocks};
 
@@ -39,13 +38,12 @@ const STAGED: usize = 8;
 /// ```
 /// use embedded_sdmmc::{Error, Mode, TimeSource, VolumeIdx, VolumeManager};
 /// use pvblk::frontend::Wire;
-/// use pvblk::frontend::queue::{self, Line};
-/// use pvblk::memory::Share;
+/// use pvblk::frontend::queue::{self, Channel};
 /// use pvblk_adapters::SharedBlocks;
 ///
 /// /// Writes a file, so that it is there after a crash.
-/// fn note<W: Wire, S: Share<Handle = W::Handle>, L: Line, T: TimeSource>(
-///     volumes: &VolumeManager<SharedBlocks<W, S, L>, T>,
+/// fn note<C: Channel, T: TimeSource>(
+///     volumes: &VolumeManager<SharedBlocks<C>, T>,
 /// ) -> Result<(), Error<queue::Error>> {
 ///     let volume = volumes.open_volume(VolumeIdx(0))?;
 ///     let root = volume.open_root_dir()?;
@@ -55,28 +53,23 @@ const STAGED: usize = 8;
 ///     volumes.device(|disk| disk.flush()).map_err(Error::DeviceError)
 /// }
 /// ```
-pub struct SharedBlocks<W: Wire, S: Share<Handle = W::Handle>, L> {
-    inner: RefCell<Inner<W, S, L>>,
+pub struct SharedBlocks<C: Channel> {
+    inner: RefCell<Inner<C>>,
 }
 
-struct Inner<W: Wire, S: Share<Handle = W::Handle>, L> {
-    queue: Queue<W, S, L>,
+struct Inner<C: Channel> {
+    queue: Queue<C>,
     /// Room for `STAGED` blocks.
     stage: Box<[u8]>,
 }
 
-impl<W, S, L> SharedBlocks<W, S, L>
-where
-    W: Wire,
-    S: Share<Handle = W::Handle>,
-    L: Line,
-{
+impl<C: Channel> SharedBlocks<C> {
     /// The disk of `queue`.
     ///
     /// # Errors
     ///
     /// [`Unfit`] if the disk's logical sector is larger than 512 bytes.
-    pub fn new(queue: Queue<W, S, L>) -> Result<Self, Unfit> {
+    pub fn new(queue: Queue<C>) -> Result<Self, Unfit> {
         blocks::check(&queue.frontend.geometry(), Block::LEN)?;
         let stage = Box::new([0; STAGED * Block::LEN]);
         Ok(Self { inner: RefCell::new(Inner { queue, stage }) })
@@ -96,30 +89,22 @@ where
     /// # Errors
     ///
     /// [`Error`] of kind `Busy` from within another use.
-    pub fn with_queue<T>(&self, work: impl FnOnce(&mut Queue<W, S, L>) -> T) -> Result<T, Error> {
+    pub fn with_queue<T>(&self, work: impl FnOnce(&mut Queue<C>) -> T) -> Result<T, Error> {
         self.with(|inner| Ok(work(&mut inner.queue)))
     }
 
     /// The queue, back.
-    pub fn into_queue(self) -> Queue<W, S, L> {
+    pub fn into_queue(self) -> Queue<C> {
         self.inner.into_inner().queue
     }
 
-    fn with<T>(
-        &self,
-        work: impl FnOnce(&mut Inner<W, S, L>) -> Result<T, Error>,
-    ) -> Result<T, Error> {
+    fn with<T>(&self, work: impl FnOnce(&mut Inner<C>) -> Result<T, Error>) -> Result<T, Error> {
         let mut inner = self.inner.try_borrow_mut().map_err(|_| SubmitError::Full)?;
         work(&mut inner)
     }
 }
 
-impl<W, S, L> BlockDevice for SharedBlocks<W, S, L>
-where
-    W: Wire,
-    S: Share<Handle = W::Handle>,
-    L: Line,
-{
+impl<C: Channel> BlockDevice for SharedBlocks<C> {
     type Error = Error;
 
     fn read(&self, blocks: &mut [Block], start_block_idx: BlockIdx) -> Result<(), Error> {

@@ -6,9 +6,8 @@ use core::error::Error as AnyError;
 
 use ::ext4_view::Ext4Read;
 use pvblk::extent::{ExtentError, Geometry, SECTOR_BYTES};
-use pvblk::frontend::queue::{Error, Line, Queue};
-use pvblk::frontend::{SubmitError, Wire};
-use pvblk::memory::Share;
+use pvblk::frontend::SubmitError;
+use pvblk::frontend::queue::{Channel, Error, Queue};
 
 /// The window's size must be a multiple of every logical sector.
 const WINDOW_UNIT: usize = 4096;
@@ -41,21 +40,15 @@ const WINDOW_BYTES: usize = 2 * WINDOW_UNIT;
 /// ```
 /// use ext4_view::{Ext4, Ext4Error};
 /// use pvblk::frontend::Wire;
-/// use pvblk::frontend::queue::{Line, Queue};
-/// use pvblk::memory::Share;
+/// use pvblk::frontend::queue::{Channel, Queue};
 /// use pvblk_adapters::ByteReader;
 ///
-/// fn hostname<W, S, L>(queue: Queue<W, S, L>) -> Result<String, Ext4Error>
-/// where
-///     W: Wire + 'static,
-///     S: Share<Handle = W::Handle> + 'static,
-///     L: Line + 'static,
-/// {
+/// fn hostname<C: Channel + 'static>(queue: Queue<C>) -> Result<String, Ext4Error> {
 ///     Ext4::load(Box::new(ByteReader::new(queue)))?.read_to_string("/etc/hostname")
 /// }
 /// ```
-pub struct ByteReader<W: Wire, S: Share<Handle = W::Handle>, L> {
-    queue: Queue<W, S, L>,
+pub struct ByteReader<C: Channel> {
+    queue: Queue<C>,
     window: Box<[u8]>,
     /// Where the window begins on the disk, in bytes: a multiple of its size.
     start: u64,
@@ -63,32 +56,27 @@ pub struct ByteReader<W: Wire, S: Share<Handle = W::Handle>, L> {
     valid: usize,
 }
 
-impl<W, S, L> ByteReader<W, S, L>
-where
-    W: Wire,
-    S: Share<Handle = W::Handle>,
-    L: Line,
-{
+impl<C: Channel> ByteReader<C> {
     /// The disk of `queue`, with a window of 8 KiB.
-    pub fn new(queue: Queue<W, S, L>) -> Self {
+    pub fn new(queue: Queue<C>) -> Self {
         Self::with_window(queue, WINDOW_BYTES)
     }
 
     /// The disk of `queue`, with a window of `bytes` bytes, rounded up to a multiple of 4096 (and at
     /// least that). Best is the file system's block, or a few of them.
-    pub fn with_window(queue: Queue<W, S, L>, bytes: usize) -> Self {
+    pub fn with_window(queue: Queue<C>, bytes: usize) -> Self {
         let window = vec![0; bytes.div_ceil(WINDOW_UNIT).max(1) * WINDOW_UNIT].into();
         Self { queue, window, start: 0, valid: 0 }
     }
 
     /// The queue. What was read ahead is forgotten: the disk may have changed afterwards.
-    pub fn queue(&mut self) -> &mut Queue<W, S, L> {
+    pub fn queue(&mut self) -> &mut Queue<C> {
         self.forget();
         &mut self.queue
     }
 
     /// The queue, back.
-    pub fn into_queue(self) -> Queue<W, S, L> {
+    pub fn into_queue(self) -> Queue<C> {
         self.queue
     }
 
@@ -166,12 +154,7 @@ where
     }
 }
 
-impl<W, S, L> Ext4Read for ByteReader<W, S, L>
-where
-    W: Wire,
-    S: Share<Handle = W::Handle>,
-    L: Line,
-{
+impl<C: Channel> Ext4Read for ByteReader<C> {
     fn read(
         &mut self,
         start_byte: u64,

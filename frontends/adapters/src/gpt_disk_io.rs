@@ -2,9 +2,7 @@
 
 use ::gpt_disk_io::BlockIo;
 use ::gpt_disk_io::gpt_disk_types::{BlockSize, Lba};
-use pvblk::frontend::Wire;
-use pvblk::frontend::queue::{Error, Line, Queue};
-use pvblk::memory::Share;
+use pvblk::frontend::queue::{Channel, Error, Queue};
 
 use crate::{Unfit, blocks};
 
@@ -32,14 +30,12 @@ use crate::{Unfit, blocks};
 ///
 /// ```
 /// use gpt_disk_io::{Disk, DiskError};
-/// use pvblk::frontend::Wire;
-/// use pvblk::frontend::queue::{Error, Line, Queue};
-/// use pvblk::memory::Share;
+/// /// use pvblk::frontend::queue::{Channel, Error, Queue};
 /// use pvblk_adapters::BlockDisk;
 ///
 /// /// Where the first partition of a disk begins, in its logical sectors.
-/// fn first_partition<W: Wire, S: Share<Handle = W::Handle>, L: Line>(
-///     queue: Queue<W, S, L>,
+/// fn first_partition<C: Channel>(
+///     queue: Queue<C>,
 /// ) -> Result<Option<u64>, DiskError<Error>> {
 ///     let Ok(io) = BlockDisk::new(queue) else { return Ok(None) };
 ///     let mut disk = Disk::new(io)?;
@@ -50,23 +46,18 @@ use crate::{Unfit, blocks};
 ///     Ok(first.transpose()?.map(|entry| entry.starting_lba.to_u64()))
 /// }
 /// ```
-pub struct BlockDisk<W: Wire, S: Share<Handle = W::Handle>, L> {
-    queue: Queue<W, S, L>,
+pub struct BlockDisk<C: Channel> {
+    queue: Queue<C>,
     block_size: BlockSize,
 }
 
-impl<W, S, L> BlockDisk<W, S, L>
-where
-    W: Wire,
-    S: Share<Handle = W::Handle>,
-    L: Line,
-{
+impl<C: Channel> BlockDisk<C> {
     /// The disk of `queue`.
     ///
     /// # Errors
     ///
     /// [`Unfit`] if the disk claims a logical sector below 512 bytes, which none should.
-    pub fn new(queue: Queue<W, S, L>) -> Result<Self, Unfit> {
+    pub fn new(queue: Queue<C>) -> Result<Self, Unfit> {
         let logical_bytes = queue.frontend.geometry().logical_bytes;
         let block_size = BlockSize::new(logical_bytes)
             .ok_or(Unfit::LogicalSector { logical_bytes, block_bytes: 512 })?;
@@ -74,12 +65,12 @@ where
     }
 
     /// The queue.
-    pub fn queue(&mut self) -> &mut Queue<W, S, L> {
+    pub fn queue(&mut self) -> &mut Queue<C> {
         &mut self.queue
     }
 
     /// The queue, back.
-    pub fn into_queue(self) -> Queue<W, S, L> {
+    pub fn into_queue(self) -> Queue<C> {
         self.queue
     }
 
@@ -88,12 +79,7 @@ where
     }
 }
 
-impl<W, S, L> BlockIo for BlockDisk<W, S, L>
-where
-    W: Wire,
-    S: Share<Handle = W::Handle>,
-    L: Line,
-{
+impl<C: Channel> BlockIo for BlockDisk<C> {
     type Error = Error;
 
     fn block_size(&self) -> BlockSize {

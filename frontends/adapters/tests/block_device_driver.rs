@@ -16,8 +16,8 @@ use pvblk::frontend::asynchronous::AsyncQueue;
 use pvblk::frontend::{ErrorKind, IoError, SubmitError};
 use pvblk_adapters::{AsyncBlocks, Error, Unfit};
 
-type Queue = AsyncQueue<NoopRawMutex, TestWire, Peer, Bell>;
-type Disk<const SIZE: usize> = AsyncBlocks<NoopRawMutex, TestWire, Peer, Bell, SIZE>;
+type Queue = AsyncQueue<NoopRawMutex, (TestWire, Bell)>;
+type Disk<const SIZE: usize> = AsyncBlocks<NoopRawMutex, (TestWire, Bell), SIZE>;
 
 fn adapter<const SIZE: usize>(queue: TestQueue) -> Disk<SIZE> {
     AsyncBlocks::new(AsyncQueue::new(queue)).expect("the block goes with the disk")

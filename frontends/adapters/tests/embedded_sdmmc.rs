@@ -5,7 +5,7 @@ mod common;
 
 use std::io::{self, Cursor, Read, Seek, SeekFrom, Write};
 
-use common::{Bell, Peer, SECTOR, TestWire, fat, noise};
+use common::{Bell, SECTOR, TestWire, fat, noise};
 use embedded_sdmmc::{
     Block, BlockCount, BlockDevice, BlockIdx, LfnBuffer, Mode, TimeSource, Timestamp, VolumeIdx,
     VolumeManager,
@@ -17,7 +17,7 @@ use pvblk_adapters::{Error, SharedBlocks, Unfit};
 
 const PARTITION_START: u32 = 2048;
 
-type Disk = SharedBlocks<TestWire, Peer, Bell>;
+type Disk = SharedBlocks<(TestWire, Bell)>;
 
 struct Clock;
 

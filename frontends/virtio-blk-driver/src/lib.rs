@@ -55,14 +55,14 @@ pub type Ring<'t, T, Q> = Live<'t, T, DriverWire<Q>>;
 /// Memory that a request transfers to or from.
 pub type Buffer<Q> = pvblk::buffer::Buffer<Lender<Q>>;
 /// The engine of a queue.
-pub type Frontend<'t, T, Q> = pvblk::frontend::Frontend<Ring<'t, T, Q>, Lender<Q>, Buffer<Q>>;
+pub type Frontend<'t, T, Q> = pvblk::frontend::Frontend<Ring<'t, T, Q>>;
 /// A queue, for batches and for code that blocks.
 pub type DiskQueue<'t, T, I, Q> =
-    pvblk::frontend::queue::Queue<Ring<'t, T, Q>, Lender<Q>, DeviceLine<'t, T, I>>;
+    pvblk::frontend::queue::Queue<(Ring<'t, T, Q>, DeviceLine<'t, T, I>)>;
 /// A queue, for futures.
 #[cfg(feature = "async")]
 pub type AsyncDiskQueue<'t, M, T, I, Q> =
-    pvblk::frontend::asynchronous::AsyncQueue<M, Ring<'t, T, Q>, Lender<Q>, DeviceLine<'t, T, I>>;
+    pvblk::frontend::asynchronous::AsyncQueue<M, (Ring<'t, T, Q>, DeviceLine<'t, T, I>)>;
 
 /// A disk with split queues: every device has them.
 pub type SplitDisk<'t, T, I, S> = Disk<'t, T, I, split::DriverQueue<S>>;

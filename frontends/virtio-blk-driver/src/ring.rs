@@ -67,7 +67,7 @@ pub(crate) fn link<'t, T: Transport, Q: DriverQueue>(
     features: Features,
     properties: &Properties,
     config: &Config,
-) -> Link<Ring<'t, T, Q>, Lender<Q>>
+) -> Link<Ring<'t, T, Q>>
 where
     Lender<Q>: Clone,
 {

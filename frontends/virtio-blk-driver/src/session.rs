@@ -3,7 +3,7 @@
 use alloc::sync::Arc;
 use core::sync::atomic::{AtomicBool, Ordering};
 
-use pvblk::frontend::{Answer, Code, Command, Memory, Shape, Violation, Wire};
+use pvblk::frontend::{Answer, Code, Command, HandleOf, Memory, Shape, Violation, Wire};
 use pvblk::plan::Segment;
 use pvblk_virtio::transport::{Status, Transport};
 
@@ -95,14 +95,14 @@ impl<T: Transport, W> Drop for Live<'_, T, W> {
 }
 
 impl<T: Transport, W: Wire> Wire for Live<'_, T, W> {
-    type Handle = W::Handle;
+    type Share = W::Share;
     type Entry = W::Entry;
 
     const RESERVED_HEAD: usize = W::RESERVED_HEAD;
     const RESERVED_TAIL: usize = W::RESERVED_TAIL;
 
     #[inline(always)]
-    fn entry(segment: Segment<Self::Handle>, position: usize, code: Code) -> Self::Entry {
+    fn entry(segment: Segment<HandleOf<W>>, position: usize, code: Code) -> Self::Entry {
         W::entry(segment, position, code)
     }
 
@@ -112,7 +112,7 @@ impl<T: Transport, W: Wire> Wire for Live<'_, T, W> {
     }
 
     #[inline(always)]
-    fn stage(&mut self, id: u64, command: &Command, memory: Memory<'_, Self::Handle>) {
+    fn stage(&mut self, id: u64, command: &Command, memory: Memory<'_, HandleOf<W>>) {
         self.wire.stage(id, command, memory);
     }
 

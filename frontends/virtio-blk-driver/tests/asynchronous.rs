@@ -107,8 +107,8 @@ fn many_futures_are_in_flight_on_packed_queues() {
 fn block_device_driver() {
     let board = Board::usual();
     let (_disk, mut queues) = board.connect::<SplitQueue>(&Config::default()).unwrap();
-    let queue = AsyncQueue::<NoopRawMutex, _, _, _>::new(queues.remove(0));
-    let mut blocks = AsyncBlocks::<_, _, _, _, 512>::new(queue.clone()).unwrap();
+    let queue = AsyncQueue::<NoopRawMutex, _>::new(queues.remove(0));
+    let mut blocks = AsyncBlocks::<_, _, 512>::new(queue.clone()).unwrap();
     let mut job = pin!(async {
         let data = pattern(5, 1024);
         let mut back = vec![0; 1024];

@@ -16,10 +16,10 @@ use pvblk_simulated::Ram;
 use pvblk_stores::disk::DiskStore;
 use pvblk_virtio::feature::Features;
 use pvblk_virtio::queue::DriverQueue;
-use virtio_blk_driver::{Config, DeviceLine, Lender, Ring};
+use virtio_blk_driver::{Config, DeviceLine, Ring};
 use zerocopy::IntoBytes;
 
-type TheStore<'t, Q> = DiskStore<Ring<'t, Board, Q>, Lender<Q>, DeviceLine<'t, Board, Irq>>;
+type TheStore<'t, Q> = DiskStore<(Ring<'t, Board, Q>, DeviceLine<'t, Board, Irq>)>;
 
 const SECTORS: u64 = 1024;
 

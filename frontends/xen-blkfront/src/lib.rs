@@ -37,11 +37,10 @@ pub type Ring<'t, T> = pvblk_xen::wire::FrontRing<Lender<'t, T>>;
 /// Memory that a request transfers to or from.
 pub type Buffer<'t, T> = pvblk::buffer::Buffer<Lender<'t, T>>;
 /// The engine of a queue.
-pub type Frontend<'t, T> = pvblk::frontend::Frontend<Ring<'t, T>, Lender<'t, T>, Buffer<'t, T>>;
+pub type Frontend<'t, T> = pvblk::frontend::Frontend<Ring<'t, T>>;
 /// A queue, for batches and for code that blocks.
-pub type FrontQueue<'t, T, L = EventLine<'t, T>> =
-    pvblk::frontend::queue::Queue<Ring<'t, T>, Lender<'t, T>, L>;
+pub type FrontQueue<'t, T, L = EventLine<'t, T>> = pvblk::frontend::queue::Queue<(Ring<'t, T>, L)>;
 /// A queue, for futures.
 #[cfg(feature = "async")]
 pub type AsyncFrontQueue<'t, T, M, L = EventLine<'t, T>> =
-    pvblk::frontend::asynchronous::AsyncQueue<M, Ring<'t, T>, Lender<'t, T>, L>;
+    pvblk::frontend::asynchronous::AsyncQueue<M, (Ring<'t, T>, L)>;

@@ -6,7 +6,7 @@ use pvblk::frontend::queue::Queue;
 use pvblk_xen::platform::Platform;
 
 use crate::line::{EventLine, WatchedLine, XenLine};
-use crate::{FrontQueue, Lender, Ring};
+use crate::{FrontQueue, Ring};
 
 /// The queues of one disk, as [`Disk`](crate::Disk) needs to reach them when their connection
 /// changes.
@@ -25,9 +25,7 @@ pub trait Connection<'t, T: Platform> {
     fn commit(&mut self);
 }
 
-impl<'t, T: Platform, L: XenLine<'t, T>> Connection<'t, T>
-    for Queue<Ring<'t, T>, Lender<'t, T>, L>
-{
+impl<'t, T: Platform, L: XenLine<'t, T>> Connection<'t, T> for Queue<(Ring<'t, T>, L)> {
     fn frontend(&mut self) -> &mut crate::Frontend<'t, T> {
         &mut self.frontend
     }

@@ -81,7 +81,7 @@ pub(crate) fn link<'t, T: Platform>(
     ring: FrontRing<Lender<'t, T>>,
     offer: &offer::Limits,
     config: &Config,
-) -> Link<FrontRing<Lender<'t, T>>, Lender<'t, T>> {
+) -> Link<FrontRing<Lender<'t, T>>> {
     let segments = config.indirect_segments.min(offer.indirect_segments) as usize;
     let limits = wire::limits(segments, usize::MAX / ENTRIES_PER_PAGE);
     let each = limits.indirect_segments.div_ceil(ENTRIES_PER_PAGE);

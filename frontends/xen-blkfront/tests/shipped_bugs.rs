@@ -70,11 +70,7 @@ fn nanos_indices_compared_in_order_break_when_they_wrap() {
                 physical_bytes: 512,
                 read_only: false,
             };
-            let mut engine = Frontend::<_, _, pvblk::buffer::Buffer<_>>::new(
-                32,
-                geometry,
-                pvblk::frontend::Features::default(),
-            );
+            let mut engine = Frontend::<_>::new(32, geometry, pvblk::frontend::Features::default());
             let tables = TablePool::new(lender.clone(), 8, 1, Access::Read).unwrap();
             let link = Link { wire: ring, limits: wire::limits(256, 8), tables };
             engine.attach(link, geometry, pvblk::frontend::Features::default());

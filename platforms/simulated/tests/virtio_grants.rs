@@ -66,7 +66,7 @@ where
         write_zeroes: true,
         ..DiskFeatures::default()
     };
-    let mut engine: Frontend<_, _, Buffer<Lender>> = Frontend::new(32, GEOMETRY, features);
+    let mut engine: Frontend<_> = Frontend::new(32, GEOMETRY, features);
     engine.attach(Link { wire, limits, tables }, GEOMETRY, features);
 
     let reach = Reach {
@@ -219,7 +219,7 @@ fn what_is_not_granted_is_out_of_reach() {
     let wire = DriverWire::new(queue, lender.clone(), FEATURES).unwrap();
     let limits = limits(QUEUE, 16, PAGE_BYTES as u32, 256, RangeLimits::NONE);
     let features = DiskFeatures::default();
-    let mut engine: Frontend<_, Mistaken, Buffer<Mistaken>> = Frontend::new(4, GEOMETRY, features);
+    let mut engine: Frontend<_> = Frontend::new(4, GEOMETRY, features);
     let tables = TablePool::empty();
     engine.attach(Link { wire, limits, tables }, GEOMETRY, features);
     for (is_wrong, expected) in [(true, Err(IoError::Device)), (false, Ok(()))] {

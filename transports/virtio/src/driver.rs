@@ -239,7 +239,7 @@ pub fn limits(
 }
 
 impl<Q: DriverQueue> Wire for DriverWire<Q> {
-    type Handle = Address;
+    type Share = Q::Share;
     type Entry = [u64; 2];
 
     const RESERVED_HEAD: usize = 1;

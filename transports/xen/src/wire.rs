@@ -153,7 +153,7 @@ fn not_done(status: i16) -> Status {
 }
 
 impl<S: Share<Handle = GrantRef>, A: Abi> Wire for FrontRing<S, A> {
-    type Handle = GrantRef;
+    type Share = S;
     type Entry = [u64; 1];
 
     const RESERVED_HEAD: usize = 0;

@@ -19,8 +19,8 @@ use pvblk_xen::wire::{FrontRing, limits};
 mod wire_support;
 use wire_support::*;
 
-type Engine<'a, A> = Frontend<FrontRing<Grantor<'a>, A>, Grantor<'a>, Buffer<Grantor<'a>>>;
-type Connection<'a, A> = Link<FrontRing<Grantor<'a>, A>, Grantor<'a>>;
+type Engine<'a, A> = Frontend<FrontRing<Grantor<'a>, A>>;
+type Connection<'a, A> = Link<FrontRing<Grantor<'a>, A>>;
 
 fn offsets<A: Abi>() -> Offsets {
     if A::STRIDE == 112 { OFFSETS_64 } else { OFFSETS_32 }
@@ -721,7 +721,7 @@ impl Line for &Stepped<'_, '_> {
     fn set_waker(&self, _waker: &Waker) {}
 }
 
-type BlockingQueue<'p, 'a> = Queue<FrontRing<Grantor<'a>, Abi64>, Grantor<'a>, &'p Stepped<'p, 'a>>;
+type BlockingQueue<'p, 'a> = Queue<(FrontRing<Grantor<'a>, Abi64>, &'p Stepped<'p, 'a>)>;
 
 /// Runs `work` with a queue whose backend takes steps while the queue sleeps.
 fn with_queue(

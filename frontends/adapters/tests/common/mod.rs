@@ -40,7 +40,7 @@ const CAPACITY: u16 = 10;
 pub const BUFFERS: usize = 3;
 const BUFFER_BYTES: usize = 16 << 10;
 
-pub type TestQueue = Queue<TestWire, Peer, Bell>;
+pub type TestQueue = Queue<(TestWire, Bell)>;
 
 /// A queue on an empty disk.
 pub fn disk(sectors: u64, logical_bytes: u32) -> (Peer, TestQueue) {
@@ -311,7 +311,7 @@ pub struct TestWire {
 }
 
 impl Wire for TestWire {
-    type Handle = Page;
+    type Share = Peer;
     type Entry = [u64; 1];
 
     const RESERVED_HEAD: usize = 0;

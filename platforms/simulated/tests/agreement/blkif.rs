@@ -65,7 +65,7 @@ impl<'d> Rig for Blkif<'d> {
         WITHOUT_ZEROES
     }
 
-    fn connect(&mut self, store: Slow) -> (Link<Self::Wire, Self::Share>, Self::Peer) {
+    fn connect(&mut self, store: Slow) -> (Link<Self::Wire>, Self::Peer) {
         let random = &mut self.random;
         let order = random.below(3) as u32;
         let segments: usize = [0, 32, 256, 4096][random.index(4)];

@@ -48,8 +48,8 @@ where
 
 /// A kind of wire, and the two ends' memory.
 pub trait Rig {
-    type Share: Share<Handle = <Self::Wire as frontend::Wire>::Handle> + Clone;
-    type Wire: frontend::Wire;
+    type Share: Share + Clone;
+    type Wire: frontend::Wire<Share = Self::Share>;
     type Peer: Peer;
 
     fn share(&self) -> Self::Share;
@@ -62,7 +62,7 @@ pub trait Rig {
     fn features(&self) -> Features;
 
     /// A new connection to the same disk; no two are alike.
-    fn connect(&mut self, store: Slow) -> (Link<Self::Wire, Self::Share>, Self::Peer);
+    fn connect(&mut self, store: Slow) -> (Link<Self::Wire>, Self::Peer);
 }
 
 /// What a script came to.
@@ -76,7 +76,7 @@ pub struct Played {
     pub bytes: u64,
 }
 
-type Engine<R> = Frontend<<R as Rig>::Wire, <R as Rig>::Share, Buffer<<R as Rig>::Share>>;
+type Engine<R> = Frontend<<R as Rig>::Wire>;
 
 struct Player<'s, R: Rig> {
     rig: R,

@@ -92,7 +92,7 @@ impl<K: Kind> Rig for Virtqueue<'_, K> {
         FEATURES
     }
 
-    fn connect(&mut self, store: Slow) -> (Link<Self::Wire, Ram>, Self::Peer) {
+    fn connect(&mut self, store: Slow) -> (Link<Self::Wire>, Self::Peer) {
         let random = &mut self.random;
         let mut features = Features::VERSION_1;
         for feature in [Features::INDIRECT, Features::EVENT_INDEX] {

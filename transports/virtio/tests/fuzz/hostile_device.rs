@@ -26,7 +26,7 @@ const SECTORS: u64 = 64;
 const SEGMENTS: usize = 6;
 const REQUESTS: u16 = 6;
 
-type Front<Q> = Frontend<DriverWire<Q>, Ram, Buffer<Ram>>;
+type Front<Q> = Frontend<DriverWire<Q>>;
 
 /// Where the device is in the queue.
 enum Place {

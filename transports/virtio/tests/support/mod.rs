@@ -63,7 +63,7 @@ impl Kind for Packed {
     }
 }
 
-pub type Front<K> = Frontend<DriverWire<<K as Kind>::Driver>, Ram, Buffer<Ram>>;
+pub type Front<K> = Frontend<DriverWire<<K as Kind>::Driver>>;
 pub type Back<K> = Backend<DeviceWire<<K as Kind>::Device>, GuestMemory, MemoryDisk<HostPages>>;
 
 /// What a pair is made of.
