@@ -13,7 +13,7 @@ use pvblk_stores::disk::DiskStore;
 use pvblk_xen::platform::DomainId;
 use xen_blkfront::{Change, Config, Connection, Disk, EventLine, Queues, Ring};
 
-type TheStore<'t> = DiskStore<(Ring<'t, Domain>, EventLine<'t, Domain>)>;
+type TheStore<'t> = DiskStore<(Ring<&'t Domain>, EventLine<&'t Domain>)>;
 
 /// A host with one disk for one frontend.
 struct Rig {
@@ -35,7 +35,7 @@ impl Rig {
         &self,
         config: &Config,
         (buffers, bytes_each, depth): (u32, usize, u16),
-        work: impl for<'t> FnOnce(&mut Disk<'_, 't, Domain>, TheStore<'t>) -> TheStore<'t>,
+        work: impl for<'t> FnOnce(&mut Disk<&'t Domain>, TheStore<'t>) -> TheStore<'t>,
     ) {
         let store = pvblk_xen::store::Store::new(&self.front);
         let (mut disk, mut queues) =
@@ -240,8 +240,8 @@ fn everything_in_flight_is_waited_for_when_the_memory_goes() {
 /// The queue in a store, for the disk to follow its backend with.
 struct Only<'a, 't>(&'a mut TheStore<'t>);
 
-impl<'t> Queues<'t, Domain> for Only<'_, 't> {
-    fn for_each(&mut self, work: &mut dyn FnMut(usize, &mut dyn Connection<'t, Domain>)) {
+impl<'t> Queues<&'t Domain> for Only<'_, 't> {
+    fn for_each(&mut self, work: &mut dyn FnMut(usize, &mut dyn Connection<&'t Domain>)) {
         work(0, self.0.queue_mut());
     }
 }
@@ -249,7 +249,7 @@ impl<'t> Queues<'t, Domain> for Only<'_, 't> {
 /// Follows the backend until there is such a change.
 fn follow<'t>(
     host: &Host,
-    disk: &mut Disk<'_, 't, Domain>,
+    disk: &mut Disk<&'t Domain>,
     store: &mut TheStore<'t>,
     wanted: impl Fn(&Change) -> bool,
 ) {

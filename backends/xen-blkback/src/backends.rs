@@ -54,8 +54,8 @@ impl Default for Quota {
 }
 
 /// Watches a directory of backends.
-pub struct Backends<'s, 't, T: StoreTransport + Clock> {
-    store: &'s Store<'t, T>,
+pub struct Backends<P: StoreTransport + Clock> {
+    store: Store<P>,
     root: String,
     quota: Quota,
     watch: WatchId,
@@ -67,20 +67,20 @@ pub struct Backends<'s, 't, T: StoreTransport + Clock> {
     changes: VecDeque<Change>,
 }
 
-impl<'s, 't, T: StoreTransport + Clock> Backends<'s, 't, T> {
+impl<P: StoreTransport + Clock> Backends<P> {
     /// Watches `root`, which is absolute and need not be there yet: `/local/domain/0/backend/vbd`.
     ///
     /// # Errors
     ///
     /// [`Error::BadDevice`] if that is no absolute path, [`Error::Store`].
-    pub fn open(store: &'s Store<'t, T>, root: &str, quota: Quota) -> Result<Self, Error> {
+    pub fn open(store: &Store<P>, root: &str, quota: Quota) -> Result<Self, Error> {
         if !root.starts_with('/') || root.ends_with('/') {
             let reason = "an absolute path is expected";
             return Err(Error::BadDevice { node: "path", value: root.into(), reason });
         }
         Ok(Self {
             watch: store.watch_children(root)?,
-            store,
+            store: store.clone(),
             root: root.into(),
             quota,
             pending: Changed::Anything,
@@ -174,15 +174,15 @@ impl<'s, 't, T: StoreTransport + Clock> Backends<'s, 't, T> {
     /// Whether the toolstack has made the device, and not ended it.
     fn is_there(&self, device: (DomainId, u32)) -> Result<bool, StoreError> {
         let path = self.address(device).path;
-        let state = xenbus::read_state(self.store, &path)?;
-        let frontend = optional_text(self.store, &path, "frontend")?;
+        let state = xenbus::read_state(&self.store, &path)?;
+        let frontend = optional_text(&self.store, &path, "frontend")?;
         let Some(frontend) = frontend.filter(|_| state != State::Unknown) else { return Ok(false) };
         if state != State::Closed {
             return Ok(true);
         }
         // Closed, and without a frontend: nobody else is going to use it.
-        let online = optional_text(self.store, &path, "online")?;
-        Ok(online.is_some_and(|flag| flag != "0") && has_frontend(self.store, &frontend)?)
+        let online = optional_text(&self.store, &path, "online")?;
+        Ok(online.is_some_and(|flag| flag != "0") && has_frontend(&self.store, &frontend)?)
     }
 
     fn address(&self, (frontend_id, virtual_device): (DomainId, u32)) -> Address {
@@ -191,7 +191,7 @@ impl<'s, 't, T: StoreTransport + Clock> Backends<'s, 't, T> {
     }
 }
 
-impl<T: StoreTransport + Clock> Drop for Backends<'_, '_, T> {
+impl<P: StoreTransport + Clock> Drop for Backends<P> {
     fn drop(&mut self) {
         // If that fails, the watch goes with the connection to xenstored.
         let _ = self.store.unwatch(self.watch);

@@ -82,10 +82,7 @@ pub enum OpenError {
     OutOfMemory(usize),
 }
 
-fn map<'t, T: ForeignGrants>(
-    platform: &'t T,
-    plan: &QueuePlan,
-) -> Result<MappedPages<&'t T>, OpenError> {
+fn map<P: ForeignGrants>(platform: P, plan: &QueuePlan) -> Result<MappedPages<P>, OpenError> {
     if plan.references.is_empty() {
         return Err(OpenError::Ring(ForeignError::Refused));
     }
@@ -102,31 +99,31 @@ impl QueuePlan {
 }
 
 /// The engine of a queue.
-pub type Engine<'t, T, S> = Backend<BackRing<&'t T>, ForeignMemory<&'t T>, Restricted<S>>;
+pub type Engine<P, S> = Backend<BackRing<P>, ForeignMemory<P>, Restricted<S>>;
 
 /// A queue that is connected to its frontend. The ring is unmapped and the event channel closed when
 /// it is dropped.
-pub struct Queue<'t, T: ForeignGrants + EventChannels, S: Store> {
+pub struct Queue<P: ForeignGrants + EventChannels, S: Store> {
     /// Closed first: who finds the journal free finds the frontend's end of the channel free, too.
-    line: Line<'t, T>,
-    engine: Engine<'t, T, S>,
+    line: Line<P>,
+    engine: Engine<P, S>,
     /// Whether the frontend may have asked for something since the last round found nothing.
     is_busy: bool,
 }
 
 /// The event channel, closed when it is dropped.
-struct Line<'t, T: EventChannels> {
-    platform: &'t T,
+struct Line<P: EventChannels> {
+    platform: P,
     port: Port,
 }
 
-impl<T: EventChannels> Drop for Line<'_, T> {
+impl<P: EventChannels> Drop for Line<P> {
     fn drop(&mut self) {
         self.platform.close(self.port);
     }
 }
 
-impl<'t, T: ForeignGrants + EventChannels, S: Store> Queue<'t, T, S> {
+impl<P: ForeignGrants + EventChannels + Clone, S: Store> Queue<P, S> {
     /// Maps the ring and binds the event channel. `platform` is that of whoever will work the queue.
     ///
     /// A ring that an earlier backend may have served ([`QueuePlan::takeover`]) is refused if there
@@ -136,7 +133,7 @@ impl<'t, T: ForeignGrants + EventChannels, S: Store> Queue<'t, T, S> {
     /// # Errors
     ///
     /// [`OpenError`]; nothing stays mapped or bound then.
-    pub fn open(platform: &'t T, plan: &QueuePlan, store: S) -> Result<Self, OpenError> {
+    pub fn open(platform: P, plan: &QueuePlan, store: S) -> Result<Self, OpenError> {
         Self::attach(platform, plan, store, None)
     }
 
@@ -148,7 +145,7 @@ impl<'t, T: ForeignGrants + EventChannels, S: Store> Queue<'t, T, S> {
     ///
     /// [`OpenError`]; nothing stays mapped or bound then.
     pub fn open_with(
-        platform: &'t T,
+        platform: P,
         plan: &QueuePlan,
         store: S,
         memory: Box<dyn Lasting>,
@@ -157,12 +154,12 @@ impl<'t, T: ForeignGrants + EventChannels, S: Store> Queue<'t, T, S> {
     }
 
     fn attach(
-        platform: &'t T,
+        platform: P,
         plan: &QueuePlan,
         store: S,
         journal: Option<Box<dyn Lasting>>,
     ) -> Result<Self, OpenError> {
-        let pages = map(platform, plan)?;
+        let pages = map(platform.clone(), plan)?;
         let QueuePlan { peer, port, layout, offer, takeover, .. } = *plan;
         let name = RingName { peer, port, references: &plan.references };
         let journal = journal.map(|memory| (name, memory));
@@ -172,26 +169,26 @@ impl<'t, T: ForeignGrants + EventChannels, S: Store> Queue<'t, T, S> {
     }
 
     fn with_ring(
-        platform: &'t T,
+        platform: P,
         plan: &QueuePlan,
         store: S,
-        ring: BackRing<&'t T>,
+        ring: BackRing<P>,
     ) -> Result<Self, OpenError> {
         let longest = plan.offer.indirect_segments.max(DIRECT_SEGMENTS);
         // With less than one request takes, its tables included, none would ever be taken.
         let room = plan.reach.room.max(longest + TABLES_MAX);
         let reach = Reach { room, ..plan.reach };
-        let memory =
-            ForeignMemory::new(platform, plan.peer, &reach).ok_or(OpenError::OutOfMemory(room))?;
+        let memory = ForeignMemory::new(platform.clone(), plan.peer, &reach)
+            .ok_or(OpenError::OutOfMemory(room))?;
         let port = platform.bind_interdomain(plan.peer, plan.port)?;
+        // What came before the channel was bound notified nobody; and the frontend may wait for
+        // answers that an earlier backend owed it.
+        platform.notify(port);
         let line = Line { platform, port };
         // At most 512 slots, and 4096 segments.
         let slots = ring.slots() as u16;
         let store = Restricted::new(store, plan.restrictions);
         let engine = Backend::new(ring, memory, store, slots, longest);
-        // What came before the channel was bound notified nobody; and the frontend may wait for
-        // answers that an earlier backend owed it.
-        platform.notify(port);
         Ok(Self { engine, line, is_busy: true })
     }
 
@@ -201,12 +198,12 @@ impl<'t, T: ForeignGrants + EventChannels, S: Store> Queue<'t, T, S> {
     }
 
     /// The engine.
-    pub fn engine(&self) -> &Engine<'t, T, S> {
+    pub fn engine(&self) -> &Engine<P, S> {
         &self.engine
     }
 
     /// The engine, to set its store up or to tidy it.
-    pub fn engine_mut(&mut self) -> &mut Engine<'t, T, S> {
+    pub fn engine_mut(&mut self) -> &mut Engine<P, S> {
         &mut self.engine
     }
 
@@ -223,17 +220,17 @@ impl<'t, T: ForeignGrants + EventChannels, S: Store> Queue<'t, T, S> {
     ///
     /// [`Violation`] if the frontend broke the rules of the ring: drop the queue, close the device.
     pub fn work(&mut self) -> Result<bool, Violation> {
-        let (platform, port) = (self.line.platform, self.line.port);
+        let Line { platform, port } = &self.line;
         // Taken, not looked at: what counts is the ring.
-        platform.take(port);
+        platform.take(*port);
         let round = self.engine.poll(BUDGET)?;
         if round.notify {
-            platform.notify(port);
+            platform.notify(*port);
         }
         self.is_busy = round.more || self.engine.sleep()?;
         if !self.is_busy {
             // Not before: a frontend that notifies without end is heard once a round.
-            platform.unmask(port);
+            platform.unmask(*port);
         }
         Ok(self.is_busy)
     }
@@ -244,11 +241,11 @@ impl<'t, T: ForeignGrants + EventChannels, S: Store> Queue<'t, T, S> {
     /// Until then the next completion of the store is the time to call it again. A ring whose rules
     /// were broken is not answered any more, but what is in progress comes to its end.
     pub fn drain(&mut self) -> bool {
-        let (platform, port) = (self.line.platform, self.line.port);
+        let Line { platform, port } = &self.line;
         // What the frontend asks for now is for the next backend. The channel stays masked.
-        platform.take(port);
+        platform.take(*port);
         if self.engine.poll(0).is_ok_and(|round| round.notify) {
-            platform.notify(port);
+            platform.notify(*port);
         }
         self.engine.in_progress() == 0
     }

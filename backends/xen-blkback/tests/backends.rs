@@ -6,7 +6,7 @@ mod xenstore;
 use xen_blkback::{Address, Backends, Change, Error, Event, Quota, Vbd};
 use xenstore::*;
 
-type All<'t> = Backends<'t, 't, pvblk_simulated::Domain>;
+type All<'t> = Backends<&'t pvblk_simulated::Domain>;
 
 fn changes(backends: &mut All<'_>) -> Vec<Change> {
     std::iter::from_fn(|| backends.advance().expect("XenStore works")).collect()

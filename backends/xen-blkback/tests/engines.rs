@@ -39,7 +39,7 @@ struct Ends {
     back: &'static Domain,
     engine: Front,
     port: Port,
-    queue: Queue<'static, Domain, ModelStore>,
+    queue: Queue<&'static Domain, ModelStore>,
     lender: Lender,
     content: Arc<Mutex<Content>>,
     /// Kept until the backend has let go of it.

@@ -43,8 +43,8 @@ fn serve(
     let store = Store::new(back);
     let root = format!("/local/domain/{}/backend/vbd", BACK.0);
     let mut backends = Backends::open(&store, &root, Quota::default()).unwrap();
-    let mut vbd: Option<Vbd<'_, '_, Domain>> = None;
-    let mut queues: Vec<Queue<'_, Domain, ModelStore>> = Vec::new();
+    let mut vbd: Option<Vbd<&Domain>> = None;
+    let mut queues: Vec<Queue<&Domain, ModelStore>> = Vec::new();
     let mut geometry = disk.geometry;
     while !control.stop.load(Ordering::SeqCst) {
         while let Some(change) = backends.advance().unwrap() {
@@ -136,9 +136,9 @@ fn pattern(sectors: u64, version: u8) -> Vec<u8> {
     (0..sectors * 512).map(|at| (at / 512) as u8 ^ (at as u8).wrapping_mul(7) ^ version).collect()
 }
 
-fn exercise<L: pvblk::frontend::queue::Line>(
+fn exercise(
     content: &Arc<Mutex<Content>>,
-    queues: &mut [xen_blkfront::FrontQueue<'_, Domain, L>],
+    queues: &mut [xen_blkfront::FrontQueue<&Domain>],
     version: u8,
 ) {
     for (number, queue) in queues.iter_mut().enumerate() {

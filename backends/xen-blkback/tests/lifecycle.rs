@@ -130,7 +130,7 @@ fn a_frontend_that_was_faster_than_the_backend_is_served() {
 
 fn offered_without_disk<'t>(
     rig: &Rig,
-    store: &'t pvblk_xen::store::Store<'t, pvblk_simulated::Domain>,
+    store: &'t pvblk_xen::store::Store<&'t pvblk_simulated::Domain>,
 ) -> TheVbd<'t> {
     let mut vbd = Vbd::open(store, &rig.path(), &config(|_| {})).unwrap();
     vbd.offer().unwrap();

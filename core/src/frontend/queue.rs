@@ -114,12 +114,6 @@ impl<C: Channel> Queue<C> {
         self.batch = batch;
     }
 
-    /// Replaces the line by one of another type.
-    pub fn map_line<L: Line>(self, map: impl FnOnce(C::Line) -> L) -> Queue<(C::Wire, L)> {
-        let Self { frontend, line, bounce, kept, orphans, batch } = self;
-        Queue { frontend, line: map(line), bounce, kept, orphans, batch }
-    }
-
     /// The line, to connect it to another peer.
     pub fn line_mut(&mut self) -> &mut C::Line {
         &mut self.line

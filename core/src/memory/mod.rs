@@ -5,6 +5,8 @@
 //! implemented on an *instance* for one peer, never on a global, so that two devices can have
 //! two peers, two IOMMU windows or two budgets.
 
+use alloc::rc::Rc;
+use alloc::sync::Arc;
 use core::ptr::NonNull;
 
 mod copy;
@@ -135,35 +137,44 @@ pub unsafe trait Share: PageAllocator {
     }
 }
 
-// SAFETY: forwards to the allocator it points to.
-unsafe impl<T: PageAllocator + ?Sized> PageAllocator for &T {
-    fn allocate_pages(&self, count: usize) -> Option<NonNull<u8>> {
-        (**self).allocate_pages(count)
-    }
+/// Implements the traits for a pointer to something that implements them.
+macro_rules! forward {
+    ($pointer:ty) => {
+        // SAFETY: forwards to the allocator it points to.
+        unsafe impl<T: PageAllocator + ?Sized> PageAllocator for $pointer {
+            fn allocate_pages(&self, count: usize) -> Option<NonNull<u8>> {
+                (**self).allocate_pages(count)
+            }
 
-    unsafe fn release_pages(&self, base: NonNull<u8>, count: usize) {
-        // SAFETY: the caller keeps the same contract.
-        unsafe { (**self).release_pages(base, count) }
-    }
+            unsafe fn release_pages(&self, base: NonNull<u8>, count: usize) {
+                // SAFETY: the caller keeps the same contract.
+                unsafe { (**self).release_pages(base, count) }
+            }
+        }
+
+        // SAFETY: forwards to the sharing it points to.
+        unsafe impl<T: Share + ?Sized> Share for $pointer {
+            type Handle = T::Handle;
+
+            fn share(&self, page: NonNull<u8>, access: Access) -> Result<T::Handle, ShareError> {
+                (**self).share(page, access)
+            }
+
+            fn unshare(&self, handle: T::Handle) -> Result<(), StillShared> {
+                (**self).unshare(handle)
+            }
+
+            fn can_lend(&self) -> bool {
+                (**self).can_lend()
+            }
+
+            fn is_trusted(&self) -> bool {
+                (**self).is_trusted()
+            }
+        }
+    };
 }
 
-// SAFETY: forwards to the sharing it points to.
-unsafe impl<T: Share + ?Sized> Share for &T {
-    type Handle = T::Handle;
-
-    fn share(&self, page: NonNull<u8>, access: Access) -> Result<Self::Handle, ShareError> {
-        (**self).share(page, access)
-    }
-
-    fn unshare(&self, handle: Self::Handle) -> Result<(), StillShared> {
-        (**self).unshare(handle)
-    }
-
-    fn can_lend(&self) -> bool {
-        (**self).can_lend()
-    }
-
-    fn is_trusted(&self) -> bool {
-        (**self).is_trusted()
-    }
-}
+forward!(&T);
+forward!(Rc<T>);
+forward!(Arc<T>);

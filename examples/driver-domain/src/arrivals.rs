@@ -22,7 +22,7 @@ type Connecting = Pin<Box<dyn Future<Output = Result<OwnDisk, String>>>>;
 /// guests are served meanwhile.
 pub struct Arrivals {
     guest: &'static Guest,
-    store: &'static Store<'static, Guest>,
+    store: Store<&'static Guest>,
     watch: WatchId,
     /// Woken when XenStore has something to say.
     waker: Waker,
@@ -40,12 +40,13 @@ impl Arrivals {
     /// Begins to look.
     pub fn watch(
         guest: &'static Guest,
-        store: &'static Store<'static, Guest>,
+        store: &Store<&'static Guest>,
         waker: Waker,
         queues: u32,
     ) -> Result<Self, Error> {
         let watch = store.watch("device/vbd")?;
         let (again, begun, coming) = (true, false, Vec::new());
+        let store = store.clone();
         Ok(Self { guest, store, watch, waker, queues, again, begun, coming })
     }
 
@@ -78,13 +79,14 @@ impl Arrivals {
     }
 
     fn scan(&mut self, own: &[OwnDisk]) -> Result<(), Error> {
-        let numbers = xenbus::devices(self.store, "vbd")?;
+        let numbers = xenbus::devices(&self.store, "vbd")?;
         self.coming.retain(|(number, _)| numbers.contains(number));
         for number in numbers {
             let is_known = own.iter().any(|disk| disk.number == number)
                 || self.coming.iter().any(|(other, _)| *other == number);
             if !is_known && self.is_new(number)? {
-                let connecting = OwnDisk::connect(self.store, self.guest, number, self.queues);
+                let connecting =
+                    OwnDisk::connect(self.store.clone(), self.guest, number, self.queues);
                 self.coming.push((number, Box::pin(connecting)));
             }
         }
@@ -94,7 +96,7 @@ impl Arrivals {
     /// Whether a disk is to be connected. What an earlier program of this domain left behind is, at the
     /// start; later, one that has begun and ended stays there until the toolstack takes it away.
     fn is_new(&self, number: u32) -> Result<bool, Error> {
-        let state = xenbus::read_state(self.store, &format!("device/vbd/{number}"))?;
+        let state = xenbus::read_state(&self.store, &format!("device/vbd/{number}"))?;
         Ok(!self.begun || state == State::Initialising)
     }
 }

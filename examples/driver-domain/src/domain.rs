@@ -1,6 +1,5 @@
 //! The one loop in which everything happens.
 
-use alloc::boxed::Box;
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -31,10 +30,10 @@ const ROUNDS: u32 = 64;
 /// Everything that this domain has to look after.
 pub struct Domain {
     guest: &'static Guest,
-    store: &'static Store<'static, Guest>,
+    store: Store<&'static Guest>,
     settings: Settings,
     media: Media,
-    backends: Backends<'static, 'static, Guest>,
+    backends: Backends<&'static Guest>,
     shutdown: Shutdown,
     exports: Vec<Export>,
     bell: Bell,
@@ -56,13 +55,12 @@ impl Domain {
         if !settings.unknown.is_empty() {
             println!("the command line: not understood: {}", settings.unknown.join(" "));
         }
-        // It lives as long as the image.
-        let store: &'static Store<'static, Guest> = Box::leak(Box::new(Store::new(guest)));
+        let store = Store::new(guest);
         let bell = Bell::new();
-        let media = Media::open(guest, store, &settings, bell.waker())?;
+        let media = Media::open(guest, &store, &settings, bell.waker())?;
         let root = format!("/local/domain/{}/backend/vbd", store.read("domid")?);
-        let backends = Backends::open(store, &root, Quota::default())?;
-        let shutdown = Shutdown::watch(store)?;
+        let backends = Backends::open(&store, &root, Quota::default())?;
+        let shutdown = Shutdown::watch(&store)?;
         let config = &settings.config;
         println!(
             "ready: {root}; queues={} order={} segments={} persistent={} kept={} path={:?}; {} pages \
@@ -184,7 +182,7 @@ impl Domain {
                 export.tidy(now)?;
             }
         }
-        if let Some(end) = self.shutdown.asked(self.store)? {
+        if let Some(end) = self.shutdown.asked(&self.store)? {
             self.ending = Some((end, now.saturating_add(ENDING)));
             for export in &mut self.exports {
                 export.close()?;
@@ -199,11 +197,11 @@ impl Domain {
             // When the old one in this place has ended, the new one appears again.
             return Ok(());
         }
-        let target = export::target(self.store, &address.path)?;
+        let target = export::target(&self.store, &address.path)?;
         let source = self.media.find(&target);
         let config = &self.settings.config;
         let place = address.path.clone();
-        match Export::open(self.guest, self.store, address, config, source) {
+        match Export::open(self.guest, &self.store, address, config, source) {
             Ok(export) => self.exports.push(export),
             Err(error) => println!("{place}: {error}"),
         }

@@ -96,7 +96,7 @@ pub struct Export {
     pub address: Address,
     title: String,
     guest: &'static Guest,
-    vbd: Vbd<'static, 'static, Guest>,
+    vbd: Vbd<&'static Guest>,
     /// `None` if there is nothing to serve it from (yet).
     source: Option<Source>,
     links: Vec<Link>,
@@ -118,7 +118,7 @@ impl Export {
     /// Takes a vbd over, which is served from `source`, if there is one.
     pub fn open(
         guest: &'static Guest,
-        store: &'static Store<'static, Guest>,
+        store: &Store<&'static Guest>,
         address: Address,
         config: &Config,
         source: Result<Source, String>,
@@ -414,6 +414,6 @@ fn both(one: Features, other: Features) -> Features {
 }
 
 /// What is at `path`, as the toolstack describes it: `target=` of `xl`'s `disk`.
-pub fn target(store: &Store<'static, Guest>, path: &str) -> Result<String, Error> {
+pub fn target(store: &Store<&'static Guest>, path: &str) -> Result<String, Error> {
     Ok(store.read_optional(&format!("{path}/params"))?.unwrap_or_default())
 }

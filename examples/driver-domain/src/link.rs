@@ -35,7 +35,7 @@ pub enum LinkError {
 
 /// A queue that is connected.
 pub struct Link {
-    queue: Queue<'static, Guest, Medium>,
+    queue: Queue<&'static Guest, Medium>,
     guest: &'static Guest,
     /// Pages of its ring, which are mapped for as long as it lives.
     ring_pages: usize,

@@ -34,7 +34,7 @@ impl Media {
     /// `waker` is woken when XenStore has something to say.
     pub fn open(
         guest: &'static Guest,
-        store: &'static Store<'static, Guest>,
+        store: &Store<&'static Guest>,
         settings: &Settings,
         waker: Waker,
     ) -> Result<Self, Error> {

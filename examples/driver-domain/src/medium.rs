@@ -17,7 +17,7 @@ use xen_guest::Guest;
 pub type RamDisk = MemoryDisk<&'static Guest>;
 
 /// One queue of a disk of this domain.
-pub type OwnQueue = DiskStore<(Ring<'static, Guest>, EventLine<'static, Guest>)>;
+pub type OwnQueue = DiskStore<(Ring<&'static Guest>, EventLine<&'static Guest>)>;
 
 /// What one queue is served from.
 pub enum Medium {

@@ -26,8 +26,8 @@ const DEPTH: u16 = 128;
 #[derive(Clone)]
 struct Shared(Vec<Rc<RefCell<OwnQueue>>>);
 
-impl Queues<'static, Guest> for Shared {
-    fn for_each(&mut self, work: &mut dyn FnMut(usize, &mut dyn Connection<'static, Guest>)) {
+impl Queues<&'static Guest> for Shared {
+    fn for_each(&mut self, work: &mut dyn FnMut(usize, &mut dyn Connection<&'static Guest>)) {
         for (number, queue) in self.0.iter().enumerate() {
             work(number, queue.borrow_mut().queue_mut());
         }
@@ -57,14 +57,14 @@ pub struct OwnDisk {
     pub is_taken: bool,
     /// Whether it goes, or is gone.
     pub is_leaving: bool,
-    disk: Disk<'static, 'static, Guest>,
+    disk: Disk<&'static Guest>,
     queues: Shared,
 }
 
 impl OwnDisk {
     /// Connects the disk. Dropped before that is done, it leaves the device as it is.
     pub async fn connect(
-        store: &'static Store<'static, Guest>,
+        store: Store<&'static Guest>,
         guest: &'static Guest,
         number: u32,
         queues: u32,
@@ -73,7 +73,7 @@ impl OwnDisk {
         config.queues = queues;
         config.ring_order = 2;
         config.bounce_buffers = 0;
-        let connected = Disk::connect_async(store, guest, number, &config).await;
+        let connected = Disk::connect_async(&store, guest, number, &config).await;
         let (mut disk, mut connected) = connected.map_err(|error| error.to_string())?;
         let pools = connected.iter().map(|_| disk.register(BUFFERS, BUFFER_BYTES)).collect();
         let pools: Vec<_> = match pools {

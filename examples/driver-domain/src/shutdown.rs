@@ -21,12 +21,12 @@ pub struct Shutdown {
 
 impl Shutdown {
     /// Begins to watch it.
-    pub fn watch(store: &'static Store<'static, Guest>) -> Result<Self, Error> {
+    pub fn watch(store: &Store<&'static Guest>) -> Result<Self, Error> {
         Ok(Self { watch: store.watch(NODE)? })
     }
 
     /// What is asked for now, if anything is; it is acknowledged by that.
-    pub fn asked(&self, store: &'static Store<'static, Guest>) -> Result<Option<End>, Error> {
+    pub fn asked(&self, store: &Store<&'static Guest>) -> Result<Option<End>, Error> {
         if !store.take(self.watch) {
             return Ok(None);
         }

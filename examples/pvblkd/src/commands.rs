@@ -93,7 +93,7 @@ pub fn list(options: &List) -> Result<()> {
     say(&list::table(&before, &now, seconds))
 }
 
-fn place<T>(store: &Store<'_, T>, domain: &str, device: VirtualDevice) -> Result<Place>
+fn place<T>(store: &Store<&T>, domain: &str, device: VirtualDevice) -> Result<Place>
 where
     T: pvblk_xen::platform::StoreTransport + pvblk_xen::platform::Clock,
 {

@@ -113,7 +113,7 @@ pub fn domain_name(nodes: &impl Nodes, domain: DomainId) -> String {
 /// # Errors
 ///
 /// If the guest has a disk of that name already, or XenStore does not do it.
-pub fn attach<T: StoreTransport + Clock>(store: &Store<'_, T>, disk: &NewDisk) -> Result<()> {
+pub fn attach<T: StoreTransport + Clock>(store: &Store<&T>, disk: &NewDisk) -> Result<()> {
     let place = &disk.place;
     let (back, front) = (place.backend_path(), place.frontend_path());
     let taken = store.transaction(|nodes| {
@@ -189,7 +189,7 @@ fn write_frontend(nodes: &impl Nodes, disk: &NewDisk) -> Result<(), pvblk_xen::s
 ///
 /// What the daemon says; that there is none, if nothing happens.
 pub fn wait_ready<T: StoreTransport + Clock>(
-    (store, clock): (&Store<'_, T>, &T),
+    (store, clock): (&Store<&T>, &T),
     place: &Place,
     patience: Duration,
 ) -> Result<()> {
@@ -234,7 +234,7 @@ pub fn wait_ready<T: StoreTransport + Clock>(
 ///
 /// If there is no such disk, or the guest does not let go in time (it may still do so later).
 pub fn detach<T: StoreTransport + Clock>(
-    (store, clock): (&Store<'_, T>, &T),
+    (store, clock): (&Store<&T>, &T),
     place: &Place,
     force: bool,
     patience: Duration,
@@ -278,7 +278,7 @@ pub fn detach<T: StoreTransport + Clock>(
 
 /// Looks whenever there is news of the place, until there is something or patience is over.
 fn wait<T: StoreTransport + Clock, R>(
-    (store, clock): (&Store<'_, T>, &T),
+    (store, clock): (&Store<&T>, &T),
     place: &Place,
     patience: Duration,
     mut look: impl FnMut() -> Result<Option<R>, pvblk_xen::store::Error>,

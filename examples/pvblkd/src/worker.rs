@@ -196,7 +196,7 @@ fn open<'t, P: WorkerPlatform>(
     platform: &'t P,
     task: &Task<impl Host>,
     inbox: &Inbox,
-) -> Result<Queue<'t, P, QueueStore>> {
+) -> Result<Queue<&'t P, QueueStore>> {
     let mut attempts = 0;
     loop {
         let error = match try_open(platform, task) {
@@ -221,7 +221,7 @@ fn open<'t, P: WorkerPlatform>(
 fn try_open<'t, P: WorkerPlatform>(
     platform: &'t P,
     task: &Task<impl Host>,
-) -> Result<Queue<'t, P, QueueStore>> {
+) -> Result<Queue<&'t P, QueueStore>> {
     let JournalPlace { runtime, disk } = &task.journal;
     let bytes = task.plan.journal_bytes() as u64;
     let journal = match runtime.journal(disk, task.plan.number, bytes, task.plan.takeover) {
@@ -264,7 +264,7 @@ fn pin(processor: usize) -> rustix::io::Result<()> {
 /// Serves a queue until it is told to stop, or the frontend breaks the rules.
 fn serve<P: WorkerPlatform>(
     platform: &P,
-    queue: &mut Queue<'_, P, QueueStore>,
+    queue: &mut Queue<&P, QueueStore>,
     inbox: &Inbox,
     figures: &QueueFigures,
     report: &impl Fn(Report),
@@ -316,7 +316,7 @@ fn serve<P: WorkerPlatform>(
 /// Answers what was taken, however long that takes: the daemon does not wait for ever.
 fn finish<P: WorkerPlatform>(
     platform: &P,
-    queue: &mut Queue<'_, P, QueueStore>,
+    queue: &mut Queue<&P, QueueStore>,
     inbox: &Inbox,
     figures: &QueueFigures,
     sleeps: u64,
@@ -331,18 +331,14 @@ fn finish<P: WorkerPlatform>(
     End::Stopped
 }
 
-fn publish<P: WorkerPlatform>(
-    queue: &Queue<'_, P, QueueStore>,
-    figures: &QueueFigures,
-    sleeps: u64,
-) {
+fn publish<P: WorkerPlatform>(queue: &Queue<&P, QueueStore>, figures: &QueueFigures, sleeps: u64) {
     let engine = queue.engine();
     let now = Figures::new(&engine.statistics(), &queue.counts(), sleeps);
     figures.publish(&now, engine.memory().kept(), engine.in_progress());
 }
 
 /// Sleeps until the guest has requests, the store has completions, or there is an order.
-fn sleep<P: WorkerPlatform>(platform: &P, queue: &Queue<'_, P, QueueStore>, inbox: &Inbox) {
+fn sleep<P: WorkerPlatform>(platform: &P, queue: &Queue<&P, QueueStore>, inbox: &Inbox) {
     let wakeup = queue.engine().store().inner().wakeup();
     let deadline = wakeup.deadline.map(|instant| {
         let left = instant.saturating_duration_since(Instant::now()).as_nanos();

@@ -29,7 +29,7 @@ fn file_of(folder: &Path, mib: u64) -> (String, std::path::PathBuf) {
 
 /// What a guest does with its queues.
 type Guest<'g> =
-    Box<dyn FnOnce(&mut xen_blkfront::FrontQueue<'_, pvblk_simulated::Domain>) + Send + 'g>;
+    Box<dyn FnOnce(&mut xen_blkfront::FrontQueue<&pvblk_simulated::Domain>) + Send + 'g>;
 
 /// Connects the guest's disk, does something with each queue, and closes it.
 fn guest(host: &Host, device: VirtualDevice, config: &Config, work: Guest<'_>) {
@@ -40,7 +40,7 @@ fn guest(host: &Host, device: VirtualDevice, config: &Config, work: Guest<'_>) {
     disk.close(&mut queues).unwrap();
 }
 
-fn write_and_read(queue: &mut xen_blkfront::FrontQueue<'_, pvblk_simulated::Domain>) {
+fn write_and_read(queue: &mut xen_blkfront::FrontQueue<&pvblk_simulated::Domain>) {
     for (sector, sectors) in [(0, 1), (8, 8), (100, 500), (2047, 1)] {
         let bytes = pattern(sector, sectors, 3);
         queue.write(sector, &bytes).unwrap();
@@ -390,7 +390,7 @@ fn a_file_grows_under_its_guest() {
     let store = Store::new(&domain);
     let (mut front, mut queues) =
         Disk::connect(&store, &domain, XVDB.0, &Config::default()).unwrap();
-    let sectors = |front: &Disk<'_, '_, _>| front.negotiated().unwrap().properties.geometry.sectors;
+    let sectors = |front: &Disk<&_>| front.negotiated().unwrap().properties.geometry.sectors;
     assert_eq!(sectors(&front), 2048);
 
     // By the command.

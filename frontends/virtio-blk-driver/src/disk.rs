@@ -70,8 +70,8 @@ pub struct Negotiated {
 /// One virtio-blk device.
 ///
 /// It owns the negotiation; the data goes through the queues, which belong to whoever uses them.
-pub struct Disk<'t, T: Transport, I: Interrupt, Q: DriverQueue> {
-    transport: &'t T,
+pub struct Disk<T: Transport, I: Interrupt, Q: DriverQueue> {
+    transport: T,
     lender: Lender<Q>,
     config: Config,
     /// That of the configuration.
@@ -82,20 +82,20 @@ pub struct Disk<'t, T: Transport, I: Interrupt, Q: DriverQueue> {
 }
 
 /// A disk and its queues.
-pub type Connected<'t, T, I, Q> = (Disk<'t, T, I, Q>, Vec<DiskQueue<'t, T, I, Q>>);
+pub type Connected<T, I, Q> = (Disk<T, I, Q>, Vec<DiskQueue<T, I, Q>>);
 
 /// A device that agreed on features and has its queues, but may not use them yet.
-struct Ready<'t, T: Transport, Q: DriverQueue> {
+struct Ready<T: Transport, Q: DriverQueue> {
     features: Features,
     properties: Properties,
     generation: u32,
     session: Arc<Session>,
-    rings: Vec<Ring<'t, T, Q>>,
+    rings: Vec<Ring<T, Q>>,
 }
 
-impl<'t, T, I, Q> Disk<'t, T, I, Q>
+impl<T, I, Q> Disk<T, I, Q>
 where
-    T: Transport,
+    T: Transport + Clone,
     I: Interrupt,
     Q: DriverQueue,
     Lender<Q>: Clone,
@@ -109,24 +109,24 @@ where
     ///
     /// [`Error`]; the device is reset then.
     pub fn connect(
-        transport: &'t T,
+        transport: T,
         lender: Lender<Q>,
         interrupts: impl FnMut(Source) -> Option<I>,
         config: &Config,
-    ) -> Result<Connected<'t, T, I, Q>, Error> {
-        Self::open(transport, lender, interrupts, config).inspect_err(|error| {
+    ) -> Result<Connected<T, I, Q>, Error> {
+        Self::open(&transport, lender, interrupts, config).inspect_err(|error| {
             message!(error, "virtio-blk: {}", error);
             // The error matters more than what goes wrong with this.
-            let _ = session::reset(transport);
+            let _ = session::reset(&transport);
         })
     }
 
     fn open(
-        transport: &'t T,
+        transport: &T,
         lender: Lender<Q>,
         mut interrupts: impl FnMut(Source) -> Option<I>,
         config: &Config,
-    ) -> Result<Connected<'t, T, I, Q>, Error> {
+    ) -> Result<Connected<T, I, Q>, Error> {
         // Dropped after the rings: a device that did not answer may write to it until it is reset.
         let page = match config.identify {
             true => Some(SharedPages::new(lender.clone(), 1, Access::ReadWrite)?),
@@ -138,7 +138,7 @@ where
         let mut lines = Vec::new();
         for queue in 0..rings.len() as u16 {
             let interrupt = interrupts(Source::Queue(queue)).ok_or(Error::NoInterrupt)?;
-            lines.push(DeviceLine::new(transport, queue, interrupt, session.clone()));
+            lines.push(DeviceLine::new(transport.clone(), queue, interrupt, session.clone()));
         }
         session.begin(transport);
         interrupt.rearm();
@@ -153,7 +153,7 @@ where
         }
 
         let mut disk = Self {
-            transport,
+            transport: transport.clone(),
             lender,
             config: config.clone(),
             interrupt,
@@ -182,8 +182,8 @@ where
     /// Gives each queue its ring.
     fn attach(
         &mut self,
-        queues: &mut impl Queues<'t, T, I, Q>,
-        rings: Vec<Ring<'t, T, Q>>,
+        queues: &mut impl Queues<T, I, Q>,
+        rings: Vec<Ring<T, Q>>,
         features: Features,
         properties: Properties,
     ) {
@@ -234,10 +234,10 @@ where
     ///
     /// [`Error`] if the device had to be reset, and could not be connected again. Requests wait: this
     /// may be called once more, and [`close`](Self::close) ends them.
-    pub fn advance(&mut self, queues: &mut impl Queues<'t, T, I, Q>) -> Result<Change, Error> {
+    pub fn advance(&mut self, queues: &mut impl Queues<T, I, Q>) -> Result<Change, Error> {
         let Some(negotiated) = &self.negotiated else { return Ok(Change::Nothing) };
         if self.interrupt.is_held() {
-            self.session.acknowledge(self.transport);
+            self.session.acknowledge(&self.transport);
             self.interrupt.rearm();
         }
         let status = self.transport.status();
@@ -248,7 +248,7 @@ where
             return self.start_again(queues).inspect_err(|error| {
                 message!(error, "virtio-blk: {}", error);
                 // The error matters more than what goes wrong with this.
-                let _ = session::reset(self.transport);
+                let _ = session::reset(&self.transport);
             });
         }
         let generation = self.transport.generation();
@@ -256,7 +256,7 @@ where
             return Ok(Change::Nothing);
         }
         self.generation = generation;
-        let properties = Properties::read(self.transport, negotiated.features)?;
+        let properties = Properties::read(&self.transport, negotiated.features)?;
         let geometry = properties.geometry;
         if geometry == negotiated.properties.geometry {
             return Ok(Change::Nothing);
@@ -268,7 +268,7 @@ where
         Ok(Change::Resized(geometry))
     }
 
-    fn remove(&mut self, queues: &mut impl Queues<'t, T, I, Q>) -> Change {
+    fn remove(&mut self, queues: &mut impl Queues<T, I, Q>) -> Change {
         message!(warn, "virtio-blk: the device is gone");
         queues.for_each(&mut |_, queue| drop(queue.frontend().close()));
         self.negotiated = None;
@@ -276,18 +276,18 @@ where
     }
 
     /// Resets the device and connects it again. What it did not answer is done once more.
-    fn start_again(&mut self, queues: &mut impl Queues<'t, T, I, Q>) -> Result<Change, Error> {
+    fn start_again(&mut self, queues: &mut impl Queues<T, I, Q>) -> Result<Change, Error> {
         message!(warn, "virtio-blk: the device needs a reset");
-        self.session.end(self.transport)?;
+        self.session.end(&self.transport)?;
         let mut count = 0;
         queues.for_each(&mut |_, queue| {
             drop(queue.frontend().detach());
             count += 1;
         });
-        let ready = prepare::<T, Q>(self.transport, &self.lender, &self.config, count)?;
+        let ready = prepare::<T, Q>(&self.transport, &self.lender, &self.config, count)?;
         self.session = ready.session;
         self.generation = ready.generation;
-        self.session.begin(self.transport);
+        self.session.begin(&self.transport);
         self.attach(queues, ready.rings, ready.features, ready.properties);
         Ok(Change::Reset)
     }
@@ -298,8 +298,8 @@ where
     /// # Errors
     ///
     /// [`Error::Stuck`] if the device does not finish its reset.
-    pub fn close(&mut self, queues: &mut impl Queues<'t, T, I, Q>) -> Result<(), Error> {
-        let outcome = self.session.end(self.transport);
+    pub fn close(&mut self, queues: &mut impl Queues<T, I, Q>) -> Result<(), Error> {
+        let outcome = self.session.end(&self.transport);
         queues.for_each(&mut |_, queue| drop(queue.frontend().close()));
         self.negotiated = None;
         outcome
@@ -331,12 +331,12 @@ where
 }
 
 /// Brings a device from whatever state to the one before it may use its queues.
-fn prepare<'t, T: Transport, Q: DriverQueue>(
-    transport: &'t T,
+fn prepare<T: Transport + Clone, Q: DriverQueue>(
+    transport: &T,
     lender: &Lender<Q>,
     config: &Config,
     queues: u16,
-) -> Result<Ready<'t, T, Q>, Error>
+) -> Result<Ready<T, Q>, Error>
 where
     Lender<Q>: Clone,
 {

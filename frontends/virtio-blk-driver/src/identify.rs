@@ -32,18 +32,18 @@ impl Name {
 }
 
 /// Asks for the name.
-pub(crate) fn name<'t, T: Transport, I: Interrupt, Q: DriverQueue>(
-    ring: &mut Ring<'t, T, Q>,
-    line: &DeviceLine<'t, T, I>,
+pub(crate) fn name<T: Transport, I: Interrupt, Q: DriverQueue>(
+    ring: &mut Ring<T, Q>,
+    line: &DeviceLine<T, I>,
     page: &SharedPages<Lender<Q>>,
 ) -> Result<Option<Name>, Error> {
     Ok(ask::<_, _, Q, ID_BYTES>(ring, line, page, kind::GET_ID)?.map(Name))
 }
 
 /// Asks how worn the disk is. Only for devices that say that they know.
-pub(crate) fn lifetime<'t, T: Transport, I: Interrupt, Q: DriverQueue>(
-    ring: &mut Ring<'t, T, Q>,
-    line: &DeviceLine<'t, T, I>,
+pub(crate) fn lifetime<T: Transport, I: Interrupt, Q: DriverQueue>(
+    ring: &mut Ring<T, Q>,
+    line: &DeviceLine<T, I>,
     page: &SharedPages<Lender<Q>>,
 ) -> Result<Option<Lifetime>, Error> {
     const BYTES: usize = size_of::<Lifetime>();
@@ -58,9 +58,9 @@ pub(crate) fn lifetime<'t, T: Transport, I: Interrupt, Q: DriverQueue>(
 /// Asks one question, and sleeps until it is answered. `None` if the device does not know.
 ///
 /// The answer comes to `page`, which must stay until the device is reset if this fails.
-fn ask<'t, T: Transport, I: Interrupt, Q: DriverQueue, const N: usize>(
-    ring: &mut Ring<'t, T, Q>,
-    line: &DeviceLine<'t, T, I>,
+fn ask<T: Transport, I: Interrupt, Q: DriverQueue, const N: usize>(
+    ring: &mut Ring<T, Q>,
+    line: &DeviceLine<T, I>,
     page: &SharedPages<Lender<Q>>,
     kind: u32,
 ) -> Result<Option<[u8; N]>, Error> {

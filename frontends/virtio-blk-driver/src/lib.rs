@@ -51,20 +51,21 @@ use pvblk_virtio::{DriverWire, packed, split};
 /// How a disk shares memory with its device.
 pub type Lender<Q> = <Q as DriverQueue>::Share;
 /// The wire of a queue.
-pub type Ring<'t, T, Q> = Live<'t, T, DriverWire<Q>>;
+pub type Ring<T, Q> = Live<T, DriverWire<Q>>;
+/// What connects a queue to its device.
+pub type Channel<T, I, Q> = (Ring<T, Q>, DeviceLine<T, I>);
 /// Memory that a request transfers to or from.
 pub type Buffer<Q> = pvblk::buffer::Buffer<Lender<Q>>;
 /// The engine of a queue.
-pub type Frontend<'t, T, Q> = pvblk::frontend::Frontend<Ring<'t, T, Q>>;
+pub type Frontend<T, Q> = pvblk::frontend::Frontend<Ring<T, Q>>;
 /// A queue, for batches and for code that blocks.
-pub type DiskQueue<'t, T, I, Q> =
-    pvblk::frontend::queue::Queue<(Ring<'t, T, Q>, DeviceLine<'t, T, I>)>;
+pub type DiskQueue<T, I, Q> = pvblk::frontend::queue::Queue<Channel<T, I, Q>>;
 /// A queue, for futures.
 #[cfg(feature = "async")]
-pub type AsyncDiskQueue<'t, M, T, I, Q> =
-    pvblk::frontend::asynchronous::AsyncQueue<M, (Ring<'t, T, Q>, DeviceLine<'t, T, I>)>;
+pub type AsyncDiskQueue<M, T, I, Q> =
+    pvblk::frontend::asynchronous::AsyncQueue<M, Channel<T, I, Q>>;
 
 /// A disk with split queues: every device has them.
-pub type SplitDisk<'t, T, I, S> = Disk<'t, T, I, split::DriverQueue<S>>;
+pub type SplitDisk<T, I, S> = Disk<T, I, split::DriverQueue<S>>;
 /// A disk with packed queues, for devices that offer them.
-pub type PackedDisk<'t, T, I, S> = Disk<'t, T, I, packed::DriverQueue<S>>;
+pub type PackedDisk<T, I, S> = Disk<T, I, packed::DriverQueue<S>>;

@@ -9,15 +9,15 @@ use pvblk_virtio::transport::{Interrupt, Transport};
 use crate::session::Session;
 
 /// The notification of one queue, and the interrupt that tells of its answers.
-pub struct DeviceLine<'t, T, I> {
-    transport: &'t T,
+pub struct DeviceLine<T, I> {
+    transport: T,
     queue: u16,
     interrupt: I,
     session: Arc<Session>,
 }
 
-impl<'t, T: Transport, I: Interrupt> DeviceLine<'t, T, I> {
-    pub(crate) fn new(transport: &'t T, queue: u16, interrupt: I, session: Arc<Session>) -> Self {
+impl<T: Transport, I: Interrupt> DeviceLine<T, I> {
+    pub(crate) fn new(transport: T, queue: u16, interrupt: I, session: Arc<Session>) -> Self {
         Self { transport, queue, interrupt, session }
     }
 
@@ -31,7 +31,7 @@ impl<'t, T: Transport, I: Interrupt> DeviceLine<'t, T, I> {
     }
 }
 
-impl<T: Transport, I: Interrupt> Line for DeviceLine<'_, T, I> {
+impl<T: Transport, I: Interrupt> Line for DeviceLine<T, I> {
     #[inline]
     fn notify(&self) {
         self.transport.notify(self.queue);
@@ -39,7 +39,7 @@ impl<T: Transport, I: Interrupt> Line for DeviceLine<'_, T, I> {
 
     fn listen(&self) {
         if self.interrupt.is_held() {
-            self.session.acknowledge(self.transport);
+            self.session.acknowledge(&self.transport);
             self.interrupt.rearm();
         }
     }

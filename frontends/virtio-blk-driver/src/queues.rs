@@ -10,32 +10,30 @@ use crate::line::DeviceLine;
 use crate::{DiskQueue, Frontend};
 
 /// The queues of one disk, as [`Disk`](crate::Disk) needs to reach them when their device changes.
-pub trait Queues<'t, T: Transport, I: Interrupt, Q: DriverQueue> {
+pub trait Queues<T: Transport, I: Interrupt, Q: DriverQueue> {
     /// Calls `work` for each queue, with its number.
-    fn for_each(&mut self, work: &mut Work<'_, 't, T, I, Q>);
+    fn for_each(&mut self, work: &mut Work<'_, T, I, Q>);
 }
 
 /// What is done for each queue of a disk.
-pub type Work<'w, 't, T, I, Q> = dyn FnMut(usize, &mut dyn Connection<'t, T, I, Q>) + 'w;
+pub type Work<'w, T, I, Q> = dyn FnMut(usize, &mut dyn Connection<T, I, Q>) + 'w;
 
 /// What a disk changes in a queue.
-pub trait Connection<'t, T: Transport, I: Interrupt, Q: DriverQueue> {
+pub trait Connection<T: Transport, I: Interrupt, Q: DriverQueue> {
     /// The queue's engine.
-    fn frontend(&mut self) -> &mut Frontend<'t, T, Q>;
+    fn frontend(&mut self) -> &mut Frontend<T, Q>;
     /// The queue's line.
-    fn line(&mut self) -> &mut DeviceLine<'t, T, I>;
+    fn line(&mut self) -> &mut DeviceLine<T, I>;
     /// Shows what waits to the device.
     fn commit(&mut self);
 }
 
-impl<'t, T: Transport, I: Interrupt, Q: DriverQueue> Connection<'t, T, I, Q>
-    for DiskQueue<'t, T, I, Q>
-{
-    fn frontend(&mut self) -> &mut Frontend<'t, T, Q> {
+impl<T: Transport, I: Interrupt, Q: DriverQueue> Connection<T, I, Q> for DiskQueue<T, I, Q> {
+    fn frontend(&mut self) -> &mut Frontend<T, Q> {
         &mut self.frontend
     }
 
-    fn line(&mut self) -> &mut DeviceLine<'t, T, I> {
+    fn line(&mut self) -> &mut DeviceLine<T, I> {
         self.line_mut()
     }
 
@@ -44,23 +42,21 @@ impl<'t, T: Transport, I: Interrupt, Q: DriverQueue> Connection<'t, T, I, Q>
     }
 }
 
-impl<'t, T: Transport, I: Interrupt, Q: DriverQueue> Queues<'t, T, I, Q>
-    for Vec<DiskQueue<'t, T, I, Q>>
-{
-    fn for_each(&mut self, work: &mut Work<'_, 't, T, I, Q>) {
+impl<T: Transport, I: Interrupt, Q: DriverQueue> Queues<T, I, Q> for Vec<DiskQueue<T, I, Q>> {
+    fn for_each(&mut self, work: &mut Work<'_, T, I, Q>) {
         self.iter_mut().enumerate().for_each(|(number, queue)| work(number, queue));
     }
 }
 
 #[cfg(feature = "async")]
-impl<'t, T, I, Q, M> Queues<'t, T, I, Q> for Vec<crate::AsyncDiskQueue<'t, M, T, I, Q>>
+impl<T, I, Q, M> Queues<T, I, Q> for Vec<crate::AsyncDiskQueue<M, T, I, Q>>
 where
     T: Transport,
     I: Interrupt,
     Q: DriverQueue,
     M: embassy_sync::blocking_mutex::raw::RawMutex,
 {
-    fn for_each(&mut self, work: &mut Work<'_, 't, T, I, Q>) {
+    fn for_each(&mut self, work: &mut Work<'_, T, I, Q>) {
         for (number, queue) in self.iter().enumerate() {
             queue.with_queue(|queue| work(number, queue));
         }

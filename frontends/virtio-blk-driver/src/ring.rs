@@ -29,14 +29,14 @@ fn smallest<Q: DriverQueue>(features: Features) -> u16 {
 
 /// Makes queue `number`, and tells the device where it is. `None` if the device has no such queue, or
 /// one without room for a request.
-pub(crate) fn open<'t, T: Transport, Q: DriverQueue>(
-    transport: &'t T,
+pub(crate) fn open<T: Transport + Clone, Q: DriverQueue>(
+    transport: &T,
     lender: &Lender<Q>,
     session: &Arc<Session>,
     number: u16,
     features: Features,
     config: &Config,
-) -> Result<Option<Ring<'t, T, Q>>, Error>
+) -> Result<Option<Ring<T, Q>>, Error>
 where
     Lender<Q>: Clone,
 {
@@ -57,17 +57,17 @@ where
     };
     transport.enable_queue(number, queue.size(), queue.addresses());
     let wire = DriverWire::new(queue, lender.clone(), features)?;
-    Ok(Some(Live::new(wire, transport, session.clone())))
+    Ok(Some(Live::new(wire, transport.clone(), session.clone())))
 }
 
 /// Makes the engine's link out of a queue, with as many tables as are asked for and can be had.
-pub(crate) fn link<'t, T: Transport, Q: DriverQueue>(
+pub(crate) fn link<T: Transport, Q: DriverQueue>(
     lender: &Lender<Q>,
-    ring: Ring<'t, T, Q>,
+    ring: Ring<T, Q>,
     features: Features,
     properties: &Properties,
     config: &Config,
-) -> Link<Ring<'t, T, Q>>
+) -> Link<Ring<T, Q>>
 where
     Lender<Q>: Clone,
 {
@@ -77,7 +77,7 @@ where
     let mut tables = TablePool::empty();
     if features.contains(Features::INDIRECT) && wanted > 0 {
         // With the header and the status.
-        let pages = ((wanted + 2) * <Ring<'t, T, Q> as Wire>::Entry::BYTES).div_ceil(PAGE_BYTES);
+        let pages = ((wanted + 2) * <Ring<T, Q> as Wire>::Entry::BYTES).div_ceil(PAGE_BYTES);
         let count = config.indirect_requests.min(size);
         let make = |pages| {
             as_many(count.into(), |count| {

@@ -75,26 +75,26 @@ pub(crate) fn reset(transport: &impl Transport) -> Result<(), Error> {
 
 /// A wire over a queue that the device may use. Before its memory goes, the device is reset: so a
 /// queue may be dropped at any time. (The other queues of the disk hear nothing more then.)
-pub struct Live<'t, T: Transport, W> {
+pub struct Live<T: Transport, W> {
     pub(crate) wire: W,
-    transport: &'t T,
+    transport: T,
     session: Arc<Session>,
 }
 
-impl<'t, T: Transport, W> Live<'t, T, W> {
-    pub(crate) fn new(wire: W, transport: &'t T, session: Arc<Session>) -> Self {
+impl<T: Transport, W> Live<T, W> {
+    pub(crate) fn new(wire: W, transport: T, session: Arc<Session>) -> Self {
         Self { wire, transport, session }
     }
 }
 
-impl<T: Transport, W> Drop for Live<'_, T, W> {
+impl<T: Transport, W> Drop for Live<T, W> {
     fn drop(&mut self) {
         // A device that does not even reset is none to be trusted with memory in the first place.
-        let _ = self.session.end(self.transport);
+        let _ = self.session.end(&self.transport);
     }
 }
 
-impl<T: Transport, W: Wire> Wire for Live<'_, T, W> {
+impl<T: Transport, W: Wire> Wire for Live<T, W> {
     type Share = W::Share;
     type Entry = W::Entry;
 

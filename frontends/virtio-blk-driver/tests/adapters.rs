@@ -13,7 +13,7 @@ use pvblk_simulated::Ram;
 use pvblk_virtio::queue::DriverQueue;
 use virtio_blk_driver::{Config, DiskQueue};
 
-fn queue<'t, Q: DriverQueue<Share = Ram>>(board: &'t Board) -> DiskQueue<'t, Board, Irq, Q> {
+fn queue<Q: DriverQueue<Share = Ram>>(board: &Board) -> DiskQueue<&Board, Irq, Q> {
     board.connect::<Q>(&Config::default()).unwrap().1.remove(0)
 }
 

@@ -19,7 +19,7 @@ use pvblk_simulated::Ram;
 use pvblk_virtio::queue::DriverQueue;
 use virtio_blk_driver::{AsyncDiskQueue, Change, Config};
 
-type Async<'t, Q> = AsyncDiskQueue<'t, NoopRawMutex, Board, Irq, Q>;
+type Async<'t, Q> = AsyncDiskQueue<NoopRawMutex, &'t Board, Irq, Q>;
 type Task<'a> = Pin<&'a mut dyn Future<Output = ()>>;
 
 struct Flag(AtomicBool);

@@ -19,7 +19,7 @@ use pvblk_virtio::queue::DriverQueue;
 use virtio_blk_driver::{Config, DeviceLine, Ring};
 use zerocopy::IntoBytes;
 
-type TheStore<'t, Q> = DiskStore<(Ring<'t, Board, Q>, DeviceLine<'t, Board, Irq>)>;
+type TheStore<'t, Q> = DiskStore<(Ring<&'t Board, Q>, DeviceLine<&'t Board, Irq>)>;
 
 const SECTORS: u64 = 1024;
 

@@ -10,7 +10,7 @@ use pvblk::frontend::{IoError, Request, SubmitError, Violation};
 use pvblk_simulated::Ram;
 use pvblk_virtio::queue::DriverQueue;
 use pvblk_virtio::transport::{Status, Transport};
-use virtio_blk_driver::{Change, Config, Error};
+use virtio_blk_driver::{Change, Config, Disk, DiskQueue, Error, Source};
 
 fn two_queues() -> Config {
     let mut config = Config::default();
@@ -213,4 +213,39 @@ fn a_batch_is_one_notification() {
             done.result.unwrap();
         }
     }
+}
+
+/// A disk and its queues in one value, which borrows nothing and goes to another thread.
+#[test]
+fn a_drive_can_be_returned_from_a_function_and_used_by_another_thread() {
+    struct Drive<Q: DriverQueue> {
+        disk: Disk<Board, Irq, Q>,
+        queues: Vec<DiskQueue<Board, Irq, Q>>,
+    }
+
+    fn open<Q: DriverQueue<Share = Ram>>(board: Board) -> Drive<Q> {
+        let (memory, listening) = (board.ram.clone(), board.clone());
+        let interrupts = |_: Source| Some(listening.listen());
+        let (disk, queues) = Disk::connect(board, memory, interrupts, &Config::default()).unwrap();
+        Drive { disk, queues }
+    }
+
+    fn use_one<Q: DriverQueue<Share = Ram> + Send + 'static>() {
+        let board = Board::usual();
+        let drive = open::<Q>(board.clone());
+        let user = std::thread::spawn(move || {
+            let Drive { mut disk, mut queues } = drive;
+            let data = pattern(1, 4096);
+            let mut back = vec![0; data.len()];
+            queues[0].write(8, &data).unwrap();
+            queues[0].read(8, &mut back).unwrap();
+            assert!(data == back);
+            disk.close(&mut queues).unwrap();
+        });
+        user.join().unwrap();
+        assert_eq!(board.ram.shared(), 0);
+    }
+
+    use_one::<SplitQueue>();
+    use_one::<PackedQueue>();
 }

@@ -20,7 +20,7 @@ use pvblk_xen::xenbus::{self, Device, State};
 use crate::config::Config;
 use crate::error::Error;
 use crate::fmt::message;
-use crate::line::{EventLine, WatchedLine};
+use crate::line::{BackendWatch, EventLine};
 use crate::offer::{Limits, Properties};
 use crate::publish::publish;
 use crate::queues::Queues;
@@ -66,13 +66,13 @@ pub struct Negotiated {
 /// One virtual block device of this domain.
 ///
 /// It owns the negotiation; the data goes through the queues, which belong to whoever uses them.
-pub struct Disk<'s, 't, T: Platform> {
-    platform: &'t T,
-    store: &'s Store<'t, T>,
+pub struct Disk<P: Platform> {
+    platform: P,
+    store: Store<P>,
     config: Config,
     device: Device,
     watch: WatchId,
-    lender: Lender<'t, T>,
+    lender: Lender<P>,
     /// The state that this end is in.
     state: State,
     /// An earlier frontend left the device in the middle: first it is closed.
@@ -82,11 +82,11 @@ pub struct Disk<'s, 't, T: Platform> {
     /// Whether the backend was told that it may keep our pages mapped.
     offers_persistent: bool,
     /// Rings that are published, until the backend has connected.
-    rings: Vec<Ring<'t, T>>,
+    rings: Vec<Ring<P>>,
     negotiated: Option<Negotiated>,
 }
 
-impl<'s, 't, T: Platform> Disk<'s, 't, T> {
+impl<P: Platform> Disk<P> {
     /// Connects the device `number` of this domain (51712 is `xvda`; [`xenbus::devices`] lists
     /// them) and sleeps until that is done.
     ///
@@ -94,11 +94,11 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
     ///
     /// [`Error`]; the device is left as it was found, or closed.
     pub fn connect(
-        store: &'s Store<'t, T>,
-        platform: &'t T,
+        store: &Store<P>,
+        platform: P,
         number: u32,
         config: &Config,
-    ) -> Result<(Self, Vec<FrontQueue<'t, T>>), Error> {
+    ) -> Result<(Self, Vec<FrontQueue<P>>), Error> {
         let mut disk = Self::open(store, platform, number, config)?;
         let mut queues = Vec::new();
         if let Err(error) = disk.follow(|disk| disk.step(&mut queues)) {
@@ -118,11 +118,11 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
     /// [`Error`], as for `connect`. There is no time-out: drop the future.
     #[cfg(feature = "async")]
     pub async fn connect_async(
-        store: &'s Store<'t, T>,
-        platform: &'t T,
+        store: &Store<P>,
+        platform: P,
         number: u32,
         config: &Config,
-    ) -> Result<(Self, Vec<FrontQueue<'t, T>>), Error> {
+    ) -> Result<(Self, Vec<FrontQueue<P>>), Error> {
         let mut disk = Self::open(store, platform, number, config)?;
         let mut queues = Vec::new();
         loop {
@@ -148,12 +148,7 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
         Ok(())
     }
 
-    fn open(
-        store: &'s Store<'t, T>,
-        platform: &'t T,
-        number: u32,
-        config: &Config,
-    ) -> Result<Self, Error> {
+    fn open(store: &Store<P>, platform: P, number: u32, config: &Config) -> Result<Self, Error> {
         let device = Device::read(store, "vbd", number)?;
         let trusted = match config.trusted {
             Some(trusted) => trusted,
@@ -169,9 +164,9 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
         }
         let watch = store.watch(&format!("{}/state", device.backend_path))?;
         Ok(Self {
-            lender: ring::lender(platform, device.backend_id, trusted, config),
+            lender: ring::lender(platform.clone(), device.backend_id, trusted, config),
             platform,
-            store,
+            store: store.clone(),
             config: config.clone(),
             state,
             resetting: state != State::Initialising,
@@ -214,13 +209,13 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
     }
 
     fn backend_state(&self) -> Result<State, Error> {
-        Ok(xenbus::read_state(self.store, &self.device.backend_path)?)
+        Ok(xenbus::read_state(&self.store, &self.device.backend_path)?)
     }
 
     fn go_to(&mut self, state: State) -> Result<(), Error> {
         message!(debug, "{}: {} -> {}", self.device.path, self.state, state);
         self.state = state;
-        xenbus::switch_state(self.store, &self.device.path, state)?;
+        xenbus::switch_state(&self.store, &self.device.path, state)?;
         Ok(())
     }
 
@@ -258,7 +253,7 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
     }
 
     /// Does whatever the two states allow. `true` once the disk is connected.
-    fn step(&mut self, queues: &mut Vec<FrontQueue<'t, T>>) -> Result<bool, Error> {
+    fn step(&mut self, queues: &mut Vec<FrontQueue<P>>) -> Result<bool, Error> {
         if self.resetting && !self.step_back()? {
             return Ok(false);
         }
@@ -286,30 +281,30 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
 
     /// Opens the rings and publishes them.
     fn publish(&mut self, queues: u32) -> Result<(), Error> {
-        let limits = Limits::read(self.store, &self.device.backend_path)?;
+        let limits = Limits::read(&self.store, &self.device.backend_path)?;
         let wanted = queues.clamp(1, limits.queues);
         let order = self.config.ring_order.min(limits.ring_order);
         // Old backends know devices by 16 bits of their number.
         let handle = self.device.virtual_device as u16;
         (self.rings, self.ring_order) =
-            ring::open_rings(self.platform, &self.lender, wanted, order, handle)?;
+            ring::open_rings(&self.platform, &self.lender, wanted, order, handle)?;
         // What waits may have pages that were lent for one request: no later backend may keep them.
         self.offers_persistent =
             self.config.persistent && self.negotiated.is_none_or(|before| before.persistent);
         let path = &self.device.path;
-        publish(self.store, path, &self.rings, self.ring_order, self.offers_persistent)?;
+        publish(&self.store, path, &self.rings, self.ring_order, self.offers_persistent)?;
         self.limits = limits;
         self.state = State::Initialised;
         Ok(())
     }
 
-    fn finish_with(&mut self, queues: &mut Vec<FrontQueue<'t, T>>) -> Result<(), Error> {
-        let properties = Properties::read(self.store, &self.device.backend_path)?;
+    fn finish_with(&mut self, queues: &mut Vec<FrontQueue<P>>) -> Result<(), Error> {
+        let properties = Properties::read(&self.store, &self.device.backend_path)?;
         let (geometry, features) = (properties.geometry, properties.features);
         for ring in &self.rings {
             let requests = self.config.requests.unwrap_or(ring.ring.slots() as u16);
             let frontend = crate::Frontend::new(requests, geometry, features);
-            let line = EventLine::new(self.platform, ring.port);
+            let line = EventLine::new(self.platform.clone(), ring.port);
             queues.push(Queue::new(frontend, line, None));
         }
         self.finish(queues, properties)?;
@@ -321,11 +316,7 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
     }
 
     /// The backend has connected: gives each queue its ring.
-    fn finish(
-        &mut self,
-        queues: &mut impl Queues<'t, T>,
-        properties: Properties,
-    ) -> Result<(), Error> {
+    fn finish(&mut self, queues: &mut impl Queues<P>, properties: Properties) -> Result<(), Error> {
         let persistent = self.offers_persistent && properties.persistent;
         self.lender.set_persistent(persistent);
         let mut rings = core::mem::take(&mut self.rings).into_iter();
@@ -374,7 +365,7 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
     /// that.
     fn fail(&mut self, error: &Error) {
         message!(error, "{}: {}", self.device.path, error);
-        xenbus::report_error(self.store, &self.device.path, 22, &format!("{error}"));
+        xenbus::report_error(&self.store, &self.device.path, 22, &format!("{error}"));
         // The error matters more than what goes wrong with the closing.
         let _ = self.go_to(State::Closed);
     }
@@ -419,7 +410,7 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
     /// # Errors
     ///
     /// [`Error`]. After [`Error::Store`] it may be called again.
-    pub fn advance(&mut self, queues: &mut impl Queues<'t, T>) -> Result<Change, Error> {
+    pub fn advance(&mut self, queues: &mut impl Queues<P>) -> Result<Change, Error> {
         self.store.poll()?;
         if !self.store.take(self.watch) {
             return Ok(Change::Nothing);
@@ -467,14 +458,14 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
         }
     }
 
-    fn finish_again(&mut self, queues: &mut impl Queues<'t, T>) -> Result<Change, Error> {
-        let properties = Properties::read(self.store, &self.device.backend_path)
+    fn finish_again(&mut self, queues: &mut impl Queues<P>) -> Result<Change, Error> {
+        let properties = Properties::read(&self.store, &self.device.backend_path)
             .inspect_err(|error| self.fail(error))?;
         self.finish(queues, properties)?;
         Ok(Change::Connected)
     }
 
-    fn republish(&mut self, queues: &mut impl Queues<'t, T>) -> Result<Change, Error> {
+    fn republish(&mut self, queues: &mut impl Queues<P>) -> Result<Change, Error> {
         let mut count = 0;
         queues.for_each(&mut |_, _| count += 1);
         self.publish(count).inspect_err(|error| self.fail(error))?;
@@ -482,8 +473,8 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
     }
 
     /// The backend said once more that it is connected: the disk may have another shape.
-    fn refresh(&mut self, queues: &mut impl Queues<'t, T>) -> Result<Change, Error> {
-        let properties = Properties::read(self.store, &self.device.backend_path)?;
+    fn refresh(&mut self, queues: &mut impl Queues<P>) -> Result<Change, Error> {
+        let properties = Properties::read(&self.store, &self.device.backend_path)?;
         let Some(negotiated) = &mut self.negotiated else { return Ok(Change::Nothing) };
         let geometry = properties.geometry;
         if negotiated.properties.geometry == geometry {
@@ -495,7 +486,7 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
     }
 
     /// Takes the rings away. Requests that were not answered wait in the engines.
-    fn disconnect(&mut self, queues: &mut impl Queues<'t, T>) {
+    fn disconnect(&mut self, queues: &mut impl Queues<P>) {
         message!(warn, "{}: the backend is gone", self.device.path);
         queues.for_each(&mut |_, queue| {
             queue.line().replace(None);
@@ -510,7 +501,7 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
     /// # Errors
     ///
     /// [`Error::TimedOut`] if the backend does not follow: memory that it still holds is lost then.
-    pub fn close(&mut self, queues: &mut impl Queues<'t, T>) -> Result<(), Error> {
+    pub fn close(&mut self, queues: &mut impl Queues<P>) -> Result<(), Error> {
         let mut links = Vec::new();
         queues.for_each(&mut |_, queue| links.push(queue.frontend().close()));
         let idle = self.rings.is_empty() && links.iter().all(Option::is_none);
@@ -530,7 +521,7 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
     /// # Errors
     ///
     /// [`Error`], as for [`close`](Self::close).
-    pub fn hand_over(mut self, queues: &mut impl Queues<'t, T>) -> Result<(), Error> {
+    pub fn hand_over(mut self, queues: &mut impl Queues<P>) -> Result<(), Error> {
         self.close(queues)?;
         self.go_to(State::Initialising)?;
         self.follow(|disk| Ok(disk.backend_state()? == State::InitWait))
@@ -566,32 +557,30 @@ impl<'s, 't, T: Platform> Disk<'s, 't, T> {
         &self,
         count: u32,
         bytes_each: usize,
-    ) -> Result<alloc::sync::Arc<Pool<Lender<'t, T>>>, PagesError> {
+    ) -> Result<alloc::sync::Arc<Pool<Lender<P>>>, PagesError> {
         Pool::new(self.lender.clone(), count, bytes_each)
     }
 
     /// The way to share pages with this disk's backend, for
     /// [`OwnedPages`](pvblk::buffer::OwnedPages).
-    pub fn lender(&self) -> Lender<'t, T> {
+    pub fn lender(&self) -> Lender<P> {
         self.lender.clone()
     }
 
-    /// Makes a queue one that notices by itself, while its user blocks, that the backend is gone.
+    /// Has a queue notice by itself, while its user blocks, that the backend is gone.
     ///
     /// # Errors
     ///
     /// [`Error::Store`].
-    pub fn watched(
-        &self,
-        queue: FrontQueue<'t, T>,
-    ) -> Result<FrontQueue<'t, T, WatchedLine<'s, 't, T>>, Error> {
+    pub fn watch(&self, queue: &mut FrontQueue<P>) -> Result<(), Error> {
         let backend = self.device.backend_path.clone();
         let watch = self.store.watch(&format!("{backend}/state"))?;
-        Ok(queue.map_line(|line| WatchedLine::new(line, self.store, watch, backend)))
+        queue.line_mut().watch(BackendWatch::new(self.store.clone(), watch, backend));
+        Ok(())
     }
 }
 
-impl<T: Platform> Drop for Disk<'_, '_, T> {
+impl<P: Platform> Drop for Disk<P> {
     fn drop(&mut self) {
         self.drop_rings();
         // If that fails, the watch goes with the connection to xenstored.

@@ -1,24 +1,24 @@
 //! Event channels as the lines of queues.
 
-use core::cell::Cell;
+use alloc::string::String;
+use core::sync::atomic::{AtomicBool, Ordering};
 use core::task::Waker;
 
 use pvblk::frontend::queue::Line;
-use pvblk_xen::platform::{Clock, EventChannels, Port, StoreTransport};
+use pvblk_xen::platform::{Platform, Port};
 use pvblk_xen::store::{Store, WatchId};
 use pvblk_xen::xenbus::{self, State};
 
-use alloc::string::String;
-
 /// The event channel of one queue. Closed when it is dropped.
-pub struct EventLine<'t, T: EventChannels> {
-    platform: &'t T,
+pub struct EventLine<P: Platform> {
+    platform: P,
     port: Option<Port>,
+    watch: Option<BackendWatch<P>>,
 }
 
-impl<'t, T: EventChannels> EventLine<'t, T> {
-    pub(crate) fn new(platform: &'t T, port: Port) -> Self {
-        Self { platform, port: Some(port) }
+impl<P: Platform> EventLine<P> {
+    pub(crate) fn new(platform: P, port: Port) -> Self {
+        Self { platform, port: Some(port), watch: None }
     }
 
     /// The port, unless the queue is not connected.
@@ -27,19 +27,27 @@ impl<'t, T: EventChannels> EventLine<'t, T> {
     }
 
     pub(crate) fn replace(&mut self, port: Option<Port>) {
+        if let Some(watch) = &self.watch {
+            watch.alive.store(true, Ordering::Relaxed);
+        }
         if let Some(old) = core::mem::replace(&mut self.port, port) {
             self.platform.close(old);
         }
     }
+
+    /// Has [`wait`](Line::wait) look after the backend.
+    pub(crate) fn watch(&mut self, watch: BackendWatch<P>) {
+        self.watch = Some(watch);
+    }
 }
 
-impl<T: EventChannels> Drop for EventLine<'_, T> {
+impl<P: Platform> Drop for EventLine<P> {
     fn drop(&mut self) {
         self.replace(None);
     }
 }
 
-impl<T: EventChannels> Line for EventLine<'_, T> {
+impl<P: Platform> Line for EventLine<P> {
     #[inline]
     fn notify(&self) {
         if let Some(port) = self.port {
@@ -55,6 +63,9 @@ impl<T: EventChannels> Line for EventLine<'_, T> {
     }
 
     fn wait(&self) -> bool {
+        if self.watch.as_ref().is_some_and(|watch| !watch.is_alive()) {
+            return false;
+        }
         let Some(port) = self.port else { return false };
         if !self.platform.take(port) {
             self.platform.wait(None);
@@ -69,78 +80,35 @@ impl<T: EventChannels> Line for EventLine<'_, T> {
     }
 }
 
-/// The line of a queue on which code blocks while nobody else looks after the disk: whenever it
-/// wakes up for something else, it looks whether the backend is still there.
-pub struct WatchedLine<'s, 't, T: EventChannels + StoreTransport + Clock> {
-    line: EventLine<'t, T>,
-    store: &'s Store<'t, T>,
+/// For a queue on which code blocks while nobody else looks after the disk: whenever it wakes up for
+/// something else, it looks whether the backend is still there.
+pub(crate) struct BackendWatch<P: Platform> {
+    store: Store<P>,
     watch: WatchId,
     backend: String,
-    alive: Cell<bool>,
+    alive: AtomicBool,
 }
 
-impl<'s, 't, T: EventChannels + StoreTransport + Clock> WatchedLine<'s, 't, T> {
-    pub(crate) fn new(
-        line: EventLine<'t, T>,
-        store: &'s Store<'t, T>,
-        watch: WatchId,
-        backend: String,
-    ) -> Self {
-        Self { line, store, watch, backend, alive: Cell::new(true) }
+impl<P: Platform> BackendWatch<P> {
+    pub(crate) fn new(store: Store<P>, watch: WatchId, backend: String) -> Self {
+        Self { store, watch, backend, alive: AtomicBool::new(true) }
     }
 
-    fn look(&self) {
+    fn is_alive(&self) -> bool {
         // Whatever XenStore says wrong here, `Disk::advance` will meet again and report.
         if self.store.poll().is_ok_and(|fired| fired) && self.store.take(self.watch) {
-            let state = xenbus::read_state(self.store, &self.backend).unwrap_or_default();
+            let state = xenbus::read_state(&self.store, &self.backend).unwrap_or_default();
             // One that is Closing still answers what it has.
-            self.alive.set(!matches!(state, State::Unknown | State::Closed));
+            let alive = !matches!(state, State::Unknown | State::Closed);
+            self.alive.store(alive, Ordering::Relaxed);
         }
+        self.alive.load(Ordering::Relaxed)
     }
 }
 
-impl<T: EventChannels + StoreTransport + Clock> Line for WatchedLine<'_, '_, T> {
-    #[inline]
-    fn notify(&self) {
-        self.line.notify();
-    }
-
-    fn listen(&self) {
-        self.line.listen();
-    }
-
-    fn wait(&self) -> bool {
-        self.look();
-        self.alive.get() && self.line.wait()
-    }
-
-    fn set_waker(&self, waker: &Waker) {
-        self.line.set_waker(waker);
-    }
-}
-
-impl<T: EventChannels + StoreTransport + Clock> Drop for WatchedLine<'_, '_, T> {
+impl<P: Platform> Drop for BackendWatch<P> {
     fn drop(&mut self) {
         // If that fails, the watch goes with the connection to xenstored.
         let _ = self.store.unwatch(self.watch);
-    }
-}
-
-/// A line that has an event channel in it.
-pub trait XenLine<'t, T: EventChannels + 't>: Line {
-    /// The event channel.
-    fn event_line(&mut self) -> &mut EventLine<'t, T>;
-}
-
-impl<'t, T: EventChannels> XenLine<'t, T> for EventLine<'t, T> {
-    fn event_line(&mut self) -> &mut EventLine<'t, T> {
-        self
-    }
-}
-
-impl<'t, T: EventChannels + StoreTransport + Clock> XenLine<'t, T> for WatchedLine<'_, 't, T> {
-    fn event_line(&mut self) -> &mut EventLine<'t, T> {
-        self.alive.set(true);
-        &mut self.line
     }
 }

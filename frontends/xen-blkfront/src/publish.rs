@@ -4,7 +4,7 @@ use alloc::format;
 use alloc::string::String;
 
 use pvblk_xen::abi::{Abi, NativeAbi};
-use pvblk_xen::platform::{Clock, Platform, StoreTransport};
+use pvblk_xen::platform::Platform;
 use pvblk_xen::store::{Error as StoreError, Nodes, Store, Transaction};
 use pvblk_xen::xenbus::{self, State};
 
@@ -16,10 +16,10 @@ use crate::ring::Ring;
 /// an earlier frontend, a boot loader say, must go:
 /// * one queue has its nodes in the device's directory, several have them in `queue-N`;
 /// * a ring of one page is `ring-ref`, and only a larger one has `ring-page-order` and `ring-refN`.
-pub(crate) fn publish<'t, T: Platform>(
-    store: &Store<'t, T>,
+pub(crate) fn publish<P: Platform>(
+    store: &Store<P>,
     path: &str,
-    rings: &[Ring<'t, T>],
+    rings: &[Ring<P>],
     order: u32,
     persistent: bool,
 ) -> Result<(), StoreError> {
@@ -57,10 +57,10 @@ fn is_stale(name: &str, queues: usize, order: u32) -> bool {
     }
 }
 
-fn publish_ring<'t, T: Platform + StoreTransport + Clock>(
-    nodes: &Transaction<'_, 't, T>,
+fn publish_ring<P: Platform>(
+    nodes: &Transaction<'_, P>,
     at: &str,
-    ring: &Ring<'t, T>,
+    ring: &Ring<P>,
     order: u32,
 ) -> Result<(), StoreError> {
     let references = ring.references();

@@ -2,62 +2,55 @@
 
 use alloc::vec::Vec;
 
-use pvblk::frontend::queue::Queue;
 use pvblk_xen::platform::Platform;
 
-use crate::line::{EventLine, WatchedLine, XenLine};
-use crate::{FrontQueue, Ring};
+use crate::FrontQueue;
+use crate::line::EventLine;
 
 /// The queues of one disk, as [`Disk`](crate::Disk) needs to reach them when their connection
 /// changes.
-pub trait Queues<'t, T: Platform> {
+pub trait Queues<P: Platform> {
     /// Calls `work` for each queue, with its number.
-    fn for_each(&mut self, work: &mut dyn FnMut(usize, &mut dyn Connection<'t, T>));
+    fn for_each(&mut self, work: &mut dyn FnMut(usize, &mut dyn Connection<P>));
 }
 
 /// What a disk changes in a queue.
-pub trait Connection<'t, T: Platform> {
+pub trait Connection<P: Platform> {
     /// The queue's engine.
-    fn frontend(&mut self) -> &mut crate::Frontend<'t, T>;
+    fn frontend(&mut self) -> &mut crate::Frontend<P>;
     /// The queue's event channel.
-    fn line(&mut self) -> &mut EventLine<'t, T>;
+    fn line(&mut self) -> &mut EventLine<P>;
     /// Shows what waits to the backend.
     fn commit(&mut self);
 }
 
-impl<'t, T: Platform, L: XenLine<'t, T>> Connection<'t, T> for Queue<(Ring<'t, T>, L)> {
-    fn frontend(&mut self) -> &mut crate::Frontend<'t, T> {
+impl<P: Platform> Connection<P> for FrontQueue<P> {
+    fn frontend(&mut self) -> &mut crate::Frontend<P> {
         &mut self.frontend
     }
 
-    fn line(&mut self) -> &mut EventLine<'t, T> {
-        self.line_mut().event_line()
+    fn line(&mut self) -> &mut EventLine<P> {
+        self.line_mut()
     }
 
     fn commit(&mut self) {
-        Queue::commit(self);
+        FrontQueue::commit(self);
     }
 }
 
-impl<'t, T: Platform> Queues<'t, T> for Vec<FrontQueue<'t, T>> {
-    fn for_each(&mut self, work: &mut dyn FnMut(usize, &mut dyn Connection<'t, T>)) {
-        self.iter_mut().enumerate().for_each(|(number, queue)| work(number, queue));
-    }
-}
-
-impl<'s, 't, T: Platform> Queues<'t, T> for Vec<FrontQueue<'t, T, WatchedLine<'s, 't, T>>> {
-    fn for_each(&mut self, work: &mut dyn FnMut(usize, &mut dyn Connection<'t, T>)) {
+impl<P: Platform> Queues<P> for Vec<FrontQueue<P>> {
+    fn for_each(&mut self, work: &mut dyn FnMut(usize, &mut dyn Connection<P>)) {
         self.iter_mut().enumerate().for_each(|(number, queue)| work(number, queue));
     }
 }
 
 #[cfg(feature = "async")]
-impl<'t, T: Platform, M, L> Queues<'t, T> for Vec<crate::AsyncFrontQueue<'t, T, M, L>>
+impl<P, M> Queues<P> for Vec<crate::AsyncFrontQueue<P, M>>
 where
+    P: Platform,
     M: embassy_sync::blocking_mutex::raw::RawMutex,
-    L: XenLine<'t, T>,
 {
-    fn for_each(&mut self, work: &mut dyn FnMut(usize, &mut dyn Connection<'t, T>)) {
+    fn for_each(&mut self, work: &mut dyn FnMut(usize, &mut dyn Connection<P>)) {
         for (number, queue) in self.iter().enumerate() {
             queue.with_queue(|queue| work(number, queue));
         }

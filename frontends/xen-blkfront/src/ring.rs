@@ -17,18 +17,13 @@ use crate::error::Error;
 use crate::offer;
 
 /// A ring that the backend can be told of.
-pub(crate) struct Ring<'t, T: Platform> {
-    pub ring: FrontRing<Lender<'t, T>>,
+pub(crate) struct Ring<P: Platform> {
+    pub ring: FrontRing<Lender<P>>,
     pub port: Port,
 }
 
-impl<'t, T: Platform> Ring<'t, T> {
-    fn open(
-        platform: &'t T,
-        lender: &Lender<'t, T>,
-        order: u32,
-        handle: u16,
-    ) -> Result<Self, Error> {
+impl<P: Platform> Ring<P> {
+    fn open(platform: &P, lender: &Lender<P>, order: u32, handle: u16) -> Result<Self, Error> {
         let ring = FrontRing::new(lender.clone(), order, handle)?;
         let port = platform.allocate_unbound(lender.peer())?;
         Ok(Self { ring, port })
@@ -43,13 +38,13 @@ impl<'t, T: Platform> Ring<'t, T> {
 /// Opens as many rings of the same order as are asked for and can be had; at least one.
 ///
 /// Where the grant table is nearly full, small rings are better than few, and few better than none.
-pub(crate) fn open_rings<'t, T: Platform>(
-    platform: &'t T,
-    lender: &Lender<'t, T>,
+pub(crate) fn open_rings<P: Platform>(
+    platform: &P,
+    lender: &Lender<P>,
     queues: u32,
     order: u32,
     handle: u16,
-) -> Result<(Vec<Ring<'t, T>>, u32), Error> {
+) -> Result<(Vec<Ring<P>>, u32), Error> {
     let mut order = order;
     loop {
         let mut rings = Vec::new();
@@ -76,12 +71,12 @@ pub(crate) fn open_rings<'t, T: Platform>(
 
 /// Makes the engine's link out of a ring, with as many indirect tables as are asked for and can be
 /// had.
-pub(crate) fn link<'t, T: Platform>(
-    lender: &Lender<'t, T>,
-    ring: FrontRing<Lender<'t, T>>,
+pub(crate) fn link<P: Platform>(
+    lender: &Lender<P>,
+    ring: FrontRing<Lender<P>>,
     offer: &offer::Limits,
     config: &Config,
-) -> Link<FrontRing<Lender<'t, T>>> {
+) -> Link<FrontRing<Lender<P>>> {
     let segments = config.indirect_segments.min(offer.indirect_segments) as usize;
     let limits = wire::limits(segments, usize::MAX / ENTRIES_PER_PAGE);
     let each = limits.indirect_segments.div_ceil(ENTRIES_PER_PAGE);
@@ -97,10 +92,10 @@ pub(crate) fn link<'t, T: Platform>(
 }
 
 /// Makes the pool to bounce through, as large as is asked for and can be had.
-pub(crate) fn bounce_pool<'t, T: Platform>(
-    lender: &Lender<'t, T>,
+pub(crate) fn bounce_pool<P: Platform>(
+    lender: &Lender<P>,
     config: &Config,
-) -> Option<alloc::sync::Arc<Pool<Lender<'t, T>>>> {
+) -> Option<alloc::sync::Arc<Pool<Lender<P>>>> {
     let mut bytes = config.bounce_bytes as usize;
     loop {
         let pool = as_many(config.bounce_buffers, |count| Pool::new(lender.clone(), count, bytes));
@@ -124,12 +119,12 @@ fn as_many<R>(wanted: u32, make: impl Fn(u32) -> Result<R, PagesError>) -> Optio
     None
 }
 
-pub(crate) fn lender<'t, T: Platform>(
-    platform: &'t T,
+pub(crate) fn lender<P: Platform>(
+    platform: P,
     peer: pvblk_xen::platform::DomainId,
     trusted: bool,
     config: &Config,
-) -> Lender<'t, T> {
+) -> Lender<P> {
     let lender = GrantTo::new(platform, peer, config.grant_budget);
     if trusted { lender } else { lender.untrusted() }
 }

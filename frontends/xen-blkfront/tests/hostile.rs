@@ -24,7 +24,7 @@ struct Outcome {
 }
 
 /// Connects, works and closes, whatever comes. Nothing here waits for the backend without an end.
-fn live<'t>(rig: &'t Rig, store: &'t Store<'t, Domain>, wanted: &Config, seed: u64) -> Outcome {
+fn live<'t>(rig: &'t Rig, store: &Store<&'t Domain>, wanted: &Config, seed: u64) -> Outcome {
     let mut outcome = Outcome::default();
     let mut random = Random::new(seed);
     let started = rig.host.now();

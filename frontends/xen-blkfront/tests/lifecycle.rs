@@ -114,8 +114,7 @@ fn a_backend_that_wants_to_close_is_served_to_the_end() {
             let (mut disk, mut queues) = rig.connect(&store, &Config::default()).unwrap();
             let pool = disk.register(20, 4096).unwrap();
             if watched {
-                let queue = disk.watched(queues.remove(0)).unwrap();
-                let mut queues = vec![queue];
+                disk.watch(&mut queues[0]).unwrap();
                 for sector in 0..20 {
                     queues[0].submit(write(sector, 1, registered(&pool, &[1; 512]))).unwrap();
                 }
@@ -221,7 +220,7 @@ fn a_user_who_waits_on_a_watched_queue_learns_that_the_backend_is_gone() {
         {
             let store = rig.store();
             let (mut disk, mut queues) = rig.connect(&store, &Config::default()).unwrap();
-            let mut queues = vec![disk.watched(queues.remove(0)).unwrap()];
+            disk.watch(&mut queues[0]).unwrap();
             rig.backend.pause(true);
             queues[0].submit(read(0, 8, owned(disk.lender(), &[0; 4096]))).unwrap();
             queues[0].commit();

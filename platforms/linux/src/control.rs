@@ -4,7 +4,7 @@ use core::task::Waker;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
-use pvblk_xen::platform::{Clock, StoreBroken, StoreTransport};
+use pvblk_xen::platform::{Clock, NoopRawMutex, StoreBroken, StoreTransport};
 use rustix::event::PollFlags;
 
 use crate::clock;
@@ -70,6 +70,9 @@ impl AsFd for Control {
 }
 
 impl StoreTransport for Control {
+    /// A connection belongs to one thread.
+    type Lock = NoopRawMutex;
+
     fn send(&self, bytes: &[u8]) -> Result<usize, StoreBroken> {
         self.store.send(bytes)
     }

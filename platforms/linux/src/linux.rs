@@ -6,7 +6,7 @@ use core::task::Waker;
 use pvblk::memory::{Access, PageAllocator};
 use pvblk_xen::platform::{
     Clock, CopyOperation, DomainId, EventChannels, EventError, ForeignGrants, GrantError, GrantRef,
-    Grants, MapOperation, MappedPage, Port, StillMapped, StoreBroken, StoreTransport,
+    Grants, MapOperation, MappedPage, NoopRawMutex, Port, StillMapped, StoreBroken, StoreTransport,
 };
 use rustix::event::{PollFd, PollFlags};
 
@@ -15,7 +15,8 @@ use crate::error::OpenError;
 use crate::gntalloc::GrantAllocator;
 use crate::worker::Worker;
 
-/// The whole platform on one type: [`Platform`](pvblk_xen::platform::Platform) for a frontend,
+/// The whole platform on one type: a reference to it, or an `Rc`, is a
+/// [`Platform`](pvblk_xen::platform::Platform) for a frontend and a
 /// [`BackPlatform`](pvblk_xen::platform::BackPlatform) for a backend. A program whose queues have
 /// threads of their own uses a [`Control`] and [`Worker`]s instead.
 ///
@@ -163,6 +164,8 @@ impl EventChannels for Linux {
 }
 
 impl StoreTransport for Linux {
+    type Lock = NoopRawMutex;
+
     fn send(&self, bytes: &[u8]) -> Result<usize, StoreBroken> {
         self.control.send(bytes)
     }

@@ -11,6 +11,7 @@ use pvblk_xen::platform::{
 
 use crate::faults::{FaultState, Faults};
 use crate::host::{DomainState, Host, Inner, State, Statistics};
+use crate::lock::ThreadMutex;
 use crate::mapping::{MapError, Mapping};
 use crate::memory::Page;
 
@@ -291,6 +292,8 @@ impl EventChannels for Domain {
 }
 
 impl StoreTransport for Domain {
+    type Lock = ThreadMutex;
+
     fn send(&self, bytes: &[u8]) -> Result<usize, StoreBroken> {
         self.if_alive(Err(StoreBroken), |state| {
             let count = state.domain(self.id).faults.short(bytes.len());

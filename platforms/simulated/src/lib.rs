@@ -31,6 +31,8 @@ mod foreign;
 mod grants;
 mod host;
 mod life;
+#[allow(unsafe_code)]
+mod lock;
 mod mapping;
 #[allow(unsafe_code)]
 mod memory;
@@ -44,6 +46,7 @@ mod waiting;
 pub use domain::Domain;
 pub use faults::{Faults, Random};
 pub use host::{ActorId, Host, Statistics};
+pub use lock::ThreadMutex;
 pub use mapping::{MapError, Mapping};
 pub use ram::Ram;
 pub use script::{Script, run_corpus, run_random};

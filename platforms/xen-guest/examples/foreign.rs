@@ -42,7 +42,7 @@ mod image {
     /// One of the two guests.
     struct Side {
         guest: &'static Guest,
-        store: Store<'static, Guest>,
+        store: Store<&'static Guest>,
         peer: DomainId,
         passed: Cell<u32>,
         failed: Cell<u32>,
@@ -64,7 +64,7 @@ mod image {
     }
 
     /// The value of a node, as soon as there is one.
-    fn wait_for(guest: &Guest, store: &Store<'_, Guest>, path: &str) -> String {
+    fn wait_for(guest: &Guest, store: &Store<&Guest>, path: &str) -> String {
         let watch = store.watch(path).expect("a watch");
         let deadline = guest.now() + 120 * SECOND;
         loop {

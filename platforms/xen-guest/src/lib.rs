@@ -57,6 +57,7 @@ mod statistics;
 mod store;
 
 pub use guest::Guest;
+pub use platform::InterruptsOff;
 pub use power::{crash, power_off, reboot};
 pub use statistics::{PortStatistics, Statistics};
 

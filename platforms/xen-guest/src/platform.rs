@@ -6,9 +6,10 @@ use core::task::Waker;
 use pvblk::memory::{Access, PageAllocator};
 use pvblk_xen::platform::{
     Clock, CopyOperation, DomainId, EventChannels, EventError, ForeignGrants, GrantError, GrantRef,
-    Grants, MapOperation, MappedPage, Port, StillMapped, StoreBroken, StoreTransport,
+    Grants, MapOperation, MappedPage, Port, RawMutex, StillMapped, StoreBroken, StoreTransport,
 };
 use pvh_guest::pages;
+use pvh_guest::sync::without_interrupts;
 use xen_hypercalls::{Errno, event_channel};
 
 use crate::{Guest, clock, events, grant_operations};
@@ -67,6 +68,18 @@ unsafe impl ForeignGrants for Guest {
     }
 }
 
+/// A lock on the one vCPU: interrupts are off while it is taken.
+pub struct InterruptsOff(());
+
+// SAFETY: with interrupts off nothing else runs on the one vCPU.
+unsafe impl RawMutex for InterruptsOff {
+    const INIT: Self = Self(());
+
+    fn lock<R>(&self, run: impl FnOnce() -> R) -> R {
+        without_interrupts(run)
+    }
+}
+
 fn event_error(errno: Errno) -> EventError {
     match errno {
         Errno::NOSPC | Errno::NOMEM => EventError::Exhausted,
@@ -112,6 +125,8 @@ impl EventChannels for Guest {
 }
 
 impl StoreTransport for Guest {
+    type Lock = InterruptsOff;
+
     fn send(&self, bytes: &[u8]) -> Result<usize, StoreBroken> {
         self.store.send(bytes).map_err(|_| StoreBroken)
     }

@@ -1,6 +1,8 @@
 //! What a driver needs of a device beside its queues: registers and an interrupt, on whatever bus
 //! the device is.
 
+use alloc::rc::Rc;
+use alloc::sync::Arc;
 use core::task::Waker;
 
 use crate::feature::Features;
@@ -29,7 +31,8 @@ bitflags::bitflags! {
 
 /// The registers of a device (VirtIO 4).
 ///
-/// All of it may be called by whoever has a reference; where registers have to be selected before they
+/// What is implemented by a type is so by `&T`, `Rc<T>` and `Arc<T>` of it, too: a disk and its queues
+/// have clones of their transport. All of it may be called by whoever has a reference; where registers have to be selected before they
 /// are used, an implementation sees to it that nobody comes in between.
 pub trait Transport {
     /// What the device offers.
@@ -114,56 +117,66 @@ pub trait Interrupt {
     fn set_waker(&self, waker: &Waker);
 }
 
-impl<T: Transport + ?Sized> Transport for &T {
-    fn features(&self) -> Features {
-        (**self).features()
-    }
+/// Implements the trait for a pointer to something that implements it.
+macro_rules! forward {
+    ($pointer:ty) => {
+        impl<T: Transport + ?Sized> Transport for $pointer {
+            fn features(&self) -> Features {
+                (**self).features()
+            }
 
-    fn accept(&self, features: Features) {
-        (**self).accept(features);
-    }
+            fn accept(&self, features: Features) {
+                (**self).accept(features);
+            }
 
-    fn status(&self) -> Status {
-        (**self).status()
-    }
+            fn status(&self) -> Status {
+                (**self).status()
+            }
 
-    fn set_status(&self, status: Status) {
-        (**self).set_status(status);
-    }
+            fn set_status(&self, status: Status) {
+                (**self).set_status(status);
+            }
 
-    fn generation(&self) -> u32 {
-        (**self).generation()
-    }
+            fn generation(&self) -> u32 {
+                (**self).generation()
+            }
 
-    fn config8(&self, offset: usize) -> Option<u8> {
-        (**self).config8(offset)
-    }
+            fn config8(&self, offset: usize) -> Option<u8> {
+                (**self).config8(offset)
+            }
 
-    fn config16(&self, offset: usize) -> Option<u16> {
-        (**self).config16(offset)
-    }
+            fn config16(&self, offset: usize) -> Option<u16> {
+                (**self).config16(offset)
+            }
 
-    fn config32(&self, offset: usize) -> Option<u32> {
-        (**self).config32(offset)
-    }
+            fn config32(&self, offset: usize) -> Option<u32> {
+                (**self).config32(offset)
+            }
 
-    fn set_config8(&self, offset: usize, value: u8) -> bool {
-        (**self).set_config8(offset, value)
-    }
+            fn set_config8(&self, offset: usize, value: u8) -> bool {
+                (**self).set_config8(offset, value)
+            }
 
-    fn queue_size(&self, queue: u16) -> u32 {
-        (**self).queue_size(queue)
-    }
+            fn queue_size(&self, queue: u16) -> u32 {
+                (**self).queue_size(queue)
+            }
 
-    fn enable_queue(&self, queue: u16, size: u16, at: Addresses) {
-        (**self).enable_queue(queue, size, at);
-    }
+            fn enable_queue(&self, queue: u16, size: u16, at: Addresses) {
+                (**self).enable_queue(queue, size, at);
+            }
 
-    fn notify(&self, queue: u16) {
-        (**self).notify(queue);
-    }
+            #[inline]
+            fn notify(&self, queue: u16) {
+                (**self).notify(queue);
+            }
 
-    fn acknowledge(&self) -> bool {
-        (**self).acknowledge()
-    }
+            fn acknowledge(&self) -> bool {
+                (**self).acknowledge()
+            }
+        }
+    };
 }
+
+forward!(&T);
+forward!(Rc<T>);
+forward!(Arc<T>);

@@ -1,9 +1,15 @@
 //! What an operating system gives this transport: grants, event channels, XenStore bytes, time.
 //!
 //! Every trait works on `&self`. A platform may implement all four on one type, and usually does.
+//! What is implemented by a type is so by `&T`, `Rc<T>` and `Arc<T>` of it, too: disks and queues have
+//! clones of their platform, and so of a pointer to it if it cannot be cloned.
 
+use alloc::rc::Rc;
+use alloc::sync::Arc;
 use core::ptr::NonNull;
 use core::task::Waker;
+
+pub use embassy_sync::blocking_mutex::raw::{CriticalSectionRawMutex, NoopRawMutex, RawMutex};
 
 use pvblk::memory::{Access, PageAllocator};
 
@@ -193,27 +199,6 @@ pub unsafe trait ForeignGrants: PageAllocator {
     }
 }
 
-// SAFETY: forwards to the platform it points to.
-unsafe impl<T: ForeignGrants + ?Sized> ForeignGrants for &T {
-    fn kept_share(&self) -> usize {
-        (**self).kept_share()
-    }
-
-    fn map(&self, peer: DomainId, operations: &mut [MapOperation]) {
-        (**self).map(peer, operations);
-    }
-
-    unsafe fn unmap(&self, pages: &[MappedPage]) {
-        // SAFETY: the caller keeps the same contract.
-        unsafe { (**self).unmap(pages) }
-    }
-
-    unsafe fn copy(&self, peer: DomainId, operations: &mut [CopyOperation]) {
-        // SAFETY: the caller keeps the same contract.
-        unsafe { (**self).copy(peer, operations) }
-    }
-}
-
 /// Why an event channel could not be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -273,6 +258,13 @@ pub trait EventChannels {
 /// The byte stream to `xenstored`: the shared page of a guest, or `/dev/xen/xenbus` on Linux
 /// (`xen/include/public/io/xs_wire.h`).
 pub trait StoreTransport {
+    /// The lock around what all clones of a [`Store`](crate::store::Store) have in common. It is taken
+    /// for as long as bytes are moved, and never while they are waited for.
+    ///
+    /// [`NoopRawMutex`] for a platform that one thread uses. With a lock that several threads may take
+    /// ([`CriticalSectionRawMutex`], or the operating system's own) stores and disks are `Send`.
+    type Lock: RawMutex;
+
     /// Sends as many of the bytes as there is room for now, and says how many those were.
     ///
     /// # Errors
@@ -307,27 +299,121 @@ pub trait Clock {
 }
 
 /// All that a block backend needs from its operating system on Xen.
-pub trait BackPlatform: ForeignGrants + EventChannels + StoreTransport + Clock {}
+pub trait BackPlatform: ForeignGrants + EventChannels + StoreTransport + Clock + Clone {}
 
-impl<T: ForeignGrants + EventChannels + StoreTransport + Clock> BackPlatform for T {}
+impl<T: ForeignGrants + EventChannels + StoreTransport + Clock + Clone> BackPlatform for T {}
 
 /// All that a block driver needs from its operating system on Xen.
-pub trait Platform: Grants + EventChannels + StoreTransport + Clock {}
+///
+/// It is cloned when a disk is connected, and not for a request: a reference, an `Rc` or an `Arc` will
+/// do.
+pub trait Platform: Grants + EventChannels + StoreTransport + Clock + Clone {}
 
-impl<T: Grants + EventChannels + StoreTransport + Clock> Platform for T {}
+impl<T: Grants + EventChannels + StoreTransport + Clock + Clone> Platform for T {}
 
-// SAFETY: forwards to the grant table it points to.
-unsafe impl<T: Grants + ?Sized> Grants for &T {
-    fn grant(
-        &self,
-        peer: DomainId,
-        page: NonNull<u8>,
-        access: Access,
-    ) -> Result<GrantRef, GrantError> {
-        (**self).grant(peer, page, access)
-    }
+/// Implements the traits for a pointer to something that implements them.
+macro_rules! forward {
+    ($pointer:ty) => {
+        // SAFETY: forwards to the grant table it points to.
+        unsafe impl<T: Grants + ?Sized> Grants for $pointer {
+            fn grant(
+                &self,
+                peer: DomainId,
+                page: NonNull<u8>,
+                access: Access,
+            ) -> Result<GrantRef, GrantError> {
+                (**self).grant(peer, page, access)
+            }
 
-    fn try_end(&self, reference: GrantRef) -> Result<(), StillMapped> {
-        (**self).try_end(reference)
-    }
+            fn try_end(&self, reference: GrantRef) -> Result<(), StillMapped> {
+                (**self).try_end(reference)
+            }
+        }
+
+        // SAFETY: forwards to the platform it points to.
+        unsafe impl<T: ForeignGrants + ?Sized> ForeignGrants for $pointer {
+            fn map(&self, peer: DomainId, operations: &mut [MapOperation]) {
+                (**self).map(peer, operations);
+            }
+
+            unsafe fn unmap(&self, pages: &[MappedPage]) {
+                // SAFETY: the caller keeps the same contract.
+                unsafe { (**self).unmap(pages) }
+            }
+
+            unsafe fn copy(&self, peer: DomainId, operations: &mut [CopyOperation]) {
+                // SAFETY: the caller keeps the same contract.
+                unsafe { (**self).copy(peer, operations) }
+            }
+
+            fn kept_share(&self) -> usize {
+                (**self).kept_share()
+            }
+        }
+
+        impl<T: EventChannels + ?Sized> EventChannels for $pointer {
+            fn allocate_unbound(&self, peer: DomainId) -> Result<Port, EventError> {
+                (**self).allocate_unbound(peer)
+            }
+
+            fn bind_interdomain(&self, peer: DomainId, remote: Port) -> Result<Port, EventError> {
+                (**self).bind_interdomain(peer, remote)
+            }
+
+            fn close(&self, port: Port) {
+                (**self).close(port);
+            }
+
+            #[inline]
+            fn notify(&self, port: Port) {
+                (**self).notify(port);
+            }
+
+            fn unmask(&self, port: Port) {
+                (**self).unmask(port);
+            }
+
+            fn take(&self, port: Port) -> bool {
+                (**self).take(port)
+            }
+
+            fn wait(&self, deadline: Option<u64>) {
+                (**self).wait(deadline);
+            }
+
+            fn set_waker(&self, port: Port, waker: &Waker) {
+                (**self).set_waker(port, waker);
+            }
+        }
+
+        impl<T: StoreTransport + ?Sized> StoreTransport for $pointer {
+            type Lock = T::Lock;
+
+            fn send(&self, bytes: &[u8]) -> Result<usize, StoreBroken> {
+                (**self).send(bytes)
+            }
+
+            fn receive(&self, bytes: &mut [u8]) -> Result<usize, StoreBroken> {
+                (**self).receive(bytes)
+            }
+
+            fn wait_store(&self, deadline: Option<u64>) {
+                (**self).wait_store(deadline);
+            }
+
+            fn set_store_waker(&self, waker: &Waker) {
+                (**self).set_store_waker(waker);
+            }
+        }
+
+        impl<T: Clock + ?Sized> Clock for $pointer {
+            fn now(&self) -> u64 {
+                (**self).now()
+            }
+        }
+    };
 }
+
+forward!(&T);
+forward!(Rc<T>);
+forward!(Arc<T>);

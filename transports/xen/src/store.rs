@@ -12,12 +12,16 @@
 //! Every wait has an end, no stream of bytes makes the client panic, and its memory does not grow
 //! with what `xenstored` or other domains send: a watch is a flag.
 
+use alloc::sync::Arc;
 use alloc::vec::Vec;
-use core::cell::{Cell, RefCell, RefMut};
+use core::cell::RefCell;
 use core::fmt;
 use core::future::poll_fn;
+use core::sync::atomic::{AtomicU64, Ordering};
 use core::task::{Poll, Waker};
 use core::time::Duration;
+
+use embassy_sync::blocking_mutex::Mutex;
 
 pub use error::{Error, ErrorKind, StoreErrno, Violation};
 pub use nodes::Nodes;
@@ -42,16 +46,30 @@ pub(crate) use wire::{decimal, decimal_u32, is_path};
 /// How long a [`Store`] waits for an answer unless told otherwise.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A client of XenStore.
+/// A client of XenStore: a handle, of which each device has a clone.
 ///
-/// It works on `&self`, so that several devices can share it, but on one thread only. One
-/// transport carries one `Store`: two would take each other's replies.
-pub struct Store<'t, T> {
-    transport: &'t T,
+/// One transport carries one client and its clones: two would take each other's replies.
+///
+/// A store is `Send` if its transport is and has a [lock](StoreTransport::Lock) that is. Threads must
+/// take turns all the same: a request of one while another one waits for its reply is refused
+/// ([`Error::Busy`]).
+pub struct Store<T: StoreTransport> {
+    shared: Arc<Shared<T>>,
+}
+
+impl<T: StoreTransport> Clone for Store<T> {
+    fn clone(&self) -> Self {
+        Self { shared: self.shared.clone() }
+    }
+}
+
+/// What all clones have in common.
+struct Shared<T: StoreTransport> {
+    transport: T,
     /// Never borrowed while the transport waits.
-    inner: RefCell<Inner>,
+    inner: Mutex<T::Lock, RefCell<Inner>>,
     /// In nanoseconds.
-    timeout: Cell<u64>,
+    timeout: AtomicU64,
 }
 
 struct Inner {
@@ -69,18 +87,21 @@ struct Look {
     pending: bool,
 }
 
-impl<'t, T: StoreTransport + Clock> Store<'t, T> {
+impl<T: StoreTransport + Clock> Store<T> {
     /// A client on a stream that nobody has used since it was connected.
-    pub fn new(transport: &'t T) -> Self {
+    pub fn new(transport: T) -> Self {
         let inner = Inner { link: Link::new(), watches: Watches::default(), waker: None };
-        let store = Self { transport, inner: RefCell::new(inner), timeout: Cell::new(0) };
+        let inner = Mutex::new(RefCell::new(inner));
+        let timeout = AtomicU64::new(0);
+        let store = Self { shared: Arc::new(Shared { transport, inner, timeout }) };
         store.set_timeout(DEFAULT_TIMEOUT);
         store
     }
 
     /// Sets how long every request after this one waits for its answer.
     pub fn set_timeout(&self, timeout: Duration) {
-        self.timeout.set(u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX));
+        let nanoseconds = u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX);
+        self.shared.timeout.store(nanoseconds, Ordering::Relaxed);
     }
 
     /// Begins to watch a node and all nodes below it.
@@ -109,10 +130,10 @@ impl<'t, T: StoreTransport + Clock> Store<'t, T> {
     fn begin_watch(&self, path: &str, names: bool) -> Result<WatchId, Error> {
         check_path(path)?;
         // The first event may arrive before the reply, so the flag must be there first.
-        let watch = self.inner()?.watches.insert(path, names);
+        let watch = self.with(|inner| inner.watches.insert(path, names))?;
         let result = self.send_watch(watch, path);
         if result.is_err() {
-            self.inner()?.watches.remove(watch);
+            self.with(|inner| inner.watches.remove(watch))?;
         }
         result.map(|()| watch)
     }
@@ -123,7 +144,7 @@ impl<'t, T: StoreTransport + Clock> Store<'t, T> {
     ///
     /// [`Error::NoSuchWatch`] if it has been ended before; those of [`watch`](Self::watch).
     pub fn unwatch(&self, watch: WatchId) -> Result<(), Error> {
-        let path = self.inner()?.watches.remove(watch).ok_or(Error::NoSuchWatch)?;
+        let path = self.with(|inner| inner.watches.remove(watch))?.ok_or(Error::NoSuchWatch)?;
         self.name_watch(Operation::Unwatch, watch, &path)
     }
 
@@ -132,12 +153,12 @@ impl<'t, T: StoreTransport + Clock> Store<'t, T> {
     /// This does not look for new events: [`poll`](Self::poll) and every request do. It is `false`
     /// for a watch that has been ended.
     pub fn take(&self, watch: WatchId) -> bool {
-        self.inner().is_ok_and(|mut inner| inner.watches.take(watch))
+        self.with(|inner| inner.watches.take(watch)).unwrap_or(false)
     }
 
     /// As [`take`](Self::take), with what has changed since the last time.
     pub fn take_changed(&self, watch: WatchId) -> Changed {
-        self.inner().map(|mut inner| inner.watches.take_changed(watch)).unwrap_or_default()
+        self.with(|inner| inner.watches.take_changed(watch)).unwrap_or_default()
     }
 
     /// Takes in the events that have arrived, without waiting. `true` if any watch has fired and
@@ -169,7 +190,7 @@ impl<'t, T: StoreTransport + Clock> Store<'t, T> {
     ///
     /// [`Error::NoSuchWatch`], [`Error::Broken`], [`Error::Protocol`], [`Error::Busy`].
     pub fn wait_for(&self, watch: WatchId, deadline: Option<u64>) -> Result<bool, Error> {
-        if !self.inner()?.watches.contains(watch) {
+        if !self.with(|inner| inner.watches.contains(watch))? {
             return Err(Error::NoSuchWatch);
         }
         self.wait_until(deadline, |store, _| store.take(watch))
@@ -187,8 +208,8 @@ impl<'t, T: StoreTransport + Clock> Store<'t, T> {
         if self.look()?.pending {
             return Poll::Ready(Ok(()));
         }
-        self.transport.set_store_waker(waker);
-        self.inner()?.waker = Some(waker.clone());
+        self.shared.transport.set_store_waker(waker);
+        drop(self.with(|inner| inner.waker.replace(waker.clone()))?);
         // What arrived before the waker was set woke nobody.
         let look = self.look()?;
         if look.pending {
@@ -208,25 +229,24 @@ impl<'t, T: StoreTransport + Clock> Store<'t, T> {
     ///
     /// [`Error::NoSuchWatch`], [`Error::Broken`], [`Error::Protocol`], [`Error::Busy`].
     pub fn poll_for(&self, watch: WatchId, waker: &Waker) -> Poll<Result<(), Error>> {
-        {
-            let mut inner = self.inner()?;
-            // Or a flag that nobody takes would wake it in every look below.
-            inner.waker = None;
-            if !inner.watches.contains(watch) {
-                return Poll::Ready(Err(Error::NoSuchWatch));
-            }
+        // Or a flag that nobody takes would wake it in every look below.
+        let (old, exists) =
+            self.with(|inner| (inner.waker.take(), inner.watches.contains(watch)))?;
+        drop(old);
+        if !exists {
+            return Poll::Ready(Err(Error::NoSuchWatch));
         }
         self.look()?;
         if self.take(watch) {
             return Poll::Ready(Ok(()));
         }
-        self.transport.set_store_waker(waker);
+        self.shared.transport.set_store_waker(waker);
         // What arrived before the waker was set woke nobody.
         let look = self.look()?;
         if self.take(watch) {
             return Poll::Ready(Ok(()));
         }
-        self.inner()?.waker = Some(waker.clone());
+        drop(self.with(|inner| inner.waker.replace(waker.clone()))?);
         if look.more {
             waker.wake_by_ref();
         }
@@ -250,17 +270,16 @@ impl<'t, T: StoreTransport + Clock> Store<'t, T> {
     /// [`Error::Busy`] while a request is under way, and those of [`watch`](Self::watch); call it
     /// again then.
     pub fn resume(&self) -> Result<(), Error> {
-        let watches = {
-            let mut inner = self.inner()?;
+        let watches = self.with(|inner| {
             if inner.link.is_awaiting() {
                 return Err(Error::Busy);
             }
             inner.link.reset();
-            inner.watches.list()
-        };
+            Ok(inner.watches.list())
+        })??;
         for (watch, path) in watches {
             self.send_watch(watch, &path)?;
-            self.inner()?.watches.fire(watch);
+            self.with(|inner| inner.watches.fire(watch))?;
         }
         Ok(())
     }
@@ -270,8 +289,7 @@ impl<'t, T: StoreTransport + Clock> Store<'t, T> {
             // An earlier client of this domain, a boot loader perhaps, left just this watch behind.
             // It will do, but it does not fire by itself now.
             Err(error) if error.errno() == Some(StoreErrno::Exists) => {
-                self.inner()?.watches.fire(watch);
-                Ok(())
+                self.with(|inner| inner.watches.fire(watch))
             }
             result => result,
         }
@@ -296,7 +314,8 @@ impl<'t, T: StoreTransport + Clock> Store<'t, T> {
         if bytes > PAYLOAD_MAX {
             return Err(Error::TooLong { bytes });
         }
-        let deadline = self.transport.now().saturating_add(self.timeout.get());
+        let timeout = self.shared.timeout.load(Ordering::Relaxed);
+        let deadline = self.shared.transport.now().saturating_add(timeout);
 
         // The rest of a request that timed out may have to be sent first.
         self.until(deadline, |inner| {
@@ -308,7 +327,7 @@ impl<'t, T: StoreTransport + Clock> Store<'t, T> {
 
         let reply = self.until(deadline, |inner| inner.link.take_reply());
         if reply.is_err() {
-            self.inner()?.link.abandon();
+            self.with(|inner| inner.link.abandon())?;
         }
         let reply: Reply = reply?;
         reply.map_err(|errno| Error::Refused { path: path.into(), errno })
@@ -322,14 +341,14 @@ impl<'t, T: StoreTransport + Clock> Store<'t, T> {
     ) -> Result<R, Error> {
         loop {
             let look = self.look()?;
-            if let Some(result) = ready(&mut *self.inner()?) {
+            if let Some(result) = self.with(&mut ready)? {
                 return Ok(result);
             }
-            if self.transport.now() >= deadline {
+            if self.shared.transport.now() >= deadline {
                 return Err(Error::TimedOut);
             }
             if !look.more {
-                self.transport.wait_store(Some(deadline));
+                self.shared.transport.wait_store(Some(deadline));
             }
         }
     }
@@ -344,42 +363,45 @@ impl<'t, T: StoreTransport + Clock> Store<'t, T> {
             if fired(self, look.pending) {
                 return Ok(true);
             }
-            if deadline.is_some_and(|deadline| self.transport.now() >= deadline) {
+            if deadline.is_some_and(|deadline| self.shared.transport.now() >= deadline) {
                 return Ok(false);
             }
             if !look.more {
-                self.transport.wait_store(deadline);
+                self.shared.transport.wait_store(deadline);
             }
         }
     }
 
     /// Moves the bytes that can be moved now.
     fn look(&self) -> Result<Look, Error> {
-        let mut inner = self.inner()?;
-        let Inner { link, watches, waker } = &mut *inner;
-        let more = link.advance(self.transport, watches);
-        let pending = watches.any_pending();
-        let waker = if pending || more.is_err() { waker.take() } else { None };
-        // A waker may be anybody's code, and use this store.
-        drop(inner);
+        let (more, pending, waker) = self.with(|inner| {
+            let more = inner.link.advance(&self.shared.transport, &mut inner.watches);
+            let pending = inner.watches.any_pending();
+            let woken = pending || more.is_err();
+            (more, pending, inner.waker.take_if(|_| woken))
+        })?;
+        // Not inside: a waker may be anybody's code, and use this store.
         if let Some(waker) = waker {
             waker.wake();
         }
         Ok(Look { more: more?, pending })
     }
 
-    fn inner(&self) -> Result<RefMut<'_, Inner>, Error> {
-        self.inner.try_borrow_mut().map_err(|_| Error::Busy)
+    fn with<R>(&self, work: impl FnOnce(&mut Inner) -> R) -> Result<R, Error> {
+        self.shared.inner.lock(|inner| match inner.try_borrow_mut() {
+            Ok(mut inner) => Ok(work(&mut inner)),
+            Err(_) => Err(Error::Busy),
+        })
     }
 }
 
-impl<T: StoreTransport + Clock> nodes::Exchange for Store<'_, T> {
+impl<T: StoreTransport + Clock> nodes::Exchange for Store<T> {
     fn exchange(&self, operation: Operation, path: &str, value: &[u8]) -> Result<Vec<u8>, Error> {
         self.exchange_in(0, operation, path, value)
     }
 }
 
-impl<T: StoreTransport + Clock> Store<'_, T> {
+impl<T: StoreTransport + Clock> Store<T> {
     /// A request about one node, in a transaction or (0) in none.
     fn exchange_in(
         &self,
@@ -393,7 +415,7 @@ impl<T: StoreTransport + Clock> Store<'_, T> {
     }
 }
 
-impl<T> fmt::Debug for Store<'_, T> {
+impl<T: StoreTransport> fmt::Debug for Store<T> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.debug_struct("Store").finish_non_exhaustive()
     }

@@ -101,7 +101,7 @@ pub fn write_state(nodes: &impl Nodes, device: &str, state: State) -> Result<(),
 ///
 /// Those of [`Store::transaction`].
 pub fn switch_state<T: StoreTransport + Clock>(
-    store: &Store<'_, T>,
+    store: &Store<T>,
     device: &str,
     state: State,
 ) -> Result<bool, Error> {
@@ -189,7 +189,7 @@ impl Device {
 /// Nothing is written about a device that is gone: it would stay for good. What goes wrong here is
 /// not reported: there is something worse to report already.
 pub fn report_error<T: StoreTransport + Clock>(
-    store: &Store<'_, T>,
+    store: &Store<T>,
     device: &str,
     errno: u32,
     message: &str,
@@ -208,7 +208,7 @@ pub fn shorten(message: &str) -> &str {
 }
 
 /// Takes back what [`report_error`] said about a device, which works now, or is over.
-pub fn forget_error<T: StoreTransport + Clock>(store: &Store<'_, T>, device: &str) {
+pub fn forget_error<T: StoreTransport + Clock>(store: &Store<T>, device: &str) {
     // If it stays, it is out of date, and nothing worse.
     let _ = remove_directory(store, &error_folder(device));
 }
@@ -220,7 +220,7 @@ pub fn forget_error<T: StoreTransport + Clock>(store: &Store<'_, T>, device: &st
 ///
 /// Those of [`Nodes`], as far as the directory is concerned.
 pub fn remove_directory<T: StoreTransport + Clock>(
-    store: &Store<'_, T>,
+    store: &Store<T>,
     directory: &str,
 ) -> Result<bool, Error> {
     let removed = store.remove(directory)?;
@@ -231,7 +231,7 @@ pub fn remove_directory<T: StoreTransport + Clock>(
 }
 
 /// Removes the folder that a device's directory was in, if nothing else is in it.
-pub fn remove_empty_folder<T: StoreTransport + Clock>(store: &Store<'_, T>, directory: &str) {
+pub fn remove_empty_folder<T: StoreTransport + Clock>(store: &Store<T>, directory: &str) {
     let Some((folder, _)) = directory.rsplit_once('/') else { return };
     // In a transaction of its own: the one that removed what was in it must not (EIO). What fails is
     // no harm: it is an empty folder, or the toolstack's, which removes it then.

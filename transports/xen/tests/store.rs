@@ -3,13 +3,14 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Poll, Wake, Waker};
 use std::time::Duration;
 
 use proptest::prelude::*;
-use pvblk_xen::platform::{Clock, DomainId, StoreBroken, StoreTransport};
+use pvblk_xen::platform::{Clock, DomainId, NoopRawMutex, StoreBroken, StoreTransport};
 use pvblk_xen::store::{
     DEFAULT_TIMEOUT, Error, ErrorKind, Nodes, Store, StoreErrno, TRANSACTION_ATTEMPTS, Violation,
 };
@@ -336,6 +337,8 @@ fn absolute(path: &str) -> String {
 }
 
 impl StoreTransport for Daemon {
+    type Lock = NoopRawMutex;
+
     fn send(&self, bytes: &[u8]) -> Result<usize, StoreBroken> {
         let count = bytes.len().min(self.chunk.get()).min(self.room.get());
         if self.room.get() != usize::MAX {
@@ -789,13 +792,16 @@ fn is_not_kept_busy_by_events_without_end() {
 /// A transport that uses the store while the store waits on it.
 struct Reentrant {
     daemon: Daemon,
-    store: Cell<Option<&'static Store<'static, Reentrant>>>,
+    store: RefCell<Option<Store<Rc<Reentrant>>>>,
     inside: RefCell<Vec<Result<bool, Error>>>,
 }
 
 impl StoreTransport for Reentrant {
+    type Lock = NoopRawMutex;
+
     fn send(&self, bytes: &[u8]) -> Result<usize, StoreBroken> {
-        if let Some(store) = self.store.get() {
+        let store = self.store.borrow().clone();
+        if let Some(store) = store {
             self.inside.borrow_mut().push(store.poll());
         }
         self.daemon.send(bytes)
@@ -829,10 +835,9 @@ fn is_busy_rather_than_confused_when_used_from_inside_its_transport() {
     daemon.put("a", "1");
     daemon.silent.set(true);
     let inside = RefCell::default();
-    let transport: &Reentrant =
-        Box::leak(Box::new(Reentrant { daemon, store: Cell::new(None), inside }));
-    let store: &Store<'_, Reentrant> = Box::leak(Box::new(Store::new(transport)));
-    transport.store.set(Some(store));
+    let transport = Rc::new(Reentrant { daemon, store: RefCell::default(), inside });
+    let store = Store::new(transport.clone());
+    transport.store.replace(Some(store.clone()));
     assert_eq!(store.read("a").unwrap(), "1");
     // While bytes move, while a reply is awaited, and (this one may) while nothing is borrowed.
     assert_eq!(*transport.inside.borrow(), [Err(Error::Busy), Err(Error::Busy), Ok(false)]);
@@ -907,7 +912,7 @@ fn with_many_children() -> (Daemon, Vec<String>) {
     (daemon, names)
 }
 
-fn sorted_children(store: &Store<'_, Daemon>) -> Result<Vec<String>, Error> {
+fn sorted_children(store: &Store<&Daemon>) -> Result<Vec<String>, Error> {
     let mut names = store.directory("many")?;
     names.sort();
     Ok(names)

@@ -45,6 +45,8 @@ fn message(kind: u32, request: &[u8], payload: &[u8]) -> Vec<u8> {
 }
 
 impl StoreTransport for Flood {
+    type Lock = pvblk_xen::platform::NoopRawMutex;
+
     fn send(&self, bytes: &[u8]) -> Result<usize, StoreBroken> {
         let mut current = self.current.borrow_mut();
         current.clear();

@@ -32,7 +32,7 @@ use crate::fmt::message;
 use crate::offer::{self, Problem, Refusal, Terms};
 use crate::queue::QueuePlan;
 
-impl<'t, T: StoreTransport + Clock> Vbd<'_, 't, T> {
+impl<P: StoreTransport + Clock> Vbd<P> {
     /// Follows the frontend and the toolstack: call it when XenStore has events, when
     /// [`deadline`](Self::deadline) has come, and then until it says [`Event::Nothing`]. It never
     /// waits for either of them, and reads a number of nodes at most that the configuration bounds.
@@ -75,7 +75,7 @@ impl<'t, T: StoreTransport + Clock> Vbd<'_, 't, T> {
 
     fn look(&mut self, now: u64) -> Result<Event, Error> {
         let path = &self.device.path;
-        let state = xenbus::read_state(self.store, path)?;
+        let state = xenbus::read_state(&self.store, path)?;
         if state == State::Unknown && !self.store.exists(&format!("{path}/state"))? {
             return Ok(self.vanish());
         }
@@ -89,7 +89,7 @@ impl<'t, T: StoreTransport + Clock> Vbd<'_, 't, T> {
         }
         let settled_at = *self.settled_at.get_or_insert(now.saturating_add(self.config.settle));
         if !self.plugged {
-            let status = optional_text(self.store, path, "hotplug-status")?;
+            let status = optional_text(&self.store, path, "hotplug-status")?;
             if status.as_deref() == Some("connected") {
                 (self.plugged, self.again) = (true, true);
                 return Ok(Event::Plugged);
@@ -148,7 +148,7 @@ impl<'t, T: StoreTransport + Clock> Vbd<'_, 't, T> {
         if self.ending || !self.is_online()? || !self.has_frontend()? {
             // The toolstack writes `online` and the state together, and the state was read first: it
             // may wait for this device to be closed once more.
-            if xenbus::read_state(self.store, &self.device.path)? == State::Closing {
+            if xenbus::read_state(&self.store, &self.device.path)? == State::Closing {
                 self.again = true;
                 return Ok(Event::Nothing);
             }
@@ -248,7 +248,7 @@ impl<'t, T: StoreTransport + Clock> Vbd<'_, 't, T> {
     /// Whether the first queue has the event channel that it was connected with.
     fn has_its_channel(&self) -> Result<bool, StoreError> {
         let Some(held) = &self.held else { return Ok(false) };
-        match offer::first_channel(self.store, &self.device.frontend_path, held.plans.len()) {
+        match offer::first_channel(&self.store, &self.device.frontend_path, held.plans.len()) {
             Ok(port) => Ok(held.plans.first().is_some_and(|plan| plan.port == port)),
             Err(Problem::Refused(_)) => Ok(false),
             Err(Problem::Store(error)) => Err(error),
@@ -264,7 +264,7 @@ impl<'t, T: StoreTransport + Clock> Vbd<'_, 't, T> {
             takeover: self.adopted,
             config: &self.config,
         };
-        match offer::read(self.store, &self.device.frontend_path, &terms) {
+        match offer::read(&self.store, &self.device.frontend_path, &terms) {
             Ok(plans) => Ok(Ok(plans)),
             Err(Problem::Refused(refusal)) => Ok(Err(refusal)),
             Err(Problem::Store(error)) => Err(error),
@@ -273,7 +273,7 @@ impl<'t, T: StoreTransport + Clock> Vbd<'_, 't, T> {
 
     /// The frontend's state, [`State::Unknown`] if it is gone, or does not let us look.
     pub(super) fn frontend_state(&self) -> Result<State, StoreError> {
-        match xenbus::read_state(self.store, &self.device.frontend_path) {
+        match xenbus::read_state(&self.store, &self.device.frontend_path) {
             Err(error) if is_peers_doing(&error) => Ok(State::Unknown),
             result => result,
         }
@@ -281,12 +281,12 @@ impl<'t, T: StoreTransport + Clock> Vbd<'_, 't, T> {
 
     /// Whether the frontend's directory is there.
     fn has_frontend(&self) -> Result<bool, StoreError> {
-        device::has_frontend(self.store, &self.device.frontend_path)
+        device::has_frontend(&self.store, &self.device.frontend_path)
     }
 
     /// Whether the toolstack keeps the device when it is closed. Linux takes a missing node for no.
     fn is_online(&self) -> Result<bool, StoreError> {
-        let online = optional_text(self.store, &self.device.path, "online")?;
+        let online = optional_text(&self.store, &self.device.path, "online")?;
         Ok(online.is_some_and(|flag| flag != "0"))
     }
 }

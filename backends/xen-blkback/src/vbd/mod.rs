@@ -84,8 +84,8 @@ struct Held {
 /// The way of a device: [`open`](Self::open), [`offer`](Self::offer), [`insert`](Self::insert) (at
 /// once, or at [`Event::Plugged`]), and then [`advance`](Self::advance) for as long as it lives. It
 /// takes two of this domain's watches.
-pub struct Vbd<'s, 't, T: StoreTransport + Clock> {
-    store: &'s Store<'t, T>,
+pub struct Vbd<P: StoreTransport + Clock> {
+    store: Store<P>,
     config: Config,
     device: Device,
     /// Fires with the frontend's state.
@@ -138,7 +138,7 @@ enum Switched {
     Overtaken,
 }
 
-impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
+impl<P: StoreTransport + Clock> Vbd<P> {
     /// Takes over the device whose backend directory is `path`, which is absolute:
     /// `/local/domain/0/backend/vbd/3/51712`.
     ///
@@ -149,7 +149,7 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
     ///
     /// [`Error::BadDevice`] if the toolstack's description makes no sense, [`Error::Store`] also if
     /// there is none.
-    pub fn open(store: &'s Store<'t, T>, path: &str, config: &Config) -> Result<Self, Error> {
+    pub fn open(store: &Store<P>, path: &str, config: &Config) -> Result<Self, Error> {
         let device = Device::read(store, path)?;
         let state = xenbus::read_state(store, path)?;
         let frontend_watch = store.watch(&format!("{}/state", device.frontend_path))?;
@@ -162,7 +162,7 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
             }
         };
         Ok(Self {
-            store,
+            store: store.clone(),
             plugged: config.hotplug == Hotplug::Ours,
             config: config.clone(),
             device,
@@ -204,9 +204,9 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
         // Rings that were published while an earlier backend was here follow its limits.
         self.adopted = up && matches!(frontend, State::Initialised | State::Connected);
         if self.adopted {
-            self.limits = Limits::read(self.store, &self.device.path, &self.config)?;
+            self.limits = Limits::read(&self.store, &self.device.path, &self.config)?;
             if self.state == State::Connected {
-                self.promise = Promise::read(self.store, &self.device.path)?;
+                self.promise = Promise::read(&self.store, &self.device.path)?;
             }
         } else if new || up {
             self.go_to_init_wait()?;
@@ -246,7 +246,7 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
                 nodes.write(&node("hotplug-status"), "connected")
             })?;
         }
-        xenbus::forget_error(self.store, &self.device.path);
+        xenbus::forget_error(&self.store, &self.device.path);
         self.disk = Some(disk);
         self.identity = identity.into();
         self.again = true;
@@ -279,18 +279,18 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
         }
         let (path, persistent) = (&self.device.path, self.limits.persistent);
         let identity = &self.identity;
-        let publish = |nodes: &Transaction<'_, 't, T>| {
+        let publish = |nodes: &Transaction<'_, P>| {
             publish_identity(nodes, path, identity)?;
             publish::publish_properties(nodes, path, &disk, persistent)
         };
-        match switch(self.store, path, self.state, State::Connected, publish)? {
+        match switch(&self.store, path, self.state, State::Connected, publish)? {
             Switched::Done => self.state = State::Connected,
             Switched::Overtaken => {
                 self.again = true;
                 return Ok(false);
             }
         }
-        xenbus::forget_error(self.store, &self.device.path);
+        xenbus::forget_error(&self.store, &self.device.path);
         if let Some(held) = &mut self.held {
             held.open = true;
         }
@@ -320,7 +320,7 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
     pub fn refuse(&mut self, reason: &str, errno: u32) -> Result<(), Error> {
         message!(warn, "{}: {}", self.device.path, reason);
         self.drop_held();
-        xenbus::report_error(self.store, &self.device.path, errno, reason);
+        xenbus::report_error(&self.store, &self.device.path, errno, reason);
         if !matches!(self.state, State::Closing | State::Closed) {
             self.go_to(State::Closing)?;
         }
@@ -358,9 +358,8 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
         if self.state == State::Connected {
             // The same state once more: that is how a frontend notices.
             let path = &self.device.path;
-            let publish =
-                |nodes: &Transaction<'_, 't, T>| publish::publish_size(nodes, path, &disk);
-            switch(self.store, path, self.state, State::Connected, publish)?;
+            let publish = |nodes: &Transaction<'_, P>| publish::publish_size(nodes, path, &disk);
+            switch(&self.store, path, self.state, State::Connected, publish)?;
             message!(info, "{}: {} sectors now", path, geometry.sectors);
         }
         Ok(())
@@ -411,8 +410,8 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
             Ok(xenbus::read_state(nodes, path)? == State::Closed && nodes.remove(path)?)
         })?;
         if removed {
-            xenbus::remove_empty_folder(self.store, path);
-            xenbus::forget_error(self.store, path);
+            xenbus::remove_empty_folder(&self.store, path);
+            xenbus::forget_error(&self.store, path);
         }
         Ok(removed)
     }
@@ -474,7 +473,7 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
     ///
     /// [`Error::Store`].
     pub fn medium(&self) -> Result<Medium, Error> {
-        Ok(Medium::read(self.store, &self.device.path)?)
+        Ok(Medium::read(&self.store, &self.device.path)?)
     }
 
     /// The backend's directory.
@@ -501,7 +500,7 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
     /// Writes to the device's directory, if it is still there.
     fn change(
         &self,
-        action: impl Fn(&Transaction<'_, 't, T>) -> Result<(), StoreError>,
+        action: impl Fn(&Transaction<'_, P>) -> Result<(), StoreError>,
     ) -> Result<(), StoreError> {
         let state = format!("{}/state", self.device.path);
         self.store.transaction(|nodes| if nodes.exists(&state)? { action(nodes) } else { Ok(()) })
@@ -514,10 +513,10 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
     fn go_to_with(
         &mut self,
         state: State,
-        publish: impl Fn(&Transaction<'_, 't, T>) -> Result<(), StoreError>,
+        publish: impl Fn(&Transaction<'_, P>) -> Result<(), StoreError>,
     ) -> Result<(), StoreError> {
         let path = &self.device.path;
-        match switch(self.store, path, self.state, state, publish)? {
+        match switch(&self.store, path, self.state, state, publish)? {
             Switched::Done => {
                 message!(debug, "{}: {} -> {}", path, self.state, state);
                 self.state = state;
@@ -538,12 +537,12 @@ impl<'s, 't, T: StoreTransport + Clock> Vbd<'s, 't, T> {
 
 /// Goes from one state to another, unless the toolstack went somewhere else meanwhile: it asks us
 /// to close by writing our state.
-fn switch<'t, T: StoreTransport + Clock>(
-    store: &Store<'t, T>,
+fn switch<P: StoreTransport + Clock>(
+    store: &Store<P>,
     path: &str,
     from: State,
     to: State,
-    publish: impl Fn(&Transaction<'_, 't, T>) -> Result<(), StoreError>,
+    publish: impl Fn(&Transaction<'_, P>) -> Result<(), StoreError>,
 ) -> Result<Switched, StoreError> {
     store.transaction(|nodes| {
         let there = nodes.exists(&format!("{path}/state"))?;
@@ -567,7 +566,7 @@ fn negotiated(plans: &[QueuePlan]) -> Option<Negotiated> {
     })
 }
 
-impl<T: StoreTransport + Clock> Drop for Vbd<'_, '_, T> {
+impl<P: StoreTransport + Clock> Drop for Vbd<P> {
     fn drop(&mut self) {
         // If that fails, the watches go with the connection to xenstored.
         let _ = self.store.unwatch(self.frontend_watch);

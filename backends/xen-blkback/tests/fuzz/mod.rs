@@ -141,7 +141,7 @@ fn play(
 fn begin<'w>(
     world: &'w World,
     rig: &'w Rig,
-    store: &'w pvblk_xen::store::Store<'w, pvblk_simulated::Domain>,
+    store: &'w pvblk_xen::store::Store<&'w pvblk_simulated::Domain>,
     config: &Config,
     opening: Opening,
 ) -> Owner<'w> {

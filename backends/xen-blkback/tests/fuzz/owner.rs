@@ -66,10 +66,7 @@ impl<'w> Owner<'w> {
     }
 
     /// A call, which costs a bounded number of messages.
-    fn bounded<R>(
-        &mut self,
-        call: impl FnOnce(&mut Vbd<'w, 'w, pvblk_simulated::Domain>) -> R,
-    ) -> R {
+    fn bounded<R>(&mut self, call: impl FnOnce(&mut Vbd<&'w pvblk_simulated::Domain>) -> R) -> R {
         let before = self.rig.back.statistics().store_requests;
         let result = call(&mut self.vbd);
         let messages = self.rig.back.statistics().store_requests - before;

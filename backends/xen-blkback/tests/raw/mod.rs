@@ -86,7 +86,7 @@ impl Setup {
     }
 }
 
-pub type TheQueue<'t, T = Domain> = Queue<'t, T, StrictStore>;
+pub type TheQueue<'t, T = Domain> = Queue<&'t T, StrictStore>;
 
 /// What a vbd would ask to open.
 pub fn plan(raw: &Raw, setup: &Setup) -> QueuePlan {
@@ -115,7 +115,7 @@ pub fn open<'t, T: ForeignGrants + EventChannels, S: Store>(
     raw: &Raw,
     setup: &Setup,
     store: S,
-) -> Result<Queue<'t, T, S>, OpenError> {
+) -> Result<Queue<&'t T, S>, OpenError> {
     let plan = plan(raw, setup);
     if setup.journal {
         let memory = JournalMemory::new(plan.journal_bytes());
@@ -131,7 +131,7 @@ pub fn open_again<'t, S: Store>(
     setup: &Setup,
     store: S,
     journal: &mut Option<JournalMemory>,
-) -> Queue<'t, Domain, S> {
+) -> Queue<&'t Domain, S> {
     try_again(platform, raw, setup, store, journal).expect("an honest frontend")
 }
 
@@ -141,7 +141,7 @@ pub fn open_without<'t, S: Store>(
     raw: &Raw,
     setup: &Setup,
     store: S,
-) -> Result<Queue<'t, Domain, S>, OpenError> {
+) -> Result<Queue<&'t Domain, S>, OpenError> {
     let mut plan = plan(raw, setup);
     plan.takeover = true;
     Queue::open(platform, &plan, store)
@@ -154,7 +154,7 @@ pub fn try_again<'t, S: Store>(
     setup: &Setup,
     store: S,
     journal: &mut Option<JournalMemory>,
-) -> Result<Queue<'t, Domain, S>, OpenError> {
+) -> Result<Queue<&'t Domain, S>, OpenError> {
     let mut plan = plan(raw, setup);
     plan.takeover = journal.is_some();
     let memory = journal.get_or_insert_with(|| JournalMemory::new(plan.journal_bytes())).clone();
@@ -162,7 +162,7 @@ pub fn try_again<'t, S: Store>(
 }
 
 /// Works until there is nothing to do now.
-pub fn settle<T: ForeignGrants + EventChannels, S: Store>(queue: &mut Queue<'_, T, S>) {
+pub fn settle<T: ForeignGrants + EventChannels, S: Store>(queue: &mut Queue<&T, S>) {
     for _ in 0..1000 {
         if !queue.work().expect("an honest ring") {
             return;

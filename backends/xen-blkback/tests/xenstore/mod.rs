@@ -16,7 +16,7 @@ pub const BACK: DomainId = DomainId(2);
 pub const FRONT: DomainId = DomainId(5);
 pub const XVDA: u32 = 51712;
 
-pub type TheVbd<'t> = Vbd<'t, 't, Domain>;
+pub type TheVbd<'t> = Vbd<&'t Domain>;
 
 pub struct Rig {
     pub host: Host,
@@ -41,7 +41,7 @@ impl Rig {
         Self { host, back, backend_id }
     }
 
-    pub fn store(&self) -> Store<'_, Domain> {
+    pub fn store(&self) -> Store<&Domain> {
         Store::new(&self.back)
     }
 
@@ -201,7 +201,7 @@ pub fn disk() -> Disk {
 }
 
 /// A vbd that waits for its frontend.
-pub fn offered<'t>(rig: &Rig, store: &'t Store<'t, Domain>, config: &Config) -> TheVbd<'t> {
+pub fn offered<'t>(rig: &Rig, store: &Store<&'t Domain>, config: &Config) -> TheVbd<'t> {
     let mut vbd = Vbd::open(store, &rig.path(), config).expect("the toolstack's nodes are there");
     vbd.offer().expect("XenStore works");
     vbd.insert(disk()).expect("XenStore works");
@@ -211,7 +211,7 @@ pub fn offered<'t>(rig: &Rig, store: &'t Store<'t, Domain>, config: &Config) -> 
 }
 
 /// A vbd with a frontend.
-pub fn connected<'t>(rig: &Rig, store: &'t Store<'t, Domain>) -> TheVbd<'t> {
+pub fn connected<'t>(rig: &Rig, store: &Store<&'t Domain>) -> TheVbd<'t> {
     let mut vbd = offered(rig, store, &config(|_| {}));
     rig.publish(ONE_RING, "3");
     connect(&mut vbd);

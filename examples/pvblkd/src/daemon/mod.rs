@@ -121,9 +121,9 @@ impl<H> Common<H> {
 }
 
 /// A folder below `backend` that is served.
-struct Class<'s, 't, H: Host> {
+struct Class<'t, H: Host> {
     name: &'static str,
-    backends: Backends<'s, 't, H::Control>,
+    backends: Backends<&'t H::Control>,
 }
 
 /// How the daemon ended.
@@ -137,13 +137,13 @@ pub enum Ending {
 }
 
 /// The daemon.
-pub struct Daemon<'s, 't, H: Host> {
+pub struct Daemon<'t, H: Host> {
     common: Arc<Common<H>>,
-    store: &'s Store<'t, H::Control>,
+    store: Store<&'t H::Control>,
     control: &'t H::Control,
     domain: DomainId,
-    classes: Vec<Class<'s, 't, H>>,
-    served: BTreeMap<DiskId, Served<'s, 't, H>>,
+    classes: Vec<Class<'t, H>>,
+    served: BTreeMap<DiskId, Served<'t, H>>,
     last: u64,
     /// Files of disks that there are no more were removed.
     swept: bool,
@@ -169,7 +169,7 @@ const RETRY: u64 = 1_000_000_000;
 /// their own sleep needs no deadline.
 const TIDY: u64 = 1_000_000_000;
 
-impl<'s, 't, H: Host> Daemon<'s, 't, H> {
+impl<'t, H: Host> Daemon<'t, H> {
     /// A daemon that serves the given classes: `vbd`, `pvblk`.
     ///
     /// # Errors
@@ -177,7 +177,7 @@ impl<'s, 't, H: Host> Daemon<'s, 't, H> {
     /// If XenStore does not answer.
     pub fn new(
         common: Arc<Common<H>>,
-        store: &'s Store<'t, H::Control>,
+        store: &Store<&'t H::Control>,
         control: &'t H::Control,
         classes: &[&'static str],
     ) -> Result<Self> {
@@ -192,7 +192,7 @@ impl<'s, 't, H: Host> Daemon<'s, 't, H> {
         Ok(Self {
             classes: classes.iter().map(class).collect::<Result<_>>()?,
             common,
-            store,
+            store: store.clone(),
             control,
             domain,
             served: BTreeMap::new(),
@@ -355,7 +355,7 @@ impl<'s, 't, H: Host> Daemon<'s, 't, H> {
         }
         self.last += 1;
         let id = DiskId(self.last);
-        match Served::begin(self.common.clone(), self.store, id, class, address.clone()) {
+        match Served::begin(self.common.clone(), &self.store, id, class, address.clone()) {
             Ok(served) => {
                 self.served.insert(id, served);
                 Ok(())

@@ -65,6 +65,8 @@ impl Clock for Platform {
 }
 
 impl StoreTransport for Platform {
+    type Lock = <Domain as StoreTransport>::Lock;
+
     fn send(&self, bytes: &[u8]) -> Result<usize, StoreBroken> {
         self.0.send(bytes)
     }

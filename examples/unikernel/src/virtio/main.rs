@@ -28,7 +28,7 @@ fn main() {
 
 #[cfg(target_os = "none")]
 mod image {
-    use alloc::boxed::Box;
+    use alloc::rc::Rc;
     use alloc::string::{String, ToString};
 
     use embassy_sync::blocking_mutex::raw::NoopRawMutex;
@@ -44,9 +44,10 @@ mod image {
     use crate::machine::QemuMachine;
     use crate::report;
 
-    type Device = Registers<NoopRawMutex, SomeTransport<'static>, Option<PciDoorbells>>;
-    type Hal = HalMemory<NoopRawMutex, IdentityHal>;
-    pub type Queue<Q> = DiskQueue<'static, Device, Line, Q>;
+    /// The disk and its queues have it in common.
+    type Device = Rc<Registers<NoopRawMutex, SomeTransport<'static>, Option<PciDoorbells>>>;
+    type Hal = Rc<HalMemory<NoopRawMutex, IdentityHal>>;
+    pub type Queue<Q> = DiskQueue<Device, Line, Q>;
 
     qemu_virt::entry!(start);
 
@@ -59,10 +60,7 @@ mod image {
     }
 
     fn run(guest: &'static Guest) -> Result<(), String> {
-        let hal: Option<&'static Hal> = match guest.argument("memory") {
-            Some("hal") => Some(Box::leak(Box::default())),
-            _ => None,
-        };
+        let hal = (guest.argument("memory") == Some("hal")).then(Hal::default);
         let (mut done, mut unusable) = ((false, false), String::new());
         for found in guest.devices() {
             let found = match found {
@@ -77,14 +75,12 @@ mod image {
                 }
             };
             let (pin, place) = (found.pin, found.place);
-            // They live as long as the image: what they borrow is never freed.
-            let device: &'static Device =
-                Box::leak(Box::new(Registers::with_doorbells(found.transport, found.doorbells)));
+            let device = Rc::new(Registers::with_doorbells(found.transport, found.doorbells));
             let packed = guest.argument("packed") != Some("0")
                 && device.features().contains(Features::PACKED);
             let free = guest.free_pages();
             let slot = Slot { device, pin, place };
-            let used = match (packed, hal) {
+            let used = match (packed, hal.clone()) {
                 (false, None) => one::<split::DriverQueue<_>>(guest, &slot, guest),
                 (true, None) => one::<packed::DriverQueue<_>>(guest, &slot, guest),
                 (false, Some(hal)) => one::<split::DriverQueue<_>>(guest, &slot, hal),
@@ -111,7 +107,7 @@ mod image {
 
     /// A device that was found.
     struct Slot {
-        device: &'static Device,
+        device: Device,
         pin: u8,
         place: Place,
     }
@@ -131,7 +127,7 @@ mod image {
         let machine = QemuMachine(guest);
         let interrupts = |_| guest.listen(slot.pin);
         let (mut disk, mut queues) =
-            Disk::<_, _, Q>::connect(slot.device, lender, interrupts, &wanted(guest))
+            Disk::<_, _, Q>::connect(slot.device.clone(), lender, interrupts, &wanted(guest))
                 .map_err(text)?;
         let negotiated = *disk.negotiated().ok_or("not connected")?;
         let name = negotiated.name.ok_or("the disk has no name")?;
@@ -163,7 +159,7 @@ mod image {
     /// Waits for the disk to become as large as that, and uses its new last sector.
     fn resized<Q>(
         guest: &'static Guest,
-        disk: &mut Disk<'static, Device, Line, Q>,
+        disk: &mut Disk<Device, Line, Q>,
         queues: &mut alloc::vec::Vec<Queue<Q>>,
         sectors: u64,
     ) -> Result<(), String>

@@ -60,14 +60,14 @@ impl Case {
         })
     }
 
-    fn fits(&self, pool: &Pool<Lender<'static, Guest>>) -> bool {
+    fn fits(&self, pool: &Pool<Lender<&'static Guest>>) -> bool {
         (pool.count(), pool.bytes_each()) == (self.depth, self.bytes)
     }
 }
 
 /// Runs the cases on the first queue of `xvda`.
 pub fn run(
-    store: &'static Store<'static, Guest>,
+    store: &Store<&'static Guest>,
     guest: &'static Guest,
     config: &Config,
     cases: &str,
@@ -77,7 +77,7 @@ pub fn run(
     }
     let (mut disk, mut queues) =
         Disk::connect(store, guest, XVDA, config).map_err(|error| format!("xvda: {error}"))?;
-    let mut pools = Vec::<Arc<Pool<Lender<'static, Guest>>>>::new();
+    let mut pools = Vec::<Arc<Pool<Lender<&'static Guest>>>>::new();
     if cases == "first-read" {
         first_read(guest, &mut queues)?;
         report::negotiated("xvda", &disk);
@@ -106,7 +106,7 @@ pub fn run(
 
 fn first_read(
     guest: &'static Guest,
-    queues: &mut [FrontQueue<'static, Guest>],
+    queues: &mut [FrontQueue<&'static Guest>],
 ) -> Result<(), String> {
     let queue = queues.first_mut().ok_or("no queue")?;
     let mut block = [0; 4096];
@@ -122,16 +122,16 @@ fn first_read(
 
 fn run_case(
     guest: &'static Guest,
-    queue: &mut FrontQueue<'static, Guest>,
+    queue: &mut FrontQueue<&'static Guest>,
     name: &str,
     case: &Case,
-    pool: &Arc<Pool<Lender<'static, Guest>>>,
+    pool: &Arc<Pool<Lender<&'static Guest>>>,
     batch: Option<usize>,
 ) -> Result<(), String> {
     let sectors = (case.bytes / 512) as u32;
     let places = queue.frontend.geometry().sectors / u64::from(sectors);
     let (mut random, mut place) = (2013, 0);
-    let mut request = move |buffer: Buffer<'static, Guest>| {
+    let mut request = move |buffer: Buffer<&'static Guest>| {
         if case.is_random {
             place = next(&mut random) % places;
         } else {
@@ -176,10 +176,10 @@ fn run_case(
 
 /// Keeps as many requests in flight as there are buffers, until `count` are done.
 fn drive(
-    queue: &mut FrontQueue<'static, Guest>,
-    buffers: &mut Vec<Buffer<'static, Guest>>,
+    queue: &mut FrontQueue<&'static Guest>,
+    buffers: &mut Vec<Buffer<&'static Guest>>,
     count: u64,
-    request: &mut impl FnMut(Buffer<'static, Guest>) -> Request<Buffer<'static, Guest>>,
+    request: &mut impl FnMut(Buffer<&'static Guest>) -> Request<Buffer<&'static Guest>>,
 ) -> Result<(), String> {
     let mut left = count;
     while left > 0

@@ -32,12 +32,12 @@ const WORDS: usize = 64;
 /// A buffer, and which of the disk's stretches of 16 MiB it holds.
 struct Stretch {
     number: u64,
-    buffer: Buffer<'static, Guest>,
+    buffer: Buffer<&'static Guest>,
 }
 
 /// Does all of it on each of the disks in `names`.
 pub fn run(
-    store: &'static Store<'static, Guest>,
+    store: &Store<&'static Guest>,
     guest: &'static Guest,
     names: &str,
 ) -> Result<(), String> {
@@ -52,7 +52,7 @@ pub fn run(
 }
 
 fn one_disk(
-    store: &'static Store<'static, Guest>,
+    store: &Store<&'static Guest>,
     guest: &'static Guest,
     name: &str,
     number: u32,
@@ -81,8 +81,8 @@ fn one_disk(
 
 fn transfer(
     guest: &'static Guest,
-    queues: &mut [FrontQueue<'static, Guest>],
-    pool: &Arc<Pool<Lender<'static, Guest>>>,
+    queues: &mut [FrontQueue<&'static Guest>],
+    pool: &Arc<Pool<Lender<&'static Guest>>>,
 ) -> Result<(), String> {
     let queue = queues.first_mut().ok_or("no queue")?;
     let buffers = core::iter::from_fn(|| pool.take()).map(AnyBuffer::from).enumerate();
@@ -111,7 +111,7 @@ fn transfer(
 /// Puts a request for each stretch on the ring, shows all of them at once, and waits for all.
 fn at_once(
     guest: &'static Guest,
-    queue: &mut FrontQueue<'static, Guest>,
+    queue: &mut FrontQueue<&'static Guest>,
     all: Vec<Stretch>,
     is_write: bool,
 ) -> Result<Vec<Stretch>, String> {
@@ -163,7 +163,7 @@ fn at_once(
     Ok(done)
 }
 
-fn region<'b>(buffer: &'b Buffer<'static, Guest>) -> Result<SharedRegion<'b>, String> {
+fn region<'b>(buffer: &'b Buffer<&'static Guest>) -> Result<SharedRegion<'b>, String> {
     match buffer {
         AnyBuffer::Registered(buffer) => Ok(buffer.region()),
         _ => Err("another kind of buffer came back".into()),

@@ -25,14 +25,14 @@ const NEXT_DISK: u32 = 16;
 
 /// One disk's first queue, and the buffers that are not in flight on it.
 struct Lane {
-    queue: FrontQueue<'static, Guest>,
-    buffers: Vec<Buffer<'static, Guest>>,
+    queue: FrontQueue<&'static Guest>,
+    buffers: Vec<Buffer<&'static Guest>>,
     random: u64,
 }
 
 /// Runs the cases on `count` disks.
 pub fn run(
-    store: &'static Store<'static, Guest>,
+    store: &Store<&'static Guest>,
     guest: &'static Guest,
     config: &Config,
     cases: &str,
@@ -128,8 +128,8 @@ impl Lane {
     fn request(
         &mut self,
         case: &Case,
-        buffer: Buffer<'static, Guest>,
-    ) -> Request<Buffer<'static, Guest>> {
+        buffer: Buffer<&'static Guest>,
+    ) -> Request<Buffer<&'static Guest>> {
         let sectors = (case.bytes / 512) as u32;
         let places = self.queue.frontend.geometry().sectors / u64::from(sectors);
         let sector = next(&mut self.random) % places * u64::from(sectors);

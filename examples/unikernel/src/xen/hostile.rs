@@ -54,7 +54,7 @@ const TABLE_FAULTS: usize = 16;
 const HONEST_BYTES: usize = 1 << 20;
 /// Does all of it on the disk with this number.
 pub fn run(
-    store: &'static Store<'static, Guest>,
+    store: &Store<&'static Guest>,
     guest: &'static Guest,
     number: u32,
     seed: &str,
@@ -193,11 +193,7 @@ impl Connection {
 }
 
 /// Writes and reads the disk as one should, and says what must be on it.
-fn honest(
-    store: &'static Store<'static, Guest>,
-    guest: &'static Guest,
-    number: u32,
-) -> Result<(), String> {
+fn honest(store: &Store<&'static Guest>, guest: &'static Guest, number: u32) -> Result<(), String> {
     let (mut disk, mut queues) =
         Disk::connect(store, guest, number, &Config::default()).map_err(text)?;
     let mut random = 2013;

@@ -39,7 +39,6 @@ fn main() {
 
 #[cfg(target_os = "none")]
 mod image {
-    use alloc::boxed::Box;
     use alloc::string::{String, ToString};
 
     use pvblk_xen::store::Store;
@@ -65,8 +64,7 @@ mod image {
     }
 
     fn run(guest: &'static Guest) -> Result<(), String> {
-        // The disks live as long as the image: what they borrow is never freed.
-        let store: &'static Store<'static, Guest> = Box::leak(Box::new(Store::new(guest)));
+        let store = &Store::new(guest);
         if let Some(cases) = guest.argument("bench") {
             return bench::run(store, guest, &wanted(guest), cases);
         }
@@ -86,7 +84,8 @@ mod image {
             Disk::connect(store, guest, XVDA, &config).map_err(|error| text("xvda", error))?;
         report::negotiated("xvda", &disk);
         // This queue looks by itself whether the backend is still there.
-        let queue = disk.watched(queues.remove(0)).map_err(|error| text("xvda", error))?;
+        let mut queue = queues.remove(0);
+        disk.watch(&mut queue).map_err(|error| text("xvda", error))?;
         let fs = files::read_all(&machine, queue).map_err(|error| text("xvda", error))?;
         disk.close(&mut queues).map_err(|error| text("closing xvda", error))?;
         // Not earlier, for the queue in it: the backend lets go of a ring when the disk is closed.

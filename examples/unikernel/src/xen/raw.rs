@@ -46,7 +46,7 @@ type Pages = SharedPages<GrantTo<&'static Guest>>;
 
 /// A ring that was negotiated, and pages for what goes over it.
 pub struct Connection {
-    pub store: &'static Store<'static, Guest>,
+    pub store: Store<&'static Guest>,
     pub guest: &'static Guest,
     pub device: Device,
     /// The ring is in the first one.
@@ -57,7 +57,7 @@ pub struct Connection {
 impl Connection {
     /// Connects as one should.
     pub fn open(
-        store: &'static Store<'static, Guest>,
+        store: &Store<&'static Guest>,
         guest: &'static Guest,
         number: u32,
         pages: usize,
@@ -68,7 +68,7 @@ impl Connection {
         let lender = GrantTo::new(guest, device.backend_id, pages as u32);
         let pages = Pages::new(lender, pages, Access::ReadWrite).map_err(text)?;
         let port = guest.allocate_unbound(device.backend_id).map_err(text)?;
-        let it = Self { store, guest, device, pages, port };
+        let it = Self { store: store.clone(), guest, device, pages, port };
         it.tell(State::Initialising)?;
         it.wait_for(&[State::InitWait])?;
         it.publish(keeps)?;
@@ -135,12 +135,12 @@ impl Connection {
     }
 
     fn tell(&self, state: State) -> Result<(), String> {
-        xenbus::write_state(self.store, &self.device.path, state).map_err(text)
+        xenbus::write_state(&self.store, &self.device.path, state).map_err(text)
     }
 
     pub fn wait_for(&self, states: &[State]) -> Result<(), String> {
         let path = &self.device.backend_path;
-        let state = || xenbus::read_state(self.store, path).map_err(text);
+        let state = || xenbus::read_state(&self.store, path).map_err(text);
         wait(self.guest, || Ok(states.contains(&state()?).then_some(())))
             .map_err(|error| format!("the backend is to be one of {states:?}: {error}"))
     }

@@ -4,7 +4,7 @@ use xen_blkfront::{Disk, FrontQueue};
 use xen_guest::{Guest, println};
 
 /// Prints what the connection came to.
-pub fn negotiated(name: &str, disk: &Disk<'static, 'static, Guest>) {
+pub fn negotiated(name: &str, disk: &Disk<&'static Guest>) {
     let Some(it) = disk.negotiated() else { return };
     let (geometry, features) = (it.properties.geometry, it.properties.features);
     println!(
@@ -29,7 +29,7 @@ pub fn negotiated(name: &str, disk: &Disk<'static, 'static, Guest>) {
 }
 
 /// Prints what the queues and the guest have done so far.
-pub fn totals(guest: &Guest, queues: &[FrontQueue<'static, Guest>]) {
+pub fn totals(guest: &Guest, queues: &[FrontQueue<&'static Guest>]) {
     for (number, queue) in queues.iter().enumerate() {
         let it = queue.frontend.statistics();
         let port = queue.line().port().map(|port| guest.port_statistics(port)).unwrap_or_default();

@@ -47,7 +47,7 @@ const HISTORY: u32 = 21;
 
 /// Does all of it on the disk with this number.
 pub fn run(
-    store: &'static Store<'static, Guest>,
+    store: &Store<&'static Guest>,
     guest: &'static Guest,
     number: u32,
     seed: &str,

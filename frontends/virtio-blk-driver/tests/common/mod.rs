@@ -217,7 +217,7 @@ impl Board {
     }
 
     /// Connects with queues of either kind.
-    pub fn connect<Q>(&self, config: &Config) -> Result<Connected<'_, Self, Irq, Q>, Error>
+    pub fn connect<Q>(&self, config: &Config) -> Result<Connected<&Self, Irq, Q>, Error>
     where
         Q: pvblk_virtio::queue::DriverQueue<Share = Ram>,
     {

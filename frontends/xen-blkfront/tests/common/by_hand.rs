@@ -90,7 +90,7 @@ impl ByHand {
     /// Connects a frontend; then [`attach`](Self::attach).
     pub fn connect<'t>(
         front: &'t Domain,
-        store: &'t Store<'t, Domain>,
+        store: &Store<&'t Domain>,
         config: &Config,
     ) -> Connected<'t> {
         Disk::connect(store, front, XVDA, config).expect("the nodes are all there")

@@ -15,9 +15,9 @@ pub const BACK: DomainId = DomainId(0);
 pub const FRONT: DomainId = DomainId(5);
 pub const XVDA: u32 = 51712;
 
-pub type Lend<'t> = Lender<'t, Domain>;
-pub type Queue<'t> = FrontQueue<'t, Domain>;
-pub type TheDisk<'t> = Disk<'t, 't, Domain>;
+pub type Lend<'t> = Lender<&'t Domain>;
+pub type Queue<'t> = FrontQueue<&'t Domain>;
+pub type TheDisk<'t> = Disk<&'t Domain>;
 pub type Connected<'t> = (TheDisk<'t>, Vec<Queue<'t>>);
 
 /// A host with one disk for one frontend.
@@ -40,13 +40,13 @@ impl Rig {
         Self { backend, front, host }
     }
 
-    pub fn store(&self) -> Store<'_, Domain> {
+    pub fn store(&self) -> Store<&Domain> {
         Store::new(&self.front)
     }
 
     pub fn connect<'t>(
         &'t self,
-        store: &'t Store<'t, Domain>,
+        store: &Store<&'t Domain>,
         config: &Config,
     ) -> Result<Connected<'t>, Error> {
         Disk::connect(store, &self.front, XVDA, config)

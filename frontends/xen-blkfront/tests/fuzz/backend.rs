@@ -266,14 +266,14 @@ impl Ring {
     }
 }
 
-type Queue<'t> = FrontQueue<'t, Domain>;
+type Queue<'t> = FrontQueue<&'t Domain>;
 
 fn buffer<'t>(
     script: &mut Script,
-    pool: Option<&Arc<pvblk::buffer::Pool<Lender<'t, Domain>>>>,
-    lender: &Lender<'t, Domain>,
+    pool: Option<&Arc<pvblk::buffer::Pool<Lender<&'t Domain>>>>,
+    lender: &Lender<&'t Domain>,
     bytes: usize,
-) -> Option<Buffer<Lender<'t, Domain>>> {
+) -> Option<Buffer<Lender<&'t Domain>>> {
     match script.byte() % 3 {
         0 => Some(pool?.take()?.into()),
         1 => Some(OwnedPages::new(lender.clone(), bytes).ok()?.into()),
@@ -297,8 +297,8 @@ fn buffer<'t>(
 fn submit<'t>(
     script: &mut Script,
     queue: &mut Queue<'t>,
-    pool: Option<&Arc<pvblk::buffer::Pool<Lender<'t, Domain>>>>,
-    lender: &Lender<'t, Domain>,
+    pool: Option<&Arc<pvblk::buffer::Pool<Lender<&'t Domain>>>>,
+    lender: &Lender<&'t Domain>,
 ) -> bool {
     let (kind, sector, sectors) =
         (script.byte() % 6, u64::from(script.byte()), u32::from(script.byte()));
@@ -394,7 +394,7 @@ fn run(script: &Arc<Mutex<Script>>) {
 fn work<'t>(
     host: &Host,
     script: &Mutex<Script>,
-    disk: &mut Disk<'t, 't, Domain>,
+    disk: &mut Disk<&'t Domain>,
     queues: &mut Vec<Queue<'t>>,
 ) {
     let pool = disk.register(4, 8192).ok();

@@ -169,6 +169,8 @@ impl Daemon {
 }
 
 impl StoreTransport for Daemon {
+    type Lock = pvblk_xen::platform::NoopRawMutex;
+
     fn send(&self, bytes: &[u8]) -> Result<usize, StoreBroken> {
         let count = match self.script.borrow_mut().byte() {
             count @ 1..32 => bytes.len().min(count.into()),

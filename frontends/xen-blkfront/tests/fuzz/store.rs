@@ -77,6 +77,8 @@ impl Stream {
 }
 
 impl StoreTransport for Stream {
+    type Lock = pvblk_xen::platform::NoopRawMutex;
+
     fn send(&self, bytes: &[u8]) -> Result<usize, StoreBroken> {
         let count = match self.script.borrow_mut().byte() {
             0 => 0,

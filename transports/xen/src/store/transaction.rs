@@ -15,12 +15,12 @@ use crate::platform::{Clock, StoreTransport};
 pub const TRANSACTION_ATTEMPTS: u32 = 32;
 
 /// A transaction that is open. See [`Store::transaction`].
-pub struct Transaction<'s, 't, T> {
-    store: &'s Store<'t, T>,
+pub struct Transaction<'s, T: StoreTransport> {
+    store: &'s Store<T>,
     number: u32,
 }
 
-impl<'t, T: StoreTransport + Clock> Store<'t, T> {
+impl<T: StoreTransport + Clock> Store<T> {
     /// Does several things at once: what `action` does through the [`Transaction`] is seen by
     /// others as one change, or never if it fails.
     ///
@@ -35,7 +35,7 @@ impl<'t, T: StoreTransport + Clock> Store<'t, T> {
     /// [`Error::Protocol`].
     pub fn transaction<R>(
         &self,
-        mut action: impl FnMut(&Transaction<'_, 't, T>) -> Result<R, Error>,
+        mut action: impl FnMut(&Transaction<'_, T>) -> Result<R, Error>,
     ) -> Result<R, Error> {
         for _ in 0..TRANSACTION_ATTEMPTS {
             let transaction = Transaction { store: self, number: self.start()? };
@@ -63,15 +63,12 @@ impl<'t, T: StoreTransport + Clock> Store<'t, T> {
     /// An abort is sent as soon as there is room, and nobody waits for its reply: what the caller
     /// wants to know is why the transaction failed, without another time-out on top.
     fn abort(&self, transaction: u32) {
-        if let Ok(mut inner) = self.inner() {
-            inner.link.abort(transaction);
-        }
         // If the connection is broken, the next request says so.
-        let _ = self.look();
+        let _ = self.with(|inner| inner.link.abort(transaction)).and_then(|()| self.look());
     }
 }
 
-impl<T: StoreTransport + Clock> Exchange for Transaction<'_, '_, T> {
+impl<T: StoreTransport + Clock> Exchange for Transaction<'_, T> {
     fn exchange(&self, operation: Operation, path: &str, value: &[u8]) -> Result<Vec<u8>, Error> {
         self.store.exchange_in(self.number, operation, path, value)
     }

@@ -91,7 +91,7 @@ impl Medium {
     }
 }
 
-impl<H: Host> Served<'_, '_, H> {
+impl<H: Host> Served<'_, H> {
     /// Has a thread open what the disk is served from.
     pub(super) fn open_medium(&mut self) {
         self.medium.state = State::Opening;
@@ -111,7 +111,7 @@ impl<H: Host> Served<'_, '_, H> {
             bail!("{reason}");
         }
         let restrictions = self.vbd.device().restrictions;
-        let guest = toolstack::domain_name(self.store, DomainId(self.name.domain));
+        let guest = toolstack::domain_name(&self.store, DomainId(self.name.domain));
         let mut opening = Opening {
             name: self.name.clone(),
             options: self.options.clone(),
@@ -234,7 +234,7 @@ impl<H: Host> Served<'_, '_, H> {
     /// what its script says, which is ours and waits for this.
     fn tell_toolstack(&self, reason: &str) -> Result<(), xen_blkback::Error> {
         let path = self.path();
-        xenbus::report_error(self.store, path, EIO, reason);
+        xenbus::report_error(&self.store, path, EIO, reason);
         if self.has_our_script && !self.medium.is_old {
             self.store.transaction(|nodes| {
                 if nodes.exists(&format!("{path}/state"))? {

@@ -61,13 +61,13 @@ enum Next {
     Abandoned,
 }
 
-pub(super) struct Served<'s, 't, H: Host> {
+pub(super) struct Served<'t, H: Host> {
     common: Arc<Common<H>>,
-    store: &'s Store<'t, H::Control>,
+    store: Store<&'t H::Control>,
     id: DiskId,
     name: DiskName,
     address: Address,
-    vbd: Vbd<'s, 't, H::Control>,
+    vbd: Vbd<&'t H::Control>,
     /// Whether libxl runs our script, and waits for it.
     has_our_script: bool,
     options: DiskOptions,
@@ -91,11 +91,11 @@ pub(super) struct Served<'s, 't, H: Host> {
     complained: bool,
 }
 
-impl<'s, 't, H: Host> Served<'s, 't, H> {
+impl<'t, H: Host> Served<'t, H> {
     /// Takes a device over.
     pub fn begin(
         common: Arc<Common<H>>,
-        store: &'s Store<'t, H::Control>,
+        store: &Store<&'t H::Control>,
         id: DiskId,
         class: &'static str,
         address: Address,
@@ -126,7 +126,7 @@ impl<'s, 't, H: Host> Served<'s, 't, H> {
         });
         let mut served = Self {
             common,
-            store,
+            store: store.clone(),
             id,
             name,
             address,
@@ -272,7 +272,7 @@ impl<'s, 't, H: Host> Served<'s, 't, H> {
         if remove && let Err(error) = self.vbd.remove() {
             log::warn!("{path}: its nodes cannot be removed: {error}");
         }
-        xenbus::forget_error(self.store, &path);
+        xenbus::forget_error(&self.store, &path);
         self.common.registry.remove(&self.name);
     }
 
