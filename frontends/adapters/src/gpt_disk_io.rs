@@ -30,7 +30,7 @@ use crate::{Unfit, blocks};
 ///
 /// ```
 /// use gpt_disk_io::{Disk, DiskError};
-/// /// use pvblk::frontend::queue::{Channel, Error, Queue};
+/// use pvblk::frontend::queue::{Channel, Error, Queue};
 /// use pvblk_adapters::BlockDisk;
 ///
 /// /// Where the first partition of a disk begins, in its logical sectors.
