@@ -7,6 +7,7 @@
 
 pub mod backing;
 pub mod deadline;
+pub mod document;
 pub mod folder;
 pub mod http;
 pub mod logging;

@@ -37,6 +37,8 @@ pub struct Cli {
 pub enum Command {
     /// Serve disks until SIGTERM (the daemon)
     Serve(Serve),
+    /// Look for mistakes in a configuration file
+    Check(Check),
     /// Give a running guest a disk
     Attach(Attach),
     /// Take a disk of `attach` away from its guest
@@ -86,6 +88,20 @@ pub struct Serve {
     #[command(flatten)]
     pub disk: DiskArgs,
 }
+
+/// Looks for mistakes in a configuration file.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Every mistake is shown, with its line. Neither Xen nor a daemon is needed. It ends with 0 if `pvblkd serve
+--config FILE` takes the file, and with 1 if not.")]
+pub struct Check {
+    /// The file
+    #[arg(default_value = CONFIG)]
+    pub file: PathBuf,
+}
+
+/// Where the configuration file is.
+const CONFIG: &str = "/etc/xen/pvblkd.toml";
 
 /// Where the daemon is found.
 #[derive(Clone, Debug, Args)]

@@ -9,15 +9,39 @@ use pvblk_linux::Control;
 use pvblk_xen::platform::DomainId;
 use pvblk_xen::store::Store;
 
-use crate::cli::{Attach, Detach, List, Resize, SourceArgs};
+use crate::cli::{Attach, Check, Detach, List, Resize, SourceArgs};
+use crate::config::Config;
 use crate::list;
 use crate::protocol::{self, Request};
 use crate::runtime;
+use crate::sandbox::User;
 use crate::size::Size;
 use crate::source::Source;
 use crate::status::DiskReport;
 use crate::toolstack::{self, NewDisk, Place};
 use crate::vdev::VirtualDevice;
+
+/// Looks for mistakes in a configuration file.
+///
+/// # Errors
+///
+/// All of them.
+pub fn check(options: &Check) -> Result<()> {
+    let config = Config::read(&options.file)?;
+    if let Some(user) = &config.user {
+        User::find(user).with_context(|| format!("{}: user", options.file.display()))?;
+    }
+    let mut text = format!("{}: no mistake\n", options.file.display());
+    for disk in &config.disk {
+        // It may come later.
+        if let Source::File(path) = &disk.target
+            && !path.exists()
+        {
+            text += &format!("there is no {} now\n", path.display());
+        }
+    }
+    say(&text)
+}
 
 /// Gives a guest a disk.
 ///

@@ -2,11 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use serde::Deserialize;
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
 
 pub use pvblk_daemon::logging::LogFormat;
 
+use crate::document::{Document, Problems};
+use crate::http::Address;
 use crate::options::DiskOptions;
 use crate::source::Source;
 
@@ -29,8 +33,10 @@ pub struct Config {
     /// Whether `backend/vbd` is served.
     pub vbd: Option<ServeVbd>,
     /// Settings of all disks.
+    #[serde(skip)]
     pub defaults: DiskOptions,
     /// Settings of some disks.
+    #[serde(skip)]
     pub disk: Vec<DiskSettings>,
 }
 
@@ -48,25 +54,12 @@ pub enum ServeVbd {
 }
 
 /// Settings of the disks with a certain target.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "toml::Table")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskSettings {
     /// Which disks: those that are served from this.
-    pub target: String,
+    pub target: Source,
     /// The settings.
     pub options: DiskOptions,
-}
-
-impl TryFrom<toml::Table> for DiskSettings {
-    type Error = String;
-
-    fn try_from(mut table: toml::Table) -> Result<Self, String> {
-        let Some(toml::Value::String(target)) = table.remove("target") else {
-            return Err("a [[disk]] without target".into());
-        };
-        let options = table.try_into().map_err(|error| format!("{target}: {}", error.message()))?;
-        Ok(Self { target, options })
-    }
 }
 
 impl Config {
@@ -74,37 +67,85 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// If it cannot be read, or says something that makes no sense; then the error says where.
+    /// If it cannot be read; all mistakes in it, with their lines.
     pub fn read(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path)
             .with_context(|| format!("cannot read the configuration {}", path.display()))?;
-        Self::parse(&text).with_context(|| format!("in the configuration {}", path.display()))
+        Self::parse(&text).map_err(|problems| anyhow!("{}:\n{problems}", path.display()))
     }
 
     /// Reads the text of a file.
     ///
     /// # Errors
     ///
-    /// As for [`read`](Self::read).
-    pub fn parse(text: &str) -> Result<Self> {
-        let config: Self = toml::from_str(text)?;
-        config.defaults.check().context("in [defaults]")?;
-        for disk in &config.disk {
-            let place = || format!("in [[disk]] of {:?}", disk.target);
-            let source = disk.target.parse::<Source>().with_context(place)?;
-            disk.options.check().with_context(place)?;
-            disk.options.check_source(&source).with_context(place)?;
+    /// All mistakes in it.
+    pub fn parse(text: &str) -> Result<Self, Problems> {
+        let (mut document, table) = Document::parse(text);
+        let (mut own, mut defaults, mut disks) = (DeTable::new(), DeTable::new(), Vec::new());
+        for (key, value) in table {
+            match (key.get_ref().as_ref(), value.get_ref()) {
+                ("defaults", DeValue::Table(table)) => defaults = table.clone(),
+                ("disk", DeValue::Array(array)) => disks = array.iter().cloned().collect(),
+                ("defaults", _) => document.note("defaults", key.span(), "[defaults] is expected"),
+                ("disk", _) => document.note("disk", key.span(), "[[disk]] is expected"),
+                _ => drop(own.insert(key, value)),
+            }
         }
-        Ok(config)
+        let mut config: Self = document.settings("", own, Self::check_alone);
+        config.defaults = document.settings("defaults.", defaults, |options: &DiskOptions| {
+            options.check().map_err(|error| error.to_string())
+        });
+        config.disk = disks.into_iter().filter_map(|disk| settings(&mut document, disk)).collect();
+        document.finish().map(|()| config)
+    }
+
+    /// What can be said of a setting without the others.
+    fn check_alone(&self) -> Result<(), String> {
+        match &self.metrics {
+            Some(address) => address.parse::<Address>().map(drop).map_err(|error| error.to_string()),
+            None => Ok(()),
+        }
     }
 
     /// The settings of a disk that is served from `source`, with those of all disks where it has
     /// none of its own.
     pub fn options(&self, source: &Source) -> DiskOptions {
-        let same = |disk: &&DiskSettings| disk.target.parse().as_ref() == Ok(source);
-        let own = self.disk.iter().find(same).map(|disk| disk.options.clone());
+        let own = self.disk.iter().find(|disk| disk.target == *source).map(|disk| disk.options.clone());
         own.unwrap_or_default().or(&self.defaults)
     }
+}
+
+/// Reads a `[[disk]]`.
+fn settings<'t>(
+    document: &mut Document<'t>,
+    disk: Spanned<DeValue<'t>>,
+) -> Option<DiskSettings> {
+    let span = disk.span();
+    let DeValue::Table(table) = disk.into_inner() else {
+        document.note("disk", span, "a table, [[disk]], is expected");
+        return None;
+    };
+    let (mut rest, mut target) = (DeTable::new(), None);
+    for (key, value) in table {
+        match key.get_ref().as_ref() {
+            "target" => target = Some((key.span(), value.get_ref().as_str().map(str::to_owned))),
+            _ => drop(rest.insert(key, value)),
+        }
+    }
+    let Some((span, target)) = target else {
+        document.note("disk", span, "a [[disk]] without target");
+        return None;
+    };
+    let source = target.as_deref().unwrap_or_default().parse::<Source>();
+    let source = source.map_err(|error| document.note("disk.target", span, error)).ok();
+    let options = document.settings("disk.", rest, |options: &DiskOptions| {
+        options.check().map_err(|error| error.to_string())?;
+        match &source {
+            Some(source) => options.check_source(source).map_err(|error| error.to_string()),
+            None => Ok(()),
+        }
+    });
+    source.map(|target| DiskSettings { target, options })
 }
 
 #[cfg(test)]
@@ -128,6 +169,25 @@ mod tests {
     }
 
     #[test]
+    fn all_mistakes_are_told_at_once() {
+        let text = "pin = 3\n[defaults]\nqueues = 0\nsector = 513\n\n[[disk]]\ntarget = \"/x\"\n\
+                    nbd-settle = 3\n[[disk]]\ntarget = \"x\"\n";
+        let Problems(problems) = Config::parse(text).unwrap_err();
+        let places: Vec<_> =
+            problems.iter().map(|problem| (problem.line, &*problem.field)).collect();
+        assert_eq!(
+            places,
+            [
+                (1, "pin"),
+                (3, "defaults.queues"),
+                (4, "defaults.sector"),
+                (8, "disk.nbd-settle"),
+                (10, "disk.target")
+            ]
+        );
+    }
+
+    #[test]
     fn mistakes_are_named() {
         for (text, words) in [
             ("metric = \"x\"", "metric"),
@@ -140,6 +200,10 @@ mod tests {
             ("[[disk]]\ntarget = \"/x\"\nformat = \"qcow2\"", "qcow2"),
             ("[[disk]]\ntarget = \"/x\"\nnbd-durability = \"trusted\"", "NBD servers"),
             ("log = \"xml\"", "xml"),
+            ("metrics = \"0.0.0.0:9470\"", "can be reached by others"),
+            ("defaults = 3", "[defaults] is expected"),
+            ("disk = 3", "[[disk]] is expected"),
+            ("[[disk]]\nqueues = 3", "without target"),
         ] {
             let error = format!("{:#}", Config::parse(text).unwrap_err());
             assert!(error.contains(words), "{text}: {error}");

@@ -24,5 +24,5 @@ pub mod vdev;
 pub mod worker;
 
 pub use pvblk_daemon::{
-    backing, deadline, folder, http, logging, mail, mapped, notify, sandbox, size, socket, source,
+    backing, deadline, document, folder, http, logging, mail, mapped, notify, sandbox, size, socket, source,
 };
