@@ -3,7 +3,6 @@
 use std::fmt;
 use std::ops::Range;
 
-use serde::Deserialize;
 use serde::de::{DeserializeOwned, IntoDeserializer};
 use toml::Spanned;
 use toml::de::{DeTable, Error};

@@ -102,7 +102,9 @@ impl Config {
     /// What can be said of a setting without the others.
     fn check_alone(&self) -> Result<(), String> {
         match &self.metrics {
-            Some(address) => address.parse::<Address>().map(drop).map_err(|error| error.to_string()),
+            Some(address) => {
+                address.parse::<Address>().map(drop).map_err(|error| error.to_string())
+            }
             None => Ok(()),
         }
     }
@@ -110,16 +112,14 @@ impl Config {
     /// The settings of a disk that is served from `source`, with those of all disks where it has
     /// none of its own.
     pub fn options(&self, source: &Source) -> DiskOptions {
-        let own = self.disk.iter().find(|disk| disk.target == *source).map(|disk| disk.options.clone());
+        let own =
+            self.disk.iter().find(|disk| disk.target == *source).map(|disk| disk.options.clone());
         own.unwrap_or_default().or(&self.defaults)
     }
 }
 
 /// Reads a `[[disk]]`.
-fn settings<'t>(
-    document: &mut Document<'t>,
-    disk: Spanned<DeValue<'t>>,
-) -> Option<DiskSettings> {
+fn settings<'t>(document: &mut Document<'t>, disk: Spanned<DeValue<'t>>) -> Option<DiskSettings> {
     let span = disk.span();
     let DeValue::Table(table) = disk.into_inner() else {
         document.note("disk", span, "a table, [[disk]], is expected");

@@ -27,9 +27,15 @@ QEMU's side of it (the guest's memory must be shared):
 
 With reconnect=1 this daemon may be ended, or killed, and started again while the guest runs: its
 requests wait, and none is lost. SIGTERM ends it when everything that was begun is done; SIGHUP has it
-look how large its file is now, and tell the guest."
+read its configuration again, look how large its file is now, and tell the guest."
 )]
 pub struct Cli {
+    /// Read options from this file (TOML: `queues = 4`); what is said here counts more
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Look for mistakes in the options and the file, and end: with 1 if there are some
+    #[arg(long)]
+    pub check: bool,
     /// Wait for the virtual machine at this socket
     #[arg(long, value_name = "PATH")]
     pub socket: PathBuf,
@@ -201,29 +207,35 @@ impl Cli {
     ///
     /// # Errors
     ///
-    /// The first number that cannot be.
+    /// All numbers that cannot be.
     pub fn settings(&self) -> Result<Settings> {
         let DeviceArgs { sector, queues, queue_size, segments, serial, .. } = &self.device;
         let longest = queue_size.saturating_sub(2);
         let segments = segments.unwrap_or(longest.min(Settings::default().segments));
-        if sector.is_some_and(|sector| !matches!(sector, 512 | 1024 | 2048 | 4096)) {
-            bail!("--sector: 512, 1024, 2048 or 4096 is expected");
-        }
-        if !(1..=64).contains(queues) {
-            bail!("--queues: 1 to 64 is expected");
-        }
-        if !(4..=QUEUE_SIZE_MAX).contains(queue_size) || !queue_size.is_power_of_two() {
-            bail!("--queue-size: a power of two from 4 to {QUEUE_SIZE_MAX} is expected");
-        }
-        if !(1..=longest).contains(&segments) {
-            bail!("--segments: 1 to {longest} is expected with queues of {queue_size} descriptors");
-        }
         let stop_within = self.device.stop_within;
-        if stop_within > 3600 {
-            bail!("--stop-within: 0 to 3600 seconds are expected");
-        }
-        if serial.len() > ID_BYTES {
-            bail!("--serial: at most {ID_BYTES} bytes are expected");
+        let sector_fits = sector.is_none_or(|it| matches!(it, 512 | 1024 | 2048 | 4096));
+        let size_fits = (4..=QUEUE_SIZE_MAX).contains(queue_size) && queue_size.is_power_of_two();
+        let mistakes: Vec<_> = [
+            (sector_fits, "--sector: 512, 1024, 2048 or 4096 is expected".into()),
+            ((1..=64).contains(queues), "--queues: 1 to 64 is expected".into()),
+            (
+                size_fits,
+                format!("--queue-size: a power of two from 4 to {QUEUE_SIZE_MAX} is expected"),
+            ),
+            (
+                !size_fits || (1..=longest).contains(&segments),
+                format!(
+                    "--segments: 1 to {longest} is expected with queues of {queue_size} descriptors"
+                ),
+            ),
+            (stop_within <= 3600, "--stop-within: 0 to 3600 seconds are expected".into()),
+            (serial.len() <= ID_BYTES, format!("--serial: at most {ID_BYTES} bytes are expected")),
+        ]
+        .into_iter()
+        .filter_map(|(is_fine, words): (bool, String)| (!is_fine).then_some(words))
+        .collect();
+        if !mistakes.is_empty() {
+            bail!("{}", mistakes.join("\n"));
         }
         let mut settings = Settings::default();
         settings.queues = *queues;

@@ -4,14 +4,14 @@
 mod cli;
 mod disk;
 mod figures;
+mod file;
 mod serve;
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
 fn main() -> ExitCode {
-    match serve::serve(&cli::Cli::parse()) {
+    let words: Vec<_> = std::env::args_os().collect();
+    match serve::run(&words) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("vhost-user-blkd: {error:#}");

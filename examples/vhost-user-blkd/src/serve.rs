@@ -1,6 +1,6 @@
 //! Everything around the device.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
@@ -19,34 +19,51 @@ use pvblk_stores::nbd::Past;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
+use virtio_blk_device::config::Settings;
 use virtio_blk_device::vhost_user::Server;
 
 use crate::cli::{Cli, folder};
 use crate::disk::Served;
+use crate::file;
 
-/// Serves the disk until a signal.
+/// Does what the command line, `words`, says: serves the disk until a signal, or looks for mistakes.
 ///
 /// # Errors
 ///
 /// If the daemon cannot begin. Once it has, nothing is an error that ends it.
-pub fn serve(cli: &Cli) -> Result<()> {
-    let (mut settings, source) = (cli.settings()?, cli.source()?);
+pub fn run(words: &[OsString]) -> Result<()> {
+    let (cli, file) = file::read(words)?;
+    let (settings, source) = (cli.settings()?, cli.source()?);
     cli.store(DiskOrigin::New).check(&source)?;
-    logging::start(cli.log, cli.log_level);
-
-    // What takes privileges.
-    raise_file_limit();
+    let metrics = cli.metrics.as_deref().map(str::parse::<Address>).transpose()?;
     let user = cli.user.as_deref().map(User::find).transpose()?;
     if cli.no_sandbox && user.is_some() {
         bail!("--user makes no sense with --no-sandbox");
     }
+    if cli.check {
+        println!("no mistake");
+        return Ok(());
+    }
+    logging::start(cli.log, cli.log_level);
+    let reload = Reload { words: words.to_vec(), file };
+    serve(&cli, &source, settings, (metrics, user), reload)
+}
+
+fn serve(
+    cli: &Cli,
+    source: &Source,
+    mut settings: Settings,
+    (metrics, user): (Option<Address>, Option<User>),
+    reload: Reload,
+) -> Result<()> {
+    // What takes privileges.
+    raise_file_limit();
     // A socket that was left there is one of an earlier process, whose guest comes back.
     let origin = match fs::symlink_metadata(&cli.socket) {
         Ok(_) => DiskOrigin::InUse,
         Err(_) => DiskOrigin::New,
     };
     let listener = socket::listen(&cli.socket, cli.socket_mode, user.as_ref())?;
-    let metrics = cli.metrics.as_deref().map(str::parse::<Address>).transpose()?;
     let metrics = metrics.as_ref().map(Listener::open).transpose()?;
     let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("signals")?;
 
@@ -57,7 +74,7 @@ pub fn serve(cli: &Cli) -> Result<()> {
     }
 
     // As what it is now: it must be able to open it again and again.
-    let backing = open(cli, &source, origin).inspect_err(|_| {
+    let backing = open(cli, source, origin).inspect_err(|_| {
         if origin == DiskOrigin::New {
             // It would tell the next process of a guest that there never was.
             let _ = fs::remove_file(&cli.socket);
@@ -70,7 +87,7 @@ pub fn serve(cli: &Cli) -> Result<()> {
     }
     let disk = Served::new(backing, origin, settings.queues, &cli.device.serial);
     let server = Server::new(disk.clone(), settings)?;
-    end_by_signal(signals, server.clone(), disk.clone())?;
+    end_by_signal(signals, server.clone(), disk.clone(), reload)?;
     if let Some(metrics) = metrics {
         start("metrics", move || metrics.serve(|| disk.metrics()))?;
     }
@@ -82,7 +99,7 @@ pub fn serve(cli: &Cli) -> Result<()> {
         cli.socket.display()
     );
     notify::ready();
-    let result = run(&server, &listener);
+    let result = serve_all(&server, &listener);
     notify::stopping();
     if !matches!(result, Ok(Ending::Connected)) {
         let _ = fs::remove_file(&cli.socket);
@@ -99,7 +116,10 @@ enum Ending {
 }
 
 /// Serves one virtual machine after the other.
-fn run(server: &Server<Served>, listener: &std::os::unix::net::UnixListener) -> Result<Ending> {
+fn serve_all(
+    server: &Server<Served>,
+    listener: &std::os::unix::net::UnixListener,
+) -> Result<Ending> {
     while let Some(stream) = server.accept(listener).context("no more virtual machines")? {
         log::info!("a virtual machine has connected");
         match server.serve(stream) {
@@ -172,11 +192,17 @@ fn start(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
 }
 
 /// The first signal asks the daemon to end, the second one ends it.
-fn end_by_signal(mut signals: Signals, server: Server<Served>, disk: Served) -> Result<()> {
+fn end_by_signal(
+    mut signals: Signals,
+    server: Server<Served>,
+    disk: Served,
+    mut reload: Reload,
+) -> Result<()> {
     start("signals", move || {
         let mut is_ending = false;
         for signal in &mut signals {
             if signal == SIGHUP {
+                reload.again();
                 refresh(&server, &disk);
             } else if is_ending {
                 log::warn!("ending at once, with requests in progress");
@@ -187,6 +213,32 @@ fn end_by_signal(mut signals: Signals, server: Server<Served>, disk: Served) -> 
             }
         }
     })
+}
+
+/// What it takes to read the configuration again.
+struct Reload {
+    words: Vec<OsString>,
+    /// What the file has said so far.
+    file: file::Settings,
+}
+
+impl Reload {
+    /// Reads the file again. What a guest that runs cannot be given is said.
+    fn again(&mut self) {
+        let result = file::reread(&self.words);
+        let (cli, file) = match result.and_then(|it| it.0.settings().map(|_| it)) {
+            Ok(read) => read,
+            Err(error) => return log::error!("the configuration stays as it was: {error:#}"),
+        };
+        for name in file::differences(&self.file, &file) {
+            match name {
+                "log-level" => log::set_max_level(cli.log_level),
+                _ => log::warn!("{name} has changed: that counts when the daemon is started again"),
+            }
+        }
+        self.file = file;
+        log::info!("the configuration was read again");
+    }
 }
 
 /// Looks how large the disk is now, and tells the guest.
