@@ -1,6 +1,7 @@
 //! What a disk is served from, opened; and one queue's share of it.
 
 use std::fmt;
+use std::io::ErrorKind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -11,12 +12,13 @@ use pvblk::command::Features;
 use pvblk::extent::{Geometry, SECTOR_BYTES};
 use pvblk::table::Tag;
 use pvblk_stores::Wakeup;
-use pvblk_stores::file::{Contents, FileDisk, FileOptions, FileStore, Method, Sharing};
+use pvblk_stores::file::{Contents, FileDisk, FileError, FileOptions, FileStore, Method, Sharing};
 use pvblk_stores::memory::MemoryDisk;
 use pvblk_stores::nbd::{Durability, LedgerMemory, NbdDisk, NbdOptions, NbdStore, Past};
 use serde::{Deserialize, Serialize};
 
 use crate::mapped::{LedgerFile, MappedFile};
+use crate::sandbox;
 use crate::size::Size;
 use crate::source::{MemorySource, Source};
 
@@ -59,6 +61,8 @@ pub struct StoreOptions {
     pub nbd_durability: Option<NbdDurability>,
     /// How long an NBD server may be at work on a write whose connection is gone, in seconds.
     pub nbd_settle: Option<u32>,
+    /// Whether a disk is refused that cannot make writes durable.
+    pub require_flush: bool,
     /// The most queues; an NBD server has to allow as many connections.
     pub queues: u16,
     /// What was before the disk is opened.
@@ -223,7 +227,9 @@ impl Backing {
         ledger: impl FnOnce() -> Result<NbdLedger>,
     ) -> Result<Self> {
         let kind = match source {
-            Source::File(path) => Kind::File(FileDisk::open(path, &options.file()).map_err(whole)?),
+            Source::File(path) => {
+                Kind::File(FileDisk::open(path, &options.file()).map_err(explain)?)
+            }
             Source::Memory(source) => Kind::Memory(memory(source)?),
             Source::Nbd(url) => {
                 let NbdLedger { memory, past } = ledger()?;
@@ -233,7 +239,11 @@ impl Backing {
             }
         };
         let (source, read_only) = (source.clone(), options.read_only);
-        Ok(Self { source, kind, read_only, failures: Arc::default() })
+        let backing = Self { source, kind, read_only, failures: Arc::default() };
+        match backing.weakness() {
+            Some(words) if options.require_flush => bail!("{words} (require-flush)"),
+            _ => Ok(backing),
+        }
     }
 
     /// One queue's share, with up to `depth` operations in flight.
@@ -314,6 +324,19 @@ impl Backing {
         disk.refresh().map_err(whole)
     }
 
+    /// What its user must know: that no write is known to be durable.
+    pub fn weakness(&self) -> Option<String> {
+        match &self.kind {
+            Kind::Nbd(disk) if !disk.is_durable() && !self.geometry().read_only => Some(format!(
+                "{} can make no write durable: the server offers neither flush nor FUA, so that a guest's \
+                 flushes say nothing, and what it wrote may be lost with the server. Have the server \
+                 offer them (nbd-server: `flush = true` and `fua = true` for the export)",
+                self.source
+            )),
+            _ => None,
+        }
+    }
+
     /// Counts the operations that failed because of the medium, on all queues.
     pub fn failure_counter(&self) -> Arc<AtomicU64> {
         self.failures.clone()
@@ -326,6 +349,24 @@ impl Backing {
             Kind::Memory(_) => "this should not happen with memory",
             Kind::Nbd(_) => "see whether the server runs, and what it says",
         }
+    }
+}
+
+/// Why a file cannot be used. That root may not open something surprises people.
+fn explain(error: FileError) -> anyhow::Error {
+    match &error {
+        FileError::Open { path, source }
+            if source.kind() == ErrorKind::PermissionDenied
+                && sandbox::is_root_without_capabilities() =>
+        {
+            anyhow!(
+                "{error}. This daemon is root without root's capabilities, and opens what root owns or \
+                 everybody may: `chown root {}`, or run it as the owner (--user), or with the \
+                 capabilities (--no-sandbox)",
+                path.display()
+            )
+        }
+        _ => whole(error),
     }
 }
 

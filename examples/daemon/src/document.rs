@@ -121,6 +121,8 @@ fn read<T: DeserializeOwned>(table: DeTable<'_>) -> Result<T, Error> {
 
 #[cfg(test)]
 mod tests {
+    use serde::Deserialize;
+
     use super::*;
 
     #[derive(Debug, Default, PartialEq, Deserialize)]

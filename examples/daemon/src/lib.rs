@@ -10,6 +10,7 @@ pub mod deadline;
 pub mod document;
 pub mod folder;
 pub mod http;
+pub mod identity;
 pub mod logging;
 pub mod mail;
 #[allow(unsafe_code)]

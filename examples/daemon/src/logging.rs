@@ -1,6 +1,11 @@
 //! Messages, to the standard error: lines for people, or objects for programs.
+//!
+//! A message about a disk of Xen begins with the backend's directory, whoever writes it: a library knows
+//! nothing else. People know a disk by its guest and its name there ([`name`]), and read those.
 
+use std::collections::BTreeMap;
 use std::io::Write;
+use std::sync::{PoisonError, RwLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use env_logger::{Builder, Target};
@@ -18,21 +23,66 @@ pub enum LogFormat {
     Json,
 }
 
+/// What disks are called, by their backends' directories.
+static NAMES: RwLock<BTreeMap<String, String>> = RwLock::new(BTreeMap::new());
+
+/// From now on messages that begin with `path` show `name`: `web xvdb`.
+pub fn name(path: &str, name: String) {
+    let mut names = NAMES.write().unwrap_or_else(PoisonError::into_inner);
+    names.insert(path.into(), name);
+}
+
+/// There is no such disk any more.
+pub fn forget(path: &str) {
+    NAMES.write().unwrap_or_else(PoisonError::into_inner).remove(path);
+}
+
+/// A message, in parts.
+struct Parts<'m> {
+    /// The backend's directory, if it is about a disk.
+    path: Option<&'m str>,
+    /// What the disk is called, if that is known.
+    name: Option<String>,
+    rest: &'m str,
+}
+
+impl<'m> Parts<'m> {
+    fn of(message: &'m str) -> Self {
+        let disk = message.split_once(": ").filter(|(path, _)| path.starts_with("/local/domain/"));
+        let Some((path, rest)) = disk else {
+            return Self { path: None, name: None, rest: message };
+        };
+        let names = NAMES.read().unwrap_or_else(PoisonError::into_inner);
+        Self { path: Some(path), name: names.get(path).cloned(), rest }
+    }
+}
+
+/// A message for people.
+fn line(record: &Record<'_>) -> String {
+    let message = record.args().to_string();
+    match Parts::of(&message) {
+        Parts { name: Some(name), rest, .. } => format!("{name}: {rest}"),
+        _ => message,
+    }
+}
+
 /// Sends messages of this level and above to the standard error.
 pub fn start(format: LogFormat, level: LevelFilter) {
     let mut builder = Builder::new();
-    builder.filter_level(level).target(Target::Stderr);
+    // What is below the level is not even made: that may change while it runs.
+    builder.filter_level(LevelFilter::Trace).target(Target::Stderr);
     // What journald is told of a line's importance, if that is where it goes.
     let to_journal = std::env::var_os("JOURNAL_STREAM").is_some();
     builder.format(move |out, record| match format {
         LogFormat::Json => writeln!(out, "{}", json(record, seconds())),
         LogFormat::Text if to_journal => {
-            writeln!(out, "<{}>{}", priority(record), record.args())
+            writeln!(out, "<{}>{}", priority(record), line(record))
         }
-        LogFormat::Text => writeln!(out, "{:5} {}", record.level(), record.args()),
+        LogFormat::Text => writeln!(out, "{:5} {}", record.level(), line(record)),
     });
     // A second start would be a mistake of ours that harms nobody.
     let _ = builder.try_init();
+    log::set_max_level(level);
 }
 
 fn seconds() -> f64 {
@@ -49,22 +99,21 @@ fn priority(record: &Record<'_>) -> u8 {
     }
 }
 
-/// A message as an object. What our own messages begin with is the backend's directory of a disk.
+/// A message as an object.
 fn json(record: &Record<'_>, seconds: f64) -> serde_json::Value {
     let message = record.args().to_string();
-    let disk = message.split_once(": ").filter(|(path, _)| path.starts_with("/local/domain/"));
-    let (disk, message) = match disk {
-        Some((disk, rest)) => (Some(disk), rest),
-        None => (None, &*message),
-    };
+    let parts = Parts::of(&message);
     let mut object = serde_json::json!({
         "time": (seconds * 1e3).round() / 1e3,
         "level": record.level().as_str().to_lowercase(),
         "from": record.target(),
-        "message": message,
+        "message": parts.rest,
     });
-    if let Some(disk) = disk {
-        object["disk"] = disk.into();
+    if let Some(path) = parts.path {
+        object["disk"] = path.into();
+    }
+    if let Some(name) = parts.name {
+        object["name"] = name.into();
     }
     object
 }
@@ -73,10 +122,27 @@ fn json(record: &Record<'_>, seconds: f64) -> serde_json::Value {
 mod tests {
     use super::*;
 
-    fn object(message: &str) -> String {
+    fn with<R>(message: &str, work: impl FnOnce(&Record<'_>) -> R) -> R {
         let args = format_args!("{message}");
-        let record = Record::builder().level(log::Level::Warn).target("pvblkd").args(args).build();
-        json(&record, 12.3456).to_string()
+        work(&Record::builder().level(log::Level::Warn).target("pvblkd").args(args).build())
+    }
+
+    fn object(message: &str) -> String {
+        with(message, |record| json(record, 12.3456).to_string())
+    }
+
+    #[test]
+    fn disks_are_called_what_people_call_them() {
+        let path = "/local/domain/0/backend/vbd/7/51728";
+        let message = format!("{path}: closed");
+        assert_eq!(with(&message, line), message);
+        name(path, "web xvdb".into());
+        assert_eq!(with(&message, line), "web xvdb: closed");
+        let text = object(&message);
+        assert!(text.contains("\"name\":\"web xvdb\"") && text.contains(path), "{text}");
+        assert_eq!(with("something else: closed", line), "something else: closed");
+        forget(path);
+        assert_eq!(with(&message, line), message);
     }
 
     #[test]

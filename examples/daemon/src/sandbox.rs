@@ -97,6 +97,12 @@ impl User {
     }
 }
 
+/// Whether this thread is root that has given up the right to open what others own.
+pub fn is_root_without_capabilities() -> bool {
+    let has = |sets: CapabilitySets| sets.effective.contains(CapabilitySet::DAC_OVERRIDE);
+    rustix::process::geteuid().is_root() && !rustix::thread::capabilities(None).is_ok_and(has)
+}
+
 /// Gives up capabilities, and root if there is a `user`. The system keeps that for each thread: it
 /// must be called while there is but one.
 ///

@@ -162,6 +162,9 @@ pub struct DiskArgs {
     /// What to do about writes that an NBD server may lose when it is restarted [default: reported]
     #[arg(long, value_enum, value_name = "HOW")]
     pub nbd_durability: Option<NbdDurability>,
+    /// Refuse an NBD server that can make no write durable
+    #[arg(long)]
+    pub require_flush: bool,
     /// How long an NBD server may be at work on a write whose connection is gone, or that a daemon
     /// that was killed had begun: nothing is sent before that is over [default: 5]
     #[arg(long, value_name = "SECONDS")]
@@ -185,6 +188,7 @@ impl DiskArgs {
             share: said(self.share),
             format: self.format,
             nbd_durability: self.nbd_durability,
+            require_flush: said(self.require_flush),
             nbd_settle: self.nbd_settle,
         }
     }
@@ -219,7 +223,10 @@ pub struct Attach {
     /// How it is served
     #[command(flatten)]
     pub options: DiskArgs,
-    /// Wait so long for the daemon
+    /// Do not wait for the guest: it is enough that the daemon has opened the disk
+    #[arg(long)]
+    pub no_wait: bool,
+    /// Wait so long for the daemon and the guest
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     pub timeout: u64,
 }
@@ -286,7 +293,7 @@ mod tests {
     fn attach_says_everything() {
         let line = "attach web xvdb --memory 64M --read-only --sector 4096 --queues 2 --map \
                     --segments 4096 --ring-order 0 --no-persistent --buffered --synchronous \
-                    --share --format raw --nbd-durability trusted --nbd-settle 9";
+                    --share --format raw --nbd-durability trusted --nbd-settle 9 --require-flush";
         let Ok(Command::Attach(attach)) = parse(line) else { panic!() };
         assert_eq!((&*attach.domain, attach.disk.0), ("web", 51728));
         assert_eq!(attach.source.memory.unwrap().to_string(), "memory:64M");
@@ -306,6 +313,7 @@ mod tests {
                 share: Some(true),
                 format: Some(ImageFormat::Raw),
                 nbd_durability: Some(NbdDurability::Trusted),
+                require_flush: Some(true),
                 nbd_settle: Some(9),
             }
         );

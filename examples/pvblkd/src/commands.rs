@@ -18,7 +18,7 @@ use crate::sandbox::User;
 use crate::size::Size;
 use crate::source::Source;
 use crate::status::DiskReport;
-use crate::toolstack::{self, NewDisk, Place};
+use crate::toolstack::{self, NewDisk, Place, Wanted};
 use crate::vdev::VirtualDevice;
 
 /// Looks for mistakes in a configuration file.
@@ -58,7 +58,12 @@ pub fn attach(options: &Attach) -> Result<()> {
     disk.options.check_source(&disk.source)?;
     toolstack::attach(&store, &disk)?;
     let patience = Duration::from_secs(options.timeout);
-    toolstack::wait_ready((&store, &control), &disk.place, patience)
+    let wanted = if options.no_wait { Wanted::Open } else { Wanted::Connected };
+    let warning = toolstack::wait_for((&store, &control), &disk.place, wanted, patience)?;
+    if let Some(warning) = warning {
+        eprintln!("pvblkd: warning: {warning}");
+    }
+    Ok(())
 }
 
 /// Takes a disk away.

@@ -109,6 +109,26 @@ impl Config {
         }
     }
 
+    /// The settings of the daemon that `other` says differently, and that do not change while it runs.
+    pub fn fixed_differences(&self, other: &Self) -> Vec<&'static str> {
+        [
+            ("metrics", self.metrics != other.metrics),
+            ("pin", self.pin != other.pin),
+            ("log", self.log != other.log),
+            ("user", self.user != other.user),
+            ("runtime", self.runtime != other.runtime),
+            ("vbd", self.vbd != other.vbd),
+        ]
+        .into_iter()
+        .filter_map(|(name, differs)| differs.then_some(name))
+        .collect()
+    }
+
+    /// The level of messages.
+    pub fn level(&self) -> log::LevelFilter {
+        self.log_level.unwrap_or(log::LevelFilter::Info)
+    }
+
     /// The settings of a disk that is served from `source`, with those of all disks where it has
     /// none of its own.
     pub fn options(&self, source: &Source) -> DiskOptions {

@@ -32,9 +32,11 @@ pub fn table(before: &[DiskReport], now: &[DiskReport], seconds: f64) -> String 
         ]);
     }
     let mut text = columns(&rows);
-    for disk in now.iter().filter(|disk| !disk.error.is_empty()) {
-        // Writing to a string does not fail.
-        let _ = writeln!(text, "{}, {}: {}", disk.domain, disk.disk, disk.error);
+    for disk in now {
+        for words in [&disk.error, &disk.warning].into_iter().filter(|words| !words.is_empty()) {
+            // Writing to a string does not fail.
+            let _ = writeln!(text, "{}: {words}", disk.name());
+        }
     }
     text
 }
@@ -54,6 +56,9 @@ fn features(disk: &DiskReport) -> String {
     }
     if disk.read_only {
         words.push("read-only".into());
+    }
+    if !disk.warning.is_empty() {
+        words.push("NO-FLUSH".into());
     }
     if disk.sector_bytes > 512 {
         words.push(format!("{}B", disk.sector_bytes));
@@ -136,7 +141,7 @@ mod tests {
             ]
         );
         assert!(lines[2].starts_with("4        xvda  "), "{text}");
-        assert_eq!(lines[3], "4, xvda: cannot open it");
+        assert_eq!(lines[3], "domain 4 xvda: cannot open it");
         let column = lines[0].find("FEATURES").unwrap();
         assert_eq!(&lines[1][column..column + 2], "2q");
     }

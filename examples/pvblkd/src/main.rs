@@ -8,7 +8,7 @@ use pvblkd::{commands, serve};
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
-        Command::Serve(options) => serve::serve(&options),
+        Command::Serve(options) => serve::serve(options),
         Command::Check(options) => commands::check(&options),
         Command::Attach(options) => commands::attach(&options),
         Command::Detach(options) => commands::detach(&options),

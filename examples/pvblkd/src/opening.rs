@@ -24,6 +24,8 @@ pub struct NamedMemory {
 pub struct Opening {
     /// Which disk it is.
     pub name: DiskName,
+    /// The backend's directory, with which messages begin.
+    pub path: String,
     /// How it is served.
     pub options: DiskOptions,
     /// Whether the guest may not write.
@@ -68,7 +70,9 @@ impl Opening {
     fn open_ledger(&self, runtime: &Runtime) -> NbdLedger {
         let memory = runtime.ledger(&self.name, self.keep).inspect_err(|error| {
             log::warn!(
-                "no ledger in {}, so that a flush of the guest fails if this program is killed: {error}",
+                "{}: no ledger in {}, so that a flush of the guest fails if this program is killed: \
+                 {error}",
+                self.path,
                 runtime.folder().display()
             );
         });

@@ -48,6 +48,9 @@ pub struct DiskOptions {
     /// What is done about writes that an NBD server may lose when it is restarted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nbd_durability: Option<NbdDurability>,
+    /// Whether a disk is refused whose writes cannot be made durable.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub require_flush: Option<bool>,
     /// How long an NBD server may be at work on a write whose connection is gone, in seconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nbd_settle: Option<u32>,
@@ -96,8 +99,23 @@ impl DiskOptions {
             share: self.share.or(other.share),
             format: self.format.or(other.format),
             nbd_durability: self.nbd_durability.or(other.nbd_durability),
+            require_flush: self.require_flush.or(other.require_flush),
             nbd_settle: self.nbd_settle.or(other.nbd_settle),
         }
+    }
+
+    /// The settings that `other` says differently.
+    pub fn differences(&self, other: &Self) -> Vec<String> {
+        let settings = |options| match serde_json::to_value(options) {
+            Ok(serde_json::Value::Object(settings)) => settings,
+            _ => serde_json::Map::new(),
+        };
+        let (ours, theirs) = (settings(self), settings(other));
+        let mut names: Vec<_> = ours.keys().chain(theirs.keys()).cloned().collect();
+        names.retain(|name| ours.get(name) != theirs.get(name));
+        names.sort();
+        names.dedup();
+        names
     }
 
     /// Looks whether every number is one that can be served.
@@ -165,6 +183,7 @@ impl DiskOptions {
             format: self.format,
             nbd_durability: self.nbd_durability,
             nbd_settle: self.nbd_settle,
+            require_flush: self.require_flush.unwrap_or(false),
             // At most 64, as was checked.
             queues: self.queues.and_then(|queues| queues.try_into().ok()).unwrap_or(1),
         }
@@ -217,6 +236,7 @@ mod tests {
             share: Some(true),
             format: Some(ImageFormat::Raw),
             nbd_durability: Some(NbdDurability::WriteThrough),
+            require_flush: Some(true),
             nbd_settle: Some(9),
         };
         assert_eq!(DiskOptions::from_node(&options.to_node()).unwrap(), options);

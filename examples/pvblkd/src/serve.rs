@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use pvblk_linux::{Control, Worker};
 use pvblk_xen::store::Store;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::cli::{RUNTIME, Serve};
@@ -32,12 +32,9 @@ const BLKBACK: &str = "/sys/bus/xen-backend/drivers/vbd";
 /// # Errors
 ///
 /// If the daemon cannot begin. Once it has, nothing is an error that ends it.
-pub fn serve(options: &Serve) -> Result<()> {
-    let config = configuration(options)?;
-    crate::logging::start(
-        config.log.unwrap_or_default(),
-        config.log_level.unwrap_or(log::LevelFilter::Info),
-    );
+pub fn serve(options: Serve) -> Result<()> {
+    let config = configuration(&options)?;
+    crate::logging::start(config.log.unwrap_or_default(), config.level());
     let classes = classes(config.vbd.unwrap_or_default(), Path::new(BLKBACK).exists())?;
 
     // What takes privileges. A worker's devices are opened to see that they can be, now and not
@@ -56,7 +53,7 @@ pub fn serve(options: &Serve) -> Result<()> {
     let metrics = metrics.as_ref().map(Listener::open).transpose()?;
     let processors = if config.pin.unwrap_or(false) { processors() } else { Vec::new() };
 
-    let signals = Signals::new([SIGTERM, SIGINT]).context("signals")?;
+    let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("signals")?;
 
     // Before there are other threads: they have what this one has.
     if !options.no_sandbox {
@@ -72,7 +69,7 @@ pub fn serve(options: &Serve) -> Result<()> {
     let registry = common.registry.clone();
     let mut daemon = Daemon::new(Arc::new(common), &store, &control, &classes)?;
 
-    end_by_signal(signals, mailbox.clone())?;
+    heed_signals(signals, mailbox.clone(), options)?;
     let of_commands = registry.clone();
     start("commands", move || protocol::serve(&commands, &of_commands, &mailbox))?;
     if let Some(listener) = metrics {
@@ -126,18 +123,24 @@ fn start(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
     Ok(())
 }
 
-/// The first signal asks the daemon to end, the second one ends it.
-fn end_by_signal(mut signals: Signals, mailbox: Mailbox<Message>) -> Result<()> {
+/// SIGHUP has the configuration read again. The first of the other signals asks the daemon to end, the
+/// second one ends it.
+fn heed_signals(mut signals: Signals, mailbox: Mailbox<Message>, options: Serve) -> Result<()> {
     start("signals", move || {
-        for count in 0.. {
-            if signals.forever().next().is_none() {
-                return;
-            }
-            if count > 0 {
+        let mut is_ending = false;
+        for signal in &mut signals {
+            if signal == SIGHUP {
+                match configuration(&options) {
+                    Ok(config) => mailbox.send(Message::Reload(config.into())),
+                    Err(error) => log::error!("the configuration stays as it was: {error:#}"),
+                }
+            } else if is_ending {
                 log::warn!("ending at once, with requests in progress");
                 std::process::exit(1);
+            } else {
+                is_ending = true;
+                mailbox.send(Message::Stop);
             }
-            mailbox.send(Message::Stop);
         }
     })
 }

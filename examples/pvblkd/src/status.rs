@@ -38,6 +38,9 @@ pub struct DiskReport {
     pub connection: Option<Connection>,
     /// What went wrong last; empty if nothing did.
     pub error: String,
+    /// What its owner should know; empty if there is nothing.
+    #[serde(default)]
+    pub warning: String,
     /// Operations that failed because of the medium.
     pub medium_errors: u64,
     /// By queue.
@@ -71,7 +74,20 @@ pub struct QueueReport {
     pub in_progress: u64,
 }
 
+/// What people call a disk: its guest, and its name there.
+pub fn disk_name(guest: &str, domain: u16, device: impl fmt::Display) -> String {
+    match guest {
+        "" => format!("domain {domain} {device}"),
+        guest => format!("{guest} {device}"),
+    }
+}
+
 impl DiskReport {
+    /// What people call it.
+    pub fn name(&self) -> String {
+        disk_name(&self.guest, self.domain, &self.disk)
+    }
+
     /// What all queues did together.
     pub fn total(&self) -> Figures {
         self.queues.iter().fold(Figures::default(), |sum, queue| sum.plus(queue.figures))
@@ -131,6 +147,8 @@ pub struct Condition {
     pub connection: Option<Connection>,
     /// What went wrong last.
     pub error: String,
+    /// What its owner should know.
+    pub warning: String,
     /// Operations that failed because of the medium.
     pub medium_errors: Arc<AtomicU64>,
 }
@@ -178,6 +196,7 @@ impl DiskStatus {
             read_only: condition.read_only,
             connection: condition.connection,
             error: condition.error,
+            warning: condition.warning,
             medium_errors: condition.medium_errors.load(Ordering::Relaxed),
             queues: lock(&self.queues).iter().map(queue).collect(),
         }

@@ -23,6 +23,9 @@ pub const CLASS: &str = "pvblk";
 /// The node with the settings of a disk.
 pub const OPTIONS: &str = "pvblk-options";
 
+/// The node with what the daemon warns of.
+pub const WARNING: &str = "pvblk-warning";
+
 /// A disk of a guest, for whoever gives and takes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
@@ -182,35 +185,59 @@ fn write_frontend(nodes: &impl Nodes, disk: &NewDisk) -> Result<(), pvblk_xen::s
     Ok(())
 }
 
-/// Waits until the daemon has a new disk ready for its guest; whether the guest uses it then is the
-/// guest's affair. If that fails, the disk is taken away again.
+/// What is waited for of a new disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// The daemon has opened it. Whether its guest uses it then is the guest's affair.
+    Open,
+    /// The guest has it.
+    Connected,
+}
+
+/// How far a new disk is.
+#[derive(Debug)]
+enum Progress {
+    There,
+    Failed(String),
+}
+
+/// Waits for a new disk. If that fails, the disk is taken away again. What the daemon warns of, if there
+/// is something.
 ///
 /// # Errors
 ///
-/// What the daemon says; that there is none, if nothing happens.
-pub fn wait_ready<T: StoreTransport + Clock>(
+/// What the daemon says; who did not come, if nothing happens.
+pub fn wait_for<T: StoreTransport + Clock>(
     (store, clock): (&Store<&T>, &T),
     place: &Place,
+    wanted: Wanted,
     patience: Duration,
-) -> Result<()> {
+) -> Result<Option<String>> {
     let path = place.backend_path();
-    let reason = wait((store, clock), place, patience, || {
+    let (mut state, mut front) = (State::Unknown, State::Unknown);
+    let progress = wait((store, clock), place, patience, || {
         if let Some(error) = store.read_optional(&place.error_path())? {
-            return Ok(Some(Some(error)));
+            return Ok(Some(Progress::Failed(error)));
         }
         let status = store.read_optional(&format!("{path}/hotplug-status"))?;
-        let state = xenbus::read_state(store, &path)?;
-        if state == State::Unknown {
-            return Ok(Some(Some("the disk is gone: was its guest destroyed?".into())));
+        state = xenbus::read_state(store, &path)?;
+        front = xenbus::read_state(store, &place.frontend_path())?;
+        if state == State::Unknown || front == State::Unknown {
+            let words = "the disk is gone: was it detached, or its guest destroyed?";
+            return Ok(Some(Progress::Failed(words.into())));
         }
-        let ready = status.as_deref() == Some("connected")
+        let is_open = status.as_deref() == Some("connected")
             && matches!(state, State::InitWait | State::Initialised | State::Connected);
-        Ok(ready.then_some(None))
+        let is_there = match wanted {
+            Wanted::Open => is_open,
+            Wanted::Connected => (state, front) == (State::Connected, State::Connected),
+        };
+        Ok(is_there.then_some(Progress::There))
     })?;
-    let reason = match reason {
-        Some(None) => return Ok(()),
-        Some(Some(error)) => error,
-        None => "nobody answers: is `pvblkd serve` running?".into(),
+    let reason = match progress {
+        Some(Progress::There) => return Ok(store.read_optional(&format!("{path}/{WARNING}"))?),
+        Some(Progress::Failed(error)) => error,
+        None => missing(state, front).into(),
     };
     store.remove(&place.frontend_path())?;
     if xenbus::read_state(store, &path)? == State::Initialising {
@@ -225,6 +252,23 @@ pub fn wait_ready<T: StoreTransport + Clock>(
     // The number is that of the error on Linux, for programs.
     let text = reason.split_once(' ').filter(|(number, _)| number.parse::<u32>().is_ok());
     bail!("{}", text.map_or(&*reason, |(_, text)| text))
+}
+
+/// Who did not come, when the two ends of a disk have got no further than this.
+fn missing(back: State, front: State) -> &'static str {
+    match (back, front) {
+        (State::Initialising, _) => "nobody answers: is `pvblkd serve` running?",
+        (_, State::Initialising | State::InitWait) => {
+            "the guest has not taken the disk: does it run, and has it a driver for Xen's disks \
+             (xen-blkfront)? With --no-wait it may come later"
+        }
+        (State::InitWait, _) => "pvblkd has not connected the guest in time: see its log",
+        (State::Connected, _) => {
+            "the guest has not finished to connect: see its kernel's messages. With --no-wait it may \
+             take its time"
+        }
+        _ => "the disk is being closed: see `pvblkd list`, and the guest's kernel's messages",
+    }
 }
 
 /// Asks for the end of a disk, and waits until both ends have let go. With `force` the guest is not
@@ -283,7 +327,11 @@ fn wait<T: StoreTransport + Clock, R>(
     patience: Duration,
     mut look: impl FnMut() -> Result<Option<R>, pvblk_xen::store::Error>,
 ) -> Result<Option<R>> {
-    let watches = [store.watch(&place.backend_path())?, store.watch(&place.error_path())?];
+    let watches = [
+        store.watch(&place.backend_path())?,
+        store.watch(&place.frontend_path())?,
+        store.watch(&place.error_path())?,
+    ];
     let patience = u64::try_from(patience.as_nanos()).unwrap_or(u64::MAX);
     let end = clock.now().saturating_add(patience);
     let result = loop {

@@ -79,6 +79,15 @@ pub struct Task<H> {
     pub processor: Option<usize>,
     /// The name of its thread, of which the system shows 15 bytes.
     pub name: String,
+    /// The backend's directory, with which messages begin.
+    pub path: String,
+}
+
+impl<H> Task<H> {
+    /// What messages begin with.
+    fn place(&self) -> String {
+        format!("{}: queue {}", self.path, self.plan.number)
+    }
 }
 
 /// Where a queue writes down what it has in progress, for a daemon after this one.
@@ -173,7 +182,7 @@ fn run<H: Host>(task: Task<H>, mut inbox: Inbox, report: &impl Fn(Report)) -> En
     if let Some(processor) = task.processor
         && let Err(error) = pin(processor)
     {
-        log::warn!("{}: cannot be pinned to processor {processor}: {error}", task.name);
+        log::warn!("{}: cannot be pinned to processor {processor}: {error}", task.place());
     }
     let platform = match task.host.worker() {
         Ok(platform) => platform,
@@ -211,7 +220,7 @@ fn open<'t, P: WorkerPlatform>(
             return Err(error);
         }
         if attempts == 0 {
-            log::info!("{}: waiting for the daemon that had the queue before", task.name);
+            log::info!("{}: waiting for the daemon that had it before", task.place());
         }
         attempts += 1;
         std::thread::sleep(LOOK_AGAIN);
@@ -231,7 +240,7 @@ fn try_open<'t, P: WorkerPlatform>(
             log::warn!(
                 "{}: no journal in {}, so that the guest must connect again if this program is \
                  killed: {error}",
-                task.name,
+                task.place(),
                 runtime.folder().display()
             );
             None

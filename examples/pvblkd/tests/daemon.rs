@@ -196,6 +196,35 @@ fn a_guest_that_moves_has_its_disk_at_both_ends_for_a_moment() {
     daemon.stop();
 }
 
+/// What can follow another configuration does, and what cannot is said.
+#[test]
+fn the_configuration_is_read_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, path) = file_of(folder.path(), 1);
+    fs::write(&path, [&b"QFI\xfb\0\0\0\x03"[..], &[0; 65528]].concat()).unwrap();
+    let host = host();
+    let daemon = Running::start(&host, &folder.path().join("run"));
+    attach_only(&host, &disk(&source)).unwrap();
+    daemon.wait("refused", |disk| disk.error.contains("qcow2"));
+    let text = format!("[[disk]]\ntarget = \"{source}\"\nformat = \"raw\"\nqueues = 2");
+    daemon.reload(&text);
+    // At once, not when it would have been tried again.
+    daemon.wait("opened", |disk| disk.sectors == 128 && disk.error.is_empty());
+    // What is open stays as it is, and is served.
+    daemon.reload(&format!("{text}\nsector = 4096"));
+    let mut another = disk("memory:1M");
+    another.place.device = VirtualDevice(51744);
+    attach(&host, &another).unwrap();
+    let disks = daemon.disks();
+    assert_eq!((disks[0].sectors, disks[0].sector_bytes), (128, 512));
+    daemon.reload("[defaults]\nsector = 4096");
+    detach(&host, &another.place, false).unwrap();
+    attach(&host, &another).unwrap();
+    let report = daemon_has(&daemon, GUEST.0, "as configured now", |disk| disk.disk == "xvdc");
+    assert_eq!(report.sector_bytes, 4096);
+    daemon.stop();
+}
+
 /// An option that cannot be followed is an error: what it was to keep from happening must not happen.
 #[test]
 fn settings_that_do_not_fit_are_refused() {

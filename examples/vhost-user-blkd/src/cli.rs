@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use clap::{Args, Parser};
 use pvblk_daemon::backing::{DiskOrigin, ImageFormat, NbdDurability, StoreOptions};
+use pvblk_daemon::identity::serial;
 use pvblk_daemon::logging::LogFormat;
 use pvblk_daemon::size::Size;
 use pvblk_daemon::source::{MemorySource, Source};
@@ -124,9 +125,9 @@ pub struct DeviceArgs {
     /// QEMU stands still meanwhile. 0 to 3600
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     pub stop_within: u32,
-    /// The disk's serial number: up to 20 bytes
-    #[arg(long, value_name = "TEXT", default_value = "pvblk")]
-    pub serial: String,
+    /// The disk's serial number: up to 20 bytes [default: another one for each disk, always the same]
+    #[arg(long, value_name = "TEXT")]
+    pub serial: Option<String>,
 }
 
 /// How data is read and written.
@@ -149,6 +150,9 @@ pub struct StoreArgs {
     /// What to do about writes that an NBD server may lose when it is restarted [default: reported]
     #[arg(long, value_enum, value_name = "HOW")]
     pub nbd_durability: Option<NbdDurability>,
+    /// Refuse an NBD server that can make no write durable
+    #[arg(long)]
+    pub require_flush: bool,
     /// How long an NBD server may be at work on a write whose connection is gone, or that a daemon
     /// that was killed had begun: nothing is sent before that is over [default: 5]
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(..=3600))]
@@ -168,6 +172,22 @@ impl Cli {
             (_, Some(size), _) => Ok(Source::Memory(MemorySource { name: None, size: *size })),
             (_, _, Some(url)) => Ok(url.parse()?),
             _ => bail!("--file, --memory or --nbd is expected"),
+        }
+    }
+
+    /// The disk's serial number.
+    ///
+    /// # Errors
+    ///
+    /// If the disk is not there any more.
+    pub fn serial(&self, source: &Source) -> Result<String> {
+        match (&self.device.serial, source) {
+            (Some(serial), _) => Ok(serial.clone()),
+            // It is a disk of its own at each socket.
+            (None, Source::Memory(_)) => {
+                Ok(serial(&std::path::absolute(self.memory_file())?.display().to_string()))
+            }
+            (None, _) => Ok(serial(&source.identity()?)),
         }
     }
 
@@ -199,6 +219,7 @@ impl Cli {
             nbd_durability: self.store.nbd_durability,
             origin,
             nbd_settle: self.store.nbd_settle,
+            require_flush: self.store.require_flush,
             queues: self.device.queues,
         }
     }
@@ -229,7 +250,10 @@ impl Cli {
                 ),
             ),
             (stop_within <= 3600, "--stop-within: 0 to 3600 seconds are expected".into()),
-            (serial.len() <= ID_BYTES, format!("--serial: at most {ID_BYTES} bytes are expected")),
+            (
+                serial.as_ref().is_none_or(|it| it.len() <= ID_BYTES),
+                format!("--serial: at most {ID_BYTES} bytes are expected"),
+            ),
         ]
         .into_iter()
         .filter_map(|(is_fine, words): (bool, String)| (!is_fine).then_some(words))

@@ -80,19 +80,23 @@ fn serve(
             let _ = fs::remove_file(&cli.socket);
         }
     })?;
+    if let Some(words) = backing.weakness() {
+        log::warn!("{words}");
+    }
+    let serial = cli.serial(source)?;
     let geometry = backing.geometry();
     if let Some(most) = backing.max_queues().filter(|most| *most < settings.queues) {
         log::warn!("{most} queues are offered: give QEMU's device num-queues={most}");
         settings.queues = most;
     }
-    let disk = Served::new(backing, origin, settings.queues, &cli.device.serial);
+    let disk = Served::new(backing, origin, settings.queues, &serial);
     let server = Server::new(disk.clone(), settings)?;
     end_by_signal(signals, server.clone(), disk.clone(), reload)?;
     if let Some(metrics) = metrics {
         start("metrics", move || metrics.serve(|| disk.metrics()))?;
     }
     log::info!(
-        "{source}: {} sectors, logical ones of {} bytes{}, at {}",
+        "{source}: {} sectors, logical ones of {} bytes{}, serial number {serial}, at {}",
         geometry.sectors,
         geometry.logical_bytes,
         if geometry.read_only { ", read-only" } else { "" },

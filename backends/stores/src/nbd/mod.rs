@@ -77,7 +77,8 @@ pub enum Durability {
     /// that were not flushed, the next flush fails with
     /// [`Medium`](pvblk::backend::StoreError::Medium), once, whatever the server says then. It is as
     /// fast as the server, and always honest; but a file system takes a flush that fails badly, even
-    /// if the server has lost nothing.
+    /// if the server has lost nothing. A server that offers FUA and no flush is written to as with
+    /// [`WriteThrough`](Self::WriteThrough), since that is the only way to make a write durable.
     #[default]
     Reported,
     /// Every write is durable before it is acknowledged (FUA), so that there is nothing to lose, and
@@ -254,7 +255,17 @@ impl NbdDisk {
         let ledger = Ledger::open(memory, past);
         let (first, export) = connect(url, &addresses, ledger.era(), TIMEOUT)?;
         let logical_bytes = logical_bytes(&export, options)?;
-        if options.durability == Durability::WriteThrough && export.flags & flag::FUA == 0 {
+        let (flushes, has_fua) = (export.flags & flag::FLUSH != 0, export.flags & flag::FUA != 0);
+        let mut options = options.clone();
+        if options.durability == Durability::Reported && !flushes && has_fua {
+            message!(
+                info,
+                "{}: the server offers no flush: every write is made durable (FUA)",
+                url
+            );
+            options.durability = Durability::WriteThrough;
+        }
+        if options.durability == Durability::WriteThrough && !has_fua {
             return Err(NbdError::NoWriteThrough);
         }
         let sectors = whole_sectors(export.bytes, logical_bytes);
@@ -266,12 +277,12 @@ impl NbdDisk {
         let mut shared = Shared {
             url: url.clone(),
             addresses,
-            options: options.clone(),
+            gate: Gate::new(changes, Instant::now() + options.settle),
+            options,
             export,
             logical_bytes,
             sectors: AtomicU64::new(sectors),
             ledger,
-            gate: Gate::new(changes, Instant::now() + options.settle),
             queues: AtomicU32::new(0),
             queues_max: 1,
             idle: Mutex::new(std::vec![first]),
@@ -323,6 +334,12 @@ impl NbdDisk {
         connection.leave(true);
         shared.accept(&export).map_err(NbdError::Changed)?;
         Ok(shared.geometry())
+    }
+
+    /// Whether writes can be made durable: the server flushes, or makes each of them durable.
+    pub fn is_durable(&self) -> bool {
+        let shared = &self.shared;
+        shared.features().flush || shared.options.durability == Durability::WriteThrough
     }
 
     /// What the disk does besides reading and writing.

@@ -9,8 +9,8 @@ mod served;
 
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use anyhow::{Context, Result, bail};
 use pvblk_xen::platform::{Clock, DomainId};
@@ -37,6 +37,8 @@ pub enum Message {
     Stop,
     /// End without answers, as after `kill -9`.
     Abandon,
+    /// The configuration was read again.
+    Reload(Box<Config>),
     /// By a command.
     Resize(Resize),
     /// A disk was opened, or not.
@@ -74,7 +76,7 @@ pub struct Common<H> {
     /// Where workers get their platform.
     pub host: H,
     /// The settings.
-    pub config: Config,
+    config: RwLock<Arc<Config>>,
     /// What survives.
     pub runtime: Runtime,
     /// Memory that has a name.
@@ -103,7 +105,7 @@ impl<H> Common<H> {
         let patience = PATIENCE;
         Self {
             host,
-            config,
+            config: RwLock::new(Arc::new(config)),
             runtime,
             named,
             registry,
@@ -112,6 +114,11 @@ impl<H> Common<H> {
             processors,
             next_processor,
         }
+    }
+
+    /// The settings as they are now.
+    pub fn config(&self) -> Arc<Config> {
+        self.config.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn next_processor(&self) -> Option<usize> {
@@ -295,10 +302,14 @@ impl<'t, H: Host> Daemon<'t, H> {
             }
         }
         let ids: Vec<_> = self.served.keys().copied().collect();
+        let mut has_ended = false;
         for id in ids {
             let Some(served) = self.served.get_mut(&id) else { continue };
             match served.advance(now) {
-                Ok(true) => self.end(id),
+                Ok(true) => {
+                    self.end(id);
+                    has_ended = true;
+                }
                 Ok(false) => {}
                 Err(xen_blkback::Error::Store(error)) if is_lost(&error) => return Err(error),
                 Err(error) => served.retry(now.saturating_add(RETRY), &error),
@@ -306,7 +317,8 @@ impl<'t, H: Host> Daemon<'t, H> {
         }
         // Who waits has not taken the events that it was to take.
         let waits = self.retry_at.is_some() || self.served.values().any(Served::is_waiting);
-        Ok(self.store.poll()? && !waits)
+        // A new device in the place of one that has ended was found long ago: no event tells of it.
+        Ok(has_ended || self.store.poll()? && !waits)
     }
 
     /// Finds disks that have come.
@@ -396,6 +408,7 @@ impl<'t, H: Host> Daemon<'t, H> {
                 self.stopping = true;
                 self.served.values_mut().for_each(Served::abandon);
             }
+            Message::Reload(config) => self.reload(*config),
             Message::Resize(resize) => {
                 let result = self.resize(&resize);
                 // Whoever asked may have gone.
@@ -412,6 +425,19 @@ impl<'t, H: Host> Daemon<'t, H> {
                 }
             }
         }
+    }
+
+    /// Follows another configuration, as far as that can be done while it runs.
+    fn reload(&mut self, config: Config) {
+        for name in self.common.config().fixed_differences(&config) {
+            log::warn!("{name} has changed: that counts when pvblkd is started again");
+        }
+        log::set_max_level(config.level());
+        *self.common.config.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(config);
+        if !self.stopping {
+            self.served.values_mut().for_each(Served::reload);
+        }
+        log::info!("the configuration was read again");
     }
 
     fn resize(&mut self, resize: &Resize) -> Result<u64> {

@@ -23,9 +23,9 @@ use pvblkd::protocol::Resize;
 use pvblkd::runtime::Runtime;
 use pvblkd::size::Size;
 use pvblkd::status::{DiskReport, Registry};
-use pvblkd::toolstack::{self, NewDisk, Place};
+use pvblkd::toolstack::{self, NewDisk, Place, Wanted};
 use pvblkd::vdev::VirtualDevice;
-use rustix::event::{PollFd, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// Where the daemon runs: a driver domain, since dom0's one connection to XenStore is the
 /// toolstack's here.
@@ -153,12 +153,76 @@ unsafe impl ForeignGrants for Platform {
     }
 }
 
+/// The daemon's connection to XenStore. It sleeps until there is something: a wake-up that is lost stays
+/// lost.
+pub struct Connection {
+    domain: Domain,
+    arrived: Mailbox<()>,
+    waker: std::task::Waker,
+}
+
+struct Arrived(Mailbox<()>);
+
+impl std::task::Wake for Arrived {
+    fn wake(self: Arc<Self>) {
+        self.0.send(());
+    }
+}
+
+impl Connection {
+    pub fn new(domain: Domain) -> Self {
+        let arrived = Mailbox::new().unwrap();
+        let waker = Arc::new(Arrived(arrived.clone())).into();
+        Self { domain, arrived, waker }
+    }
+}
+
+impl Sleep for Connection {
+    fn sleep(&self, fds: &[Awaited<'_>], deadline: Option<u64>) {
+        let mut all = vec![PollFd::new(&self.arrived, PollFlags::IN)];
+        all.extend(fds.iter().map(|(fd, flags)| PollFd::from_borrowed_fd(*fd, *flags)));
+        let left = deadline.map(|deadline| deadline.saturating_sub(self.domain.now()));
+        let timeout = left.map(|left| Timespec {
+            tv_sec: (left / 1_000_000_000) as i64,
+            tv_nsec: (left % 1_000_000_000) as i64,
+        });
+        let _ = poll(&mut all, timeout.as_ref());
+        self.arrived.take();
+    }
+}
+
+impl Clock for Connection {
+    fn now(&self) -> u64 {
+        self.domain.now()
+    }
+}
+
+impl StoreTransport for Connection {
+    fn send(&self, bytes: &[u8]) -> Result<usize, StoreBroken> {
+        self.domain.send(bytes)
+    }
+
+    fn receive(&self, bytes: &mut [u8]) -> Result<usize, StoreBroken> {
+        // Before: what comes after this look wakes.
+        self.domain.set_store_waker(&self.waker);
+        self.domain.receive(bytes)
+    }
+
+    fn wait_store(&self, deadline: Option<u64>) {
+        self.domain.wait_store(deadline);
+    }
+
+    fn set_store_waker(&self, waker: &std::task::Waker) {
+        self.domain.set_store_waker(waker);
+    }
+}
+
 /// Where the daemon's platforms come from.
 #[derive(Clone)]
 pub struct Simulated(pub SimulatedHost, pub DomainId);
 
 impl Host for Simulated {
-    type Control = Platform;
+    type Control = Connection;
     type Worker = Platform;
 
     fn worker(&self) -> Result<Platform> {
@@ -224,7 +288,7 @@ impl Running {
         let mut common = Common::new(simulated, config, runtime, mailbox.clone(), Vec::new());
         common.patience = patience.unwrap_or(common.patience);
         let registry = common.registry.clone();
-        let control = Platform(host.domain(domain));
+        let control = Connection::new(host.domain(domain));
         let thread = thread::spawn(move || {
             let store = Store::new(&control);
             let daemon = Daemon::<Simulated>::new(Arc::new(common), &store, &control, classes);
@@ -249,6 +313,11 @@ impl Running {
         self.host.kill_program(BACK);
         self.mailbox.send(Message::Abandon);
         self.thread.take().unwrap().join().unwrap();
+    }
+
+    /// As SIGHUP does.
+    pub fn reload(&self, text: &str) {
+        self.mailbox.send(Message::Reload(Box::new(Config::parse(text).unwrap())));
     }
 
     pub fn disks(&self) -> Vec<DiskReport> {
@@ -289,9 +358,18 @@ pub fn place(device: VirtualDevice) -> Place {
 /// `pvblkd attach`, in dom0.
 pub fn attach(host: &SimulatedHost, disk: &NewDisk) -> Result<()> {
     attach_only(host, disk)?;
+    wait_for(host, &disk.place, Wanted::Open, PATIENCE).map(drop)
+}
+
+pub fn wait_for(
+    host: &SimulatedHost,
+    place: &Place,
+    wanted: Wanted,
+    patience: Duration,
+) -> Result<Option<String>> {
     let tool = Platform(host.domain(TOOLSTACK));
     let store = Store::new(&tool);
-    toolstack::wait_ready((&store, &tool), &disk.place, PATIENCE)
+    toolstack::wait_for((&store, &tool), place, wanted, patience)
 }
 
 /// Without waiting for the daemon.

@@ -100,6 +100,15 @@ impl<H: Host> Served<'_, H> {
         }
     }
 
+    /// Has it opened now rather than later, if it could not be so far.
+    pub(super) fn reopen_medium(&mut self) {
+        match self.medium.state {
+            State::Opening => self.medium.is_stale = true,
+            State::Failed | State::Waiting(_) => self.open_medium(),
+            State::Awaited | State::Open(_) | State::Inserted(_) => {}
+        }
+    }
+
     fn begin_to_open(&mut self) -> Result<()> {
         let medium = self.vbd.medium()?;
         let params = medium.physical_path.unwrap_or(medium.params);
@@ -114,6 +123,7 @@ impl<H: Host> Served<'_, H> {
         let guest = toolstack::domain_name(&self.store, DomainId(self.name.domain));
         let mut opening = Opening {
             name: self.name.clone(),
+            path: self.path().into(),
             options: self.options.clone(),
             read_only: restrictions.read_only || self.options.read_only.unwrap_or_default(),
             keep: self.medium.is_old,
@@ -181,14 +191,12 @@ impl<H: Host> Served<'_, H> {
     /// The guest has let go of the disk that it was promised: what is configured now counts.
     pub(super) fn forget_promise(&mut self) {
         match self.medium.state {
-            State::Opening => self.medium.is_stale = true,
-            // It was refused because of the promise, as like as not.
-            State::Failed | State::Waiting(_) => self.open_medium(),
             State::Open(_) | State::Inserted(_) if self.medium.is_bent => {
                 self.vbd.eject();
                 self.open_medium();
             }
-            _ => {}
+            // It was refused because of the promise, as like as not.
+            _ => self.reopen_medium(),
         }
     }
 
@@ -198,10 +206,12 @@ impl<H: Host> Served<'_, H> {
             State::Open(Opened { backing, identity }) => {
                 let (geometry, features) = (backing.geometry(), backing.features());
                 let disk = Disk { geometry, features, cdrom: false, removable: false };
+                let warning = backing.weakness();
                 // The toolstack is told last. What may turn out to be another disk fails still.
                 if self.vbd.promise().is_none() && std::mem::take(&mut self.medium.has_failed) {
                     self.note_error("");
                 }
+                self.warn(warning)?;
                 match self.vbd.insert_as(disk, identity) {
                     Err(xen_blkback::Error::Promise(broken)) => {
                         self.medium_refused(xen_blkback::Error::Promise(broken).to_string());
@@ -245,6 +255,22 @@ impl<H: Host> Served<'_, H> {
                 Ok(())
             })?;
         }
+        Ok(())
+    }
+
+    /// Tells everybody what there is to be said against the medium.
+    fn warn(&self, warning: Option<String>) -> Result<(), xen_blkback::Error> {
+        if let Some(words) = &warning {
+            log::warn!("{}: {words}", self.path());
+            if self.name.class == toolstack::CLASS {
+                let node = |name: &str| format!("{}/{name}", self.path());
+                self.store.transaction(|nodes| match nodes.exists(&node("state"))? {
+                    true => nodes.write(&node(toolstack::WARNING), words),
+                    false => Ok(()),
+                })?;
+            }
+        }
+        self.status.update(|condition| condition.warning = warning.unwrap_or_default());
         Ok(())
     }
 

@@ -12,12 +12,14 @@ use xen_blkback::{Address, Event, Feature, Hotplug, QueuePlan, Vbd};
 
 use self::medium::Medium;
 use super::{Common, DiskId, Message};
+use crate::config::Config;
 use crate::host::Host;
+use crate::logging;
 use crate::options::DiskOptions;
 use crate::runtime::DiskName;
 use crate::size::Size;
 use crate::source::Source;
-use crate::status::{Connection, DiskStatus};
+use crate::status::{Connection, DiskStatus, disk_name};
 use crate::toolstack;
 use crate::vdev::VirtualDevice;
 use crate::worker::{End, Handle, JournalPlace, Order, Report, Task};
@@ -73,6 +75,9 @@ pub(super) struct Served<'t, H: Host> {
     options: DiskOptions,
     /// Why it cannot be served with the settings that it was given.
     misfit: Option<String>,
+    /// The settings that `pvblkd attach` gave it, and what it is served from, as their nodes say.
+    own: Option<String>,
+    params: String,
     status: Arc<DiskStatus>,
     medium: Medium,
     stage: Stage,
@@ -100,13 +105,14 @@ impl<'t, H: Host> Served<'t, H> {
         class: &'static str,
         address: Address,
     ) -> Result<Self, xen_blkback::Error> {
+        let guest = identify(store, &address);
         let node = |name: &str| store.read_optional(&format!("{}/{name}", address.path));
         let script = node("script")?.filter(|_| class != toolstack::CLASS);
         let has_our_script = script.as_ref().is_some_and(|script| script.ends_with(SCRIPT));
         let ours = script.is_none() || has_our_script;
         let params = node("params")?.unwrap_or_default();
         let own = node(toolstack::OPTIONS)?.filter(|_| class == toolstack::CLASS);
-        let (options, misfit) = settings(&common, own.as_deref(), &params);
+        let (options, misfit) = settings(&common.config(), own.as_deref(), &params);
         let hotplug = if ours { Hotplug::Ours } else { Hotplug::Script };
         let mut vbd = Vbd::open(store, &address.path, &options.config(hotplug))?;
         let is_old = vbd.state() != State::Initialising;
@@ -115,13 +121,11 @@ impl<'t, H: Host> Served<'t, H> {
         let domain = address.frontend_id;
         let name = DiskName { class, domain: domain.0, device: address.virtual_device };
         let status = common.registry.add(&name);
-        let guest = toolstack::domain_name(store, domain);
-        let device = VirtualDevice(address.virtual_device);
         let age = if is_old { "taken over" } else { "new" };
-        log::info!("{}: {age}: {device} of domain {} ({guest}), {params}", address.path, domain.0);
+        log::info!("{}: {age}, of domain {}, {params}", address.path, domain.0);
         status.update(|condition| {
             condition.guest = guest;
-            condition.source = params;
+            condition.source = params.clone();
             condition.read_only = vbd.device().restrictions.read_only;
         });
         let mut served = Self {
@@ -134,6 +138,8 @@ impl<'t, H: Host> Served<'t, H> {
             has_our_script,
             options,
             misfit,
+            own,
+            params,
             status,
             medium: Medium::new(is_old),
             stage: Stage::Idle,
@@ -274,6 +280,26 @@ impl<'t, H: Host> Served<'t, H> {
         }
         xenbus::forget_error(&self.store, &path);
         self.common.registry.remove(&self.name);
+        logging::forget(&path);
+    }
+
+    /// The configuration has changed. What cannot change under a guest that runs is said.
+    pub fn reload(&mut self) {
+        let (options, misfit) = settings(&self.common.config(), self.own.as_deref(), &self.params);
+        let changed = self.options.differences(&options);
+        if changed.is_empty() && misfit == self.misfit {
+            return;
+        }
+        if self.medium.backing().is_none() {
+            // Nothing was opened with the old ones; and what was wrong may be right now.
+            (self.options, self.misfit) = (options, misfit);
+            return self.reopen_medium();
+        }
+        log::warn!(
+            "{}: {} changed: that counts when the disk is attached again, or its guest is started again",
+            self.path(),
+            changed.join(", ")
+        );
     }
 
     /// The frontend has published its rings.
@@ -301,6 +327,7 @@ impl<'t, H: Host> Served<'t, H> {
                 figures: self.status.queue(queue),
                 processor: self.common.next_processor(),
                 name: format!("{}-{}.{queue}", self.name.domain, VirtualDevice(self.name.device)),
+                path: self.path().into(),
             };
             match Handle::start(task, report) {
                 Ok(handle) => self.workers.push(Some(handle)),
@@ -400,7 +427,12 @@ impl<'t, H: Host> Served<'t, H> {
     }
 
     fn note_connection(&self) {
-        self.status.update(|condition| condition.error.clear());
+        // It has another name since it has come from another host.
+        let guest = identify(self.store, &self.address);
+        self.status.update(|condition| {
+            condition.error.clear();
+            condition.guest = guest;
+        });
         if self.vbd.is_takeover() {
             log::info!("{}: the guest of an earlier daemon goes on", self.path());
         }
@@ -445,13 +477,17 @@ impl<'t, H: Host> Served<'t, H> {
     }
 }
 
+/// What the guest of a disk is called. Messages call the disk by that, too.
+fn identify(store: &impl Nodes, address: &Address) -> String {
+    let guest = toolstack::domain_name(store, address.frontend_id);
+    let device = VirtualDevice(address.virtual_device);
+    logging::name(&address.path, disk_name(&guest, address.frontend_id.0, device));
+    guest
+}
+
 /// The settings of a disk: those that it was given, then those of the configuration. And why it cannot
 /// be served with them, if so: none is left out silently.
-fn settings<H>(
-    common: &Common<H>,
-    own: Option<&str>,
-    params: &str,
-) -> (DiskOptions, Option<String>) {
+fn settings(config: &Config, own: Option<&str>, params: &str) -> (DiskOptions, Option<String>) {
     let source = params.parse::<Source>().ok();
     let read = |text: &str| -> Result<DiskOptions> {
         let options = DiskOptions::from_node(text)?;
@@ -465,8 +501,8 @@ fn settings<H>(
     let misfit = own.as_ref().err().map(|error| format!("the settings of the disk: {error:#}"));
     let own = own.ok().flatten().unwrap_or_default();
     let mut options = match &source {
-        Some(source) => own.or(&common.config.options(source)),
-        None => own.or(&common.config.defaults),
+        Some(source) => own.or(&config.options(source)),
+        None => own.or(&config.defaults),
     };
     if params.starts_with("nbd") {
         // Many servers allow one connection, and that is known too late to offer fewer.

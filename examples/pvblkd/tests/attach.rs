@@ -1,0 +1,95 @@
+//! Giving and taking disks: who waits for whom, and nothing that is left.
+#![allow(missing_docs)]
+
+mod common;
+
+use std::thread;
+use std::time::Duration;
+
+use common::*;
+use pvblk_simulated::Host;
+use pvblk_xen::store::Store;
+use pvblkd::options::DiskOptions;
+use pvblkd::toolstack::{NewDisk, Wanted};
+use xen_blkfront::{Config, Disk};
+
+const STATE: &str = "/local/domain/2/backend/pvblk/5/51728/state";
+
+fn disk(source: &str) -> NewDisk {
+    NewDisk { place: place(XVDB), source: source.parse().unwrap(), options: DiskOptions::default() }
+}
+
+fn connect(host: &Host) {
+    let domain = host.domain(GUEST);
+    let store = Store::new(&domain);
+    let (mut front, mut queues) =
+        Disk::connect(&store, &domain, XVDB.0, &Config::default()).unwrap();
+    queues[0].read(0, &mut [0; 512]).unwrap();
+    front.close(&mut queues).unwrap();
+}
+
+/// Waits for the guest for a moment only.
+fn soon(host: &Host) -> String {
+    let moment = Duration::from_millis(200);
+    wait_for(host, &place(XVDB), Wanted::Connected, moment).unwrap_err().to_string()
+}
+
+#[test]
+fn a_disk_is_attached_when_the_guest_has_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let host = host();
+    let daemon = Running::start(&host, folder.path());
+    attach_only(&host, &disk("memory:1M")).unwrap();
+    thread::scope(|scope| {
+        let waits = scope.spawn(|| {
+            wait_for(&host, &place(XVDB), Wanted::Connected, Duration::from_secs(60)).unwrap()
+        });
+        daemon.wait("open", |disk| disk.state == "InitWait" && disk.sectors == 2048);
+        assert!(!waits.is_finished(), "the guest has not come");
+        scope.spawn(|| connect(&host));
+        assert_eq!(waits.join().unwrap(), None);
+    });
+    daemon.stop();
+}
+
+#[test]
+fn who_did_not_come_is_said_and_nothing_is_left() {
+    let folder = tempfile::tempdir().unwrap();
+    let host = host();
+    attach_only(&host, &disk("memory:1M")).unwrap();
+    assert!(soon(&host).contains("is `pvblkd serve` running"));
+    assert_eq!(host.store_read(STATE), None);
+
+    let daemon = Running::start(&host, folder.path());
+    attach_only(&host, &disk("memory:1M")).unwrap();
+    daemon.wait("open", |disk| disk.sectors == 2048);
+    let error = soon(&host);
+    assert!(error.contains("the guest has not taken the disk"), "{error}");
+    eventually("forgotten", || daemon.disks().is_empty() && host.store_read(STATE).is_none());
+
+    attach_only(&host, &disk("memory:1M")).unwrap();
+    detach(&host, &place(XVDB), true).unwrap();
+    assert!(soon(&host).contains("was it detached"));
+    daemon.stop();
+}
+
+/// Whatever the daemon is doing at that moment.
+#[test]
+fn a_forced_detach_at_any_moment_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let host = host();
+    let daemon = Running::start(&host, folder.path());
+    for round in 0..200 {
+        attach_only(&host, &disk("memory:1M")).unwrap();
+        thread::sleep(Duration::from_micros(round * 7919 % 4000));
+        detach(&host, &place(XVDB), true).unwrap();
+        if round % 2 == 0 {
+            eventually("forgotten", || {
+                daemon.disks().is_empty() && host.store_read(STATE).is_none()
+            });
+        }
+    }
+    attach(&host, &disk("memory:1M")).unwrap();
+    connect(&host);
+    daemon.stop();
+}
