@@ -372,6 +372,25 @@ fn a_flush_does_not_claim_what_a_crash_may_have_lost() {
     assert_eq!(server.state().taken.iter().filter(|taken| taken.flags != 0).count(), 0);
 }
 
+/// Without a flush FUA is the only way to make anything durable.
+#[test]
+fn a_server_that_offers_fua_and_no_flush_is_written_through() {
+    let fua = |flags, durability| {
+        let server = Server::new(1 << 20, Script { flags, ..Script::default() });
+        let disk = open(&server, &options(durability)).unwrap();
+        let is_durable = disk.is_durable();
+        let mut harness = Harness::new(disk.queue(4).unwrap(), wait);
+        harness.perform(write(0, 8, 1)).unwrap();
+        harness.assert_no_failures();
+        let flags: Vec<_> = server.state().taken.iter().map(|taken| taken.flags).collect();
+        (is_durable, flags)
+    };
+    assert_eq!(fua(HAS_FLAGS | FUA, Durability::Reported), (true, vec![1]));
+    assert_eq!(fua(HAS_FLAGS | FUA, Durability::Trusted), (false, vec![0]));
+    assert_eq!(fua(HAS_FLAGS, Durability::Reported), (false, vec![0]));
+    assert_eq!(fua(HAS_FLAGS | FLUSH | FUA, Durability::Reported), (true, vec![0]));
+}
+
 #[test]
 fn what_is_written_through_survives_a_crash() {
     let server = Server::new(1 << 20, Script::default());

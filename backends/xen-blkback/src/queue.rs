@@ -220,10 +220,19 @@ impl<P: ForeignGrants + EventChannels + Clone, S: Store> Queue<P, S> {
     ///
     /// [`Violation`] if the frontend broke the rules of the ring: drop the queue, close the device.
     pub fn work(&mut self) -> Result<bool, Violation> {
+        self.work_at_most(BUDGET)
+    }
+
+    /// As [`work`](Self::work), but takes no more than so many requests; none with 0.
+    ///
+    /// # Errors
+    ///
+    /// Those of `work`.
+    pub fn work_at_most(&mut self, requests: usize) -> Result<bool, Violation> {
         let Line { platform, port } = &self.line;
         // Taken, not looked at: what counts is the ring.
         platform.take(*port);
-        let round = self.engine.poll(BUDGET)?;
+        let round = self.engine.poll(requests)?;
         if round.notify {
             platform.notify(*port);
         }

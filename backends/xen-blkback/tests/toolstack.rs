@@ -410,3 +410,45 @@ fn eventually(rig: &Rig, vbd: &mut TheVbd<'_>) -> Event {
     }
     Event::Nothing
 }
+
+/// The toolstack takes the disk from its guest, without asking it. Nobody says anything after that: what
+/// the backend does not notice then it never does.
+#[test]
+fn a_device_that_is_taken_away_at_any_moment_ends() {
+    for (state, moment) in ["1", "3"].into_iter().flat_map(|it| (1..150).map(move |at| (it, at))) {
+        let rig = Rig::new();
+        rig.publish(if state == "3" { ONE_RING } else { &[] }, state);
+        let (host, back, front) = (rig.host.clone(), rig.path(), rig.front_path());
+        let mut steps = 0;
+        rig.host.add_actor(Box::new(move || {
+            steps += 1;
+            if steps == moment {
+                let nodes = [(format!("{back}/online"), "0"), (format!("{back}/state"), "5")];
+                write_all(&host, &nodes);
+                host.store_remove(&front);
+            }
+            steps <= moment
+        }));
+        let store = rig.store();
+        let settles = config(|config| config.settle = 50_000_000);
+        let mut vbd = Vbd::open(&store, &rig.path(), &settles).unwrap();
+        vbd.offer().unwrap();
+        vbd.insert(disk()).unwrap();
+        let mut now = 0;
+        loop {
+            match vbd.advance(now).unwrap() {
+                Event::Removed => break,
+                Event::Connect(_) => drop(vbd.connected().unwrap()),
+                Event::Disconnect => vbd.disconnected(),
+                Event::Nothing => {
+                    now = vbd.deadline().unwrap_or(now).max(now);
+                    let has_more = vbd.deadline().is_some() || store.poll().unwrap();
+                    let place = format!("state {state}, moment {moment}, {:?}", vbd.state());
+                    assert!(has_more || rig.host.step(), "it stays: {place}");
+                }
+                _ => {}
+            }
+        }
+        assert!(vbd.remove().unwrap(), "moment {moment}: its nodes stay");
+    }
+}

@@ -17,6 +17,8 @@ use pvblk_stores::memory::MemoryDisk;
 use pvblk_stores::nbd::{Durability, LedgerMemory, NbdDisk, NbdOptions, NbdStore, Past};
 use serde::{Deserialize, Serialize};
 
+use crate::latency::{self, Latencies, Stopwatch};
+use crate::limit::Taken;
 use crate::mapped::{LedgerFile, MappedFile};
 use crate::sandbox;
 use crate::size::Size;
@@ -246,19 +248,26 @@ impl Backing {
         }
     }
 
-    /// One queue's share, with up to `depth` operations in flight.
+    /// One queue's share, with up to `depth` operations in flight. How long they take is added to
+    /// `latencies`.
     ///
     /// # Errors
     ///
     /// If the system does not give what is needed.
-    pub fn queue(&self, depth: u16) -> Result<QueueStore> {
+    pub fn queue(&self, depth: u16, latencies: Arc<Latencies>) -> Result<QueueStore> {
         let kind = match &self.kind {
             Kind::File(disk) => StoreKind::File(disk.queue(depth).map_err(whole)?),
             Kind::Memory(disk) => StoreKind::Memory(disk.as_ref().clone()),
             Kind::Nbd(disk) => StoreKind::Nbd(Box::new(disk.queue(depth).map_err(whole)?)),
         };
-        let failures = self.failures.clone();
-        Ok(QueueStore { kind, read_only: self.read_only, failures, has_failed: false })
+        Ok(QueueStore {
+            kind,
+            read_only: self.read_only,
+            failures: self.failures.clone(),
+            has_failed: false,
+            stopwatch: Stopwatch::new(latencies, depth),
+            taken: Taken::default(),
+        })
     }
 
     /// How many queues there can be, if that is limited.
@@ -382,6 +391,8 @@ pub struct QueueStore {
     read_only: bool,
     failures: Arc<AtomicU64>,
     has_failed: bool,
+    stopwatch: Stopwatch,
+    taken: Taken,
 }
 
 #[derive(Debug)]
@@ -399,6 +410,11 @@ impl QueueStore {
             StoreKind::Nbd(store) => store.wakeup(),
             StoreKind::Memory(_) => Wakeup { fd: None, writable: false, deadline: None },
         }
+    }
+
+    /// What was asked for so far. A discard has no bytes: no data is moved.
+    pub fn taken(&self) -> Taken {
+        self.taken
     }
 
     /// Whether an operation failed because of the medium.
@@ -455,10 +471,17 @@ impl Store for QueueStore {
     /// What memory does is little enough to be done where it is asked for.
     #[inline(always)]
     fn submit(&mut self, tag: Tag, operation: Operation<'_>) -> Submitted {
+        let kind = latency::Kind::from(&operation);
+        self.taken.requests += 1;
+        if let Operation::Read { extent, .. } | Operation::Write { extent, .. } = &operation {
+            self.taken.bytes += extent.bytes();
+        }
+        self.stopwatch.begin();
         let submitted = match &mut self.kind {
             StoreKind::Memory(disk) => disk.submit(tag, operation),
             other => other.submit(tag, operation),
         };
+        self.stopwatch.submitted(tag, kind, submitted);
         if let Submitted::Done(result) = submitted {
             self.note(result);
         }
@@ -472,6 +495,7 @@ impl Store for QueueStore {
             StoreKind::Memory(_) => {}
             StoreKind::Nbd(store) => store.commit(requests),
         }
+        self.stopwatch.commit();
     }
 
     #[inline]
@@ -481,7 +505,8 @@ impl Store for QueueStore {
             StoreKind::Memory(_) => None,
             StoreKind::Nbd(store) => store.complete(requests),
         };
-        if let Some(Completed { result, .. }) = completed {
+        if let Some(Completed { tag, result }) = completed {
+            self.stopwatch.completed(tag);
             self.note(result);
         }
         completed

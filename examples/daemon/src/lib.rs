@@ -11,6 +11,8 @@ pub mod document;
 pub mod folder;
 pub mod http;
 pub mod identity;
+pub mod latency;
+pub mod limit;
 pub mod logging;
 pub mod mail;
 #[allow(unsafe_code)]

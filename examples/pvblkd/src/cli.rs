@@ -45,8 +45,12 @@ pub enum Command {
     Detach(Detach),
     /// Give a disk another size, or tell the guest that its file has another size
     Resize(Resize),
+    /// Limit what a disk does in a second, or show its limits
+    Limit(Limit),
     /// Show all disks that are served
     List(List),
+    /// Show all disks, again and again
+    Top(Top),
 }
 
 /// The daemon.
@@ -162,6 +166,15 @@ pub struct DiskArgs {
     /// What to do about writes that an NBD server may lose when it is restarted [default: reported]
     #[arg(long, value_enum, value_name = "HOW")]
     pub nbd_durability: Option<NbdDurability>,
+    /// The most requests in a second, 0 for no limit [default: 0]
+    #[arg(long, value_name = "COUNT")]
+    pub iops: Option<u64>,
+    /// The most bytes in a second, read and written, 0 for no limit: 50M [default: 0]
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    pub bps: Option<u64>,
+    /// How long what these two allow may be saved up for later: 0 to 60000 [default: 100]
+    #[arg(long, value_name = "MILLISECONDS")]
+    pub burst: Option<u64>,
     /// Refuse an NBD server that can make no write durable
     #[arg(long)]
     pub require_flush: bool,
@@ -188,6 +201,9 @@ impl DiskArgs {
             share: said(self.share),
             format: self.format,
             nbd_durability: self.nbd_durability,
+            iops: self.iops,
+            bps: self.bps,
+            burst: self.burst,
             require_flush: said(self.require_flush),
             nbd_settle: self.nbd_settle,
         }
@@ -260,12 +276,64 @@ pub struct Resize {
     pub place: Place,
 }
 
+/// Limits a disk.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+What is not said stays as it is. It holds until the disk is detached, or the daemon is started again: what is
+to last is said in the configuration (iops, bps, burst), or to `pvblkd attach`. All queues of the disk
+together may do so much; each that wants something has an equal share.")]
+pub struct Limit {
+    /// The guest: its name or number
+    pub domain: String,
+    /// The disk's name in the guest
+    pub disk: VirtualDevice,
+    /// The most requests in a second; 0 for no limit
+    #[arg(long, value_name = "COUNT")]
+    pub iops: Option<u64>,
+    /// The most bytes in a second, read and written: 50M; 0 for no limit
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    pub bps: Option<u64>,
+    /// How long what these two allow may be saved up for later
+    #[arg(long, value_name = "MILLISECONDS", value_parser = clap::value_parser!(u64).range(..=60_000))]
+    pub burst: Option<u64>,
+    /// Where the daemon is
+    #[command(flatten)]
+    pub place: Place,
+}
+
+/// Bytes, with one of the letters that sizes have.
+fn bytes(text: &str) -> Result<u64, String> {
+    if let Ok(number) = text.parse() {
+        return Ok(number);
+    }
+    text.parse::<Size>()
+        .map(Size::bytes)
+        .map_err(|_| "a number is expected, or one with K, M, G".into())
+}
+
+/// Shows all disks, again and again.
+#[derive(Debug, Args)]
+pub struct Top {
+    /// How long each picture stays
+    #[arg(long, value_name = "SECONDS", default_value_t = 2.0)]
+    pub interval: f64,
+    /// End after so many
+    #[arg(long, value_name = "COUNT")]
+    pub count: Option<u64>,
+    /// Where the daemon is
+    #[command(flatten)]
+    pub place: Place,
+}
+
 /// Shows all disks.
 #[derive(Debug, Args)]
 pub struct List {
     /// Write an array of objects, with counters since the start
     #[arg(long)]
     pub json: bool,
+    /// Show how long requests took: half of them, 99 of 100, all of them
+    #[arg(long)]
+    pub latency: bool,
     /// Count for so long what is done per second; 0 for the time since the start of the counters
     #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
     pub interval: f64,
@@ -293,7 +361,8 @@ mod tests {
     fn attach_says_everything() {
         let line = "attach web xvdb --memory 64M --read-only --sector 4096 --queues 2 --map \
                     --segments 4096 --ring-order 0 --no-persistent --buffered --synchronous \
-                    --share --format raw --nbd-durability trusted --nbd-settle 9 --require-flush";
+                    --share --format raw --nbd-durability trusted --nbd-settle 9 --require-flush \
+                    --iops 100 --bps 1M --burst 50";
         let Ok(Command::Attach(attach)) = parse(line) else { panic!() };
         assert_eq!((&*attach.domain, attach.disk.0), ("web", 51728));
         assert_eq!(attach.source.memory.unwrap().to_string(), "memory:64M");
@@ -313,6 +382,9 @@ mod tests {
                 share: Some(true),
                 format: Some(ImageFormat::Raw),
                 nbd_durability: Some(NbdDurability::Trusted),
+                iops: Some(100),
+                bps: Some(1 << 20),
+                burst: Some(50),
                 require_flush: Some(true),
                 nbd_settle: Some(9),
             }

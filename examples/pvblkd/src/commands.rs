@@ -1,17 +1,18 @@
 //! The commands that an administrator gives while the daemon runs.
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use pvblk_daemon::limit::Limits;
 use pvblk_linux::Control;
-use pvblk_xen::platform::DomainId;
 use pvblk_xen::store::Store;
 
-use crate::cli::{Attach, Check, Detach, List, Resize, SourceArgs};
+use crate::cli::{Attach, Check, Detach, Limit, List, Resize, SourceArgs, Top};
 use crate::config::Config;
-use crate::list;
+use crate::list::Picture;
 use crate::protocol::{self, Request};
 use crate::runtime;
 use crate::sandbox::User;
@@ -40,7 +41,7 @@ pub fn check(options: &Check) -> Result<()> {
             text += &format!("there is no {} now\n", path.display());
         }
     }
-    say(&text)
+    say(&text).map(drop)
 }
 
 /// Gives a guest a disk.
@@ -85,21 +86,43 @@ pub fn detach(options: &Detach) -> Result<()> {
 ///
 /// What is wrong, with what to do about it.
 pub fn resize(options: &Resize) -> Result<()> {
-    let domain = match options.domain.parse() {
-        Ok(number) => DomainId(number),
-        Err(_) => {
-            let control = Control::open()?;
-            toolstack::find_domain(&Store::new(&control), &options.domain)?
-        }
-    };
-    let request = Request::Resize {
-        domain: domain.0,
-        device: options.disk.0,
-        bytes: options.size.map(Size::bytes),
-    };
+    let domain = number(&options.domain)?;
+    let request =
+        Request::Resize { domain, device: options.disk.0, bytes: options.size.map(Size::bytes) };
     let socket = runtime::socket(&options.place.folder());
     let bytes: u64 = protocol::ask(&socket, &request)?;
-    say(&format!("{bytes} bytes\n"))
+    say(&format!("{bytes} bytes\n")).map(drop)
+}
+
+/// The number of a domain. XenStore is asked only for a name.
+fn number(domain: &str) -> Result<u16> {
+    match domain.parse() {
+        Ok(number) => Ok(number),
+        Err(_) => {
+            let control = Control::open()?;
+            Ok(toolstack::find_domain(&Store::new(&control), domain)?.0)
+        }
+    }
+}
+
+/// Limits what a disk does, or shows its limits.
+///
+/// # Errors
+///
+/// If there is no daemon, or no such disk.
+pub fn limit(options: &Limit) -> Result<()> {
+    let domain = number(&options.domain)?;
+    let Limit { iops, bps, burst, .. } = *options;
+    let request = Request::Limit { domain, device: options.disk.0, iops, bps, burst };
+    let limits: Limits = protocol::ask(&runtime::socket(&options.place.folder()), &request)?;
+    let number = |value: u64| if value == 0 { "no limit".into() } else { value.to_string() };
+    say(&format!(
+        "iops: {}, bps: {}, burst: {} ms\n",
+        number(limits.iops),
+        number(limits.bps),
+        limits.burst
+    ))
+    .map(drop)
 }
 
 /// Shows all disks.
@@ -109,17 +132,52 @@ pub fn resize(options: &Resize) -> Result<()> {
 /// If there is no daemon.
 pub fn list(options: &List) -> Result<()> {
     let socket = runtime::socket(&options.place.folder());
-    let ask = || protocol::ask::<Vec<DiskReport>>(&socket, &Request::List {});
+    let ask = || disks(&socket, options.latency);
     if options.json {
-        return say(&(serde_json::to_string_pretty(&ask()?)? + "\n"));
+        return say(&(serde_json::to_string_pretty(&ask()?)? + "\n")).map(drop);
     }
     let interval = Duration::try_from_secs_f64(options.interval).context("--interval")?;
     let start = Instant::now();
     let before = ask()?;
     thread::sleep(interval);
     let now = ask()?;
-    let seconds = start.elapsed().max(Duration::from_millis(1)).as_secs_f64();
-    say(&list::table(&before, &now, seconds))
+    let picture = Picture { before: &before, now: &now, seconds: seconds_since(start) };
+    say(&if options.latency { picture.latencies() } else { picture.table() }).map(drop)
+}
+
+/// Shows all disks, again and again.
+///
+/// # Errors
+///
+/// If there is no daemon any more.
+pub fn top(options: &Top) -> Result<()> {
+    let socket = runtime::socket(&options.place.folder());
+    let interval = Duration::try_from_secs_f64(options.interval).context("--interval")?;
+    let (mut before, mut start) = (disks(&socket, true)?, Instant::now());
+    let mut shown = 0;
+    while options.count.is_none_or(|count| shown < count) {
+        thread::sleep(interval);
+        let now = disks(&socket, true)?;
+        let picture = Picture { before: &before, now: &now, seconds: seconds_since(start) };
+        start = Instant::now();
+        let text = picture.table() + "\n" + &picture.latencies();
+        // A terminal is cleared; anything else has one after the other.
+        let clear = if std::io::stdout().is_terminal() { "\x1b[H\x1b[2J" } else { "" };
+        if !say(&format!("{clear}{text}"))? {
+            return Ok(());
+        }
+        before = now;
+        shown += 1;
+    }
+    Ok(())
+}
+
+fn disks(socket: &Path, latency: bool) -> Result<Vec<DiskReport>> {
+    protocol::ask(socket, &Request::List { latency })
+}
+
+fn seconds_since(start: Instant) -> f64 {
+    start.elapsed().max(Duration::from_millis(1)).as_secs_f64()
 }
 
 fn place<T>(store: &Store<&T>, domain: &str, device: VirtualDevice) -> Result<Place>
@@ -146,10 +204,10 @@ fn source(args: &SourceArgs) -> Result<Source> {
     Ok(Source::Memory(args.memory.clone().context("--file, --memory or --nbd is expected")?))
 }
 
-/// Writes to the standard output, of which nobody may be there to read it.
-fn say(text: &str) -> Result<()> {
+/// Writes to the standard output. `false` if nobody is there to read it.
+fn say(text: &str) -> Result<bool> {
     match std::io::stdout().write_all(text.as_bytes()) {
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-        result => Ok(result?),
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        result => Ok(result.map(|()| true)?),
     }
 }

@@ -1,8 +1,10 @@
 //! What the queues have done, in numbers that other threads may look at.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use pvblk::backend::Statistics;
+use pvblk_daemon::latency::Latencies;
 use pvblk_xen::foreign::Counts;
 use serde::{Deserialize, Serialize};
 
@@ -115,6 +117,7 @@ pub struct QueueFigures {
     kept: AtomicU64,
     /// Requests in progress now.
     in_progress: AtomicU64,
+    latencies: Arc<Latencies>,
 }
 
 impl QueueFigures {
@@ -134,6 +137,11 @@ impl QueueFigures {
     /// All that was done, in all connections.
     pub fn total(&self) -> Figures {
         self.before.load().plus(self.now.load())
+    }
+
+    /// How long requests took, in all connections.
+    pub fn latencies(&self) -> Arc<Latencies> {
+        self.latencies.clone()
     }
 
     /// Pages kept mapped now.

@@ -24,6 +24,6 @@ pub mod vdev;
 pub mod worker;
 
 pub use pvblk_daemon::{
-    backing, deadline, document, folder, http, logging, mail, mapped, notify, sandbox, size,
-    socket, source,
+    backing, deadline, document, folder, http, latency, limit, logging, mail, mapped, notify,
+    sandbox, size, socket, source,
 };

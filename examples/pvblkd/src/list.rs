@@ -1,44 +1,102 @@
-//! `pvblkd list`: all disks, as a table.
+//! `pvblkd list` and `pvblkd top`: all disks, as a table.
 
 use std::fmt::Write as _;
 
+use pvblk_daemon::latency::{KINDS, Latency};
+
+use crate::figures::Figures;
 use crate::status::DiskReport;
 
-/// A table of disks as they are `now`, and of what they did in the `seconds` since `before`.
-pub fn table(before: &[DiskReport], now: &[DiskReport], seconds: f64) -> String {
-    let head = ["GUEST", "DISK", "STATE", "SIZE", "FEATURES", "IOPS", "MIB/S", "ERRORS", "SOURCE"];
-    let mut rows = vec![head.map(str::to_owned)];
-    for disk in now {
-        let same = |other: &&DiskReport| {
-            (other.domain, &other.disk, &other.class) == (disk.domain, &disk.disk, &disk.class)
-        };
-        let earlier = before.iter().find(same).map(DiskReport::total).unwrap_or_default();
-        let total = disk.total();
-        let per_second = |now: u64, then: u64| now.saturating_sub(then) as f64 / seconds;
-        let bytes = |figures: &crate::figures::Figures| figures.bytes_read + figures.bytes_written;
-        rows.push([
-            match &*disk.guest {
-                "" => disk.domain.to_string(),
-                guest => format!("{guest} ({})", disk.domain),
-            },
-            disk.disk.clone(),
-            disk.state.clone(),
-            size(disk),
-            features(disk),
-            format!("{:.0}", per_second(total.requests(), earlier.requests())),
-            format!("{:.1}", per_second(bytes(&total), bytes(&earlier)) / f64::from(1 << 20)),
-            total.errors.to_string(),
-            disk.source.clone(),
-        ]);
-    }
-    let mut text = columns(&rows);
-    for disk in now {
-        for words in [&disk.error, &disk.warning].into_iter().filter(|words| !words.is_empty()) {
-            // Writing to a string does not fail.
-            let _ = writeln!(text, "{}: {words}", disk.name());
+/// All disks as they were `before`, and as they are `now`, so many `seconds` later.
+#[derive(Clone, Copy, Debug)]
+pub struct Picture<'d> {
+    /// As they were.
+    pub before: &'d [DiskReport],
+    /// As they are.
+    pub now: &'d [DiskReport],
+    /// Between the two.
+    pub seconds: f64,
+}
+
+impl Picture<'_> {
+    /// What the disks are, and what they did.
+    pub fn table(&self) -> String {
+        let head =
+            ["GUEST", "DISK", "STATE", "SIZE", "FEATURES", "IOPS", "MIB/S", "ERRORS", "SOURCE"];
+        let mut rows = vec![head.map(str::to_owned)];
+        for disk in self.now {
+            let earlier = self.earlier(disk).map(DiskReport::total).unwrap_or_default();
+            let total = disk.total();
+            let per_second = |now: u64, then: u64| now.saturating_sub(then) as f64 / self.seconds;
+            let bytes = |figures: &Figures| figures.bytes_read + figures.bytes_written;
+            let mib = per_second(bytes(&total), bytes(&earlier)) / f64::from(1 << 20);
+            rows.push([
+                guest(disk),
+                disk.disk.clone(),
+                disk.state.clone(),
+                size(disk),
+                features(disk),
+                format!("{:.0}", per_second(total.requests(), earlier.requests())),
+                format!("{mib:.1}"),
+                total.errors.to_string(),
+                disk.source.clone(),
+            ]);
         }
+        let mut text = columns(&rows);
+        for disk in self.now {
+            for words in [&disk.error, &disk.warning].into_iter().filter(|it| !it.is_empty()) {
+                // Writing to a string does not fail.
+                let _ = writeln!(text, "{}: {words}", disk.name());
+            }
+        }
+        text
     }
-    text
+
+    /// How long the requests took that were done meanwhile.
+    pub fn latencies(&self) -> String {
+        let head = ["GUEST", "DISK", "REQUESTS", "COUNT", "P50", "P99", "MAX"];
+        let mut rows = vec![head.map(str::to_owned)];
+        for disk in self.now {
+            let earlier = self.earlier(disk).map_or(&[][..], |earlier| &earlier.latency);
+            for (kind, (name, latency)) in KINDS.iter().zip(&disk.latency).enumerate() {
+                let none = Latency::default();
+                let latency = latency.clone().since(earlier.get(kind).unwrap_or(&none));
+                if latency.count() == 0 {
+                    continue;
+                }
+                rows.push([
+                    guest(disk),
+                    disk.disk.clone(),
+                    (*name).to_owned(),
+                    latency.count().to_string(),
+                    time(latency.quantile(500)),
+                    time(latency.quantile(990)),
+                    time(latency.longest),
+                ]);
+            }
+        }
+        columns(&rows)
+    }
+
+    fn earlier(&self, disk: &DiskReport) -> Option<&DiskReport> {
+        let place = |disk: &DiskReport| (disk.domain, disk.disk.clone(), disk.class.clone());
+        self.before.iter().find(|other| place(other) == place(disk))
+    }
+}
+
+fn guest(disk: &DiskReport) -> String {
+    match &*disk.guest {
+        "" => disk.domain.to_string(),
+        guest => format!("{guest} ({})", disk.domain),
+    }
+}
+
+fn time(nanoseconds: u64) -> String {
+    match nanoseconds as f64 / 1e3 {
+        micro if micro < 1000.0 => format!("{micro:.0} us"),
+        micro if micro < 1e6 => format!("{:.1} ms", micro / 1e3),
+        micro => format!("{:.1} s", micro / 1e6),
+    }
 }
 
 fn size(disk: &DiskReport) -> String {
@@ -59,6 +117,9 @@ fn features(disk: &DiskReport) -> String {
     }
     if !disk.warning.is_empty() {
         words.push("NO-FLUSH".into());
+    }
+    if disk.limits.iops > 0 || disk.limits.bps > 0 {
+        words.push("limited".into());
     }
     if disk.sector_bytes > 512 {
         words.push(format!("{}B", disk.sector_bytes));
@@ -84,6 +145,8 @@ fn columns<const N: usize>(rows: &[[String; N]]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use pvblk_daemon::latency::Kind;
+
     use super::*;
     use crate::figures::Figures;
     use crate::runtime::DiskName;
@@ -109,7 +172,7 @@ mod tests {
         });
         let other = registry.add(&DiskName { class: "vbd", domain: 4, device: 51712 });
         other.update(|condition| condition.error = "cannot open it".into());
-        let before = registry.report();
+        let before = registry.report(true);
         let figures = Figures {
             reads: 900,
             writes: 100,
@@ -118,7 +181,19 @@ mod tests {
             ..Figures::default()
         };
         web.queue(0).publish(&figures, 0, 0);
-        let text = table(&before, &registry.report(), 2.0);
+        web.queue(0).latencies().add(Kind::Read, 3_000_000, 900);
+        web.queue(1).latencies().add(Kind::Read, 40_000, 9_100);
+        let now = registry.report(true);
+        let picture = Picture { before: &before, now: &now, seconds: 2.0 };
+        let latencies = picture.latencies();
+        let lines: Vec<&str> = latencies.lines().collect();
+        let words: Vec<&str> = lines[1].split_whitespace().collect();
+        assert_eq!(
+            words,
+            ["web", "(3)", "xvdb", "read", "10000", "41", "us", "3.0", "ms", "3.0", "ms"]
+        );
+        assert_eq!(lines.len(), 2);
+        let text = picture.table();
         let lines: Vec<&str> = text.lines().collect();
         let words: Vec<&str> = lines[1].split_whitespace().collect();
         assert_eq!(

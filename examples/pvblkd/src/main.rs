@@ -13,6 +13,8 @@ fn main() -> ExitCode {
         Command::Attach(options) => commands::attach(&options),
         Command::Detach(options) => commands::detach(&options),
         Command::Resize(options) => commands::resize(&options),
+        Command::Limit(options) => commands::limit(&options),
+        Command::Top(options) => commands::top(&options),
         Command::List(options) => commands::list(&options),
     };
     match result {

@@ -1,6 +1,8 @@
 //! The counters as Prometheus reads them (its text format, version 0.0.4).
 
-use std::fmt::Write as _;
+use std::fmt::{Display, Write as _};
+
+use pvblk_daemon::latency::KINDS;
 
 use crate::figures::Figures;
 use crate::status::{DiskReport, QueueReport};
@@ -73,6 +75,7 @@ pub fn text(disks: &[DiskReport]) -> String {
             line(&mut text, "requests_total", disk, &more, value(&queue.figures));
         }
     }
+    histograms(&mut text, disks);
     for (name, kind, what, value) in QUEUE_METRICS {
         head(&mut text, name, kind, what);
         for (disk, number, queue) in queues(disks) {
@@ -80,6 +83,25 @@ pub fn text(disks: &[DiskReport]) -> String {
         }
     }
     text
+}
+
+/// How long requests took, in seconds.
+fn histograms(text: &mut String, disks: &[DiskReport]) {
+    const NAME: &str = "request_duration_seconds";
+    head(text, NAME, "histogram", "How long requests took, from when they were taken.");
+    for disk in disks {
+        for (kind, latency) in KINDS.iter().zip(&disk.latency) {
+            let operation = format!(",operation=\"{kind}\"");
+            let bucket = format!("{NAME}_bucket");
+            for (seconds, count) in latency.cumulative() {
+                line(text, &bucket, disk, &format!("{operation},le=\"{seconds}\""), count);
+            }
+            let count = latency.count();
+            line(text, &bucket, disk, &format!("{operation},le=\"+Inf\""), count);
+            line(text, &format!("{NAME}_sum"), disk, &operation, latency.sum as f64 / 1e9);
+            line(text, &format!("{NAME}_count"), disk, &operation, count);
+        }
+    }
 }
 
 fn queues(disks: &[DiskReport]) -> impl Iterator<Item = (&DiskReport, usize, &QueueReport)> {
@@ -92,7 +114,7 @@ fn head(text: &mut String, name: &str, kind: &str, what: &str) {
     let _ = writeln!(text, "# HELP pvblkd_{name} {what}\n# TYPE pvblkd_{name} {kind}");
 }
 
-fn line(text: &mut String, name: &str, disk: &DiskReport, more: &str, value: u64) {
+fn line(text: &mut String, name: &str, disk: &DiskReport, more: &str, value: impl Display) {
     let guest = escape(&disk.guest);
     let (domain, device) = (disk.domain, &disk.disk);
     let _ = writeln!(
@@ -126,14 +148,14 @@ mod tests {
 
     #[test]
     fn every_line_is_a_comment_or_a_value() {
-        let text = text(&registry().report());
+        let text = text(&registry().report(true));
         for line in text.lines() {
             if line.starts_with("# HELP pvblkd_") || line.starts_with("# TYPE pvblkd_") {
                 continue;
             }
             let (name, value) = line.rsplit_once(' ').unwrap();
             assert!(name.starts_with("pvblkd_") && name.ends_with('}'), "{line}");
-            value.parse::<u64>().unwrap();
+            value.parse::<f64>().unwrap();
         }
         let labels = "domain=\"3\",guest=\"a \\\"b\\\"\\\\\\n\",disk=\"xvda\"";
         for line in [
@@ -142,6 +164,10 @@ mod tests {
             format!("pvblkd_read_bytes_total{{{labels},queue=\"1\"}} 20480"),
             format!("pvblkd_read_bytes_total{{{labels},queue=\"0\"}} 0"),
             format!("pvblkd_kept_pages{{{labels},queue=\"1\"}} 7"),
+            format!(
+                "pvblkd_request_duration_seconds_bucket{{{labels},operation=\"read\",le=\"+Inf\"}} 0"
+            ),
+            format!("pvblkd_request_duration_seconds_sum{{{labels},operation=\"read\"}} 0"),
         ] {
             assert!(text.lines().any(|other| other == line), "{line}\n{text}");
         }

@@ -2,6 +2,7 @@
 
 use pvblk_daemon::backing::{DiskOrigin, Misfit, StoreOptions};
 pub use pvblk_daemon::backing::{ImageFormat, NbdDurability};
+use pvblk_daemon::limit::{BURST, Limits};
 use pvblk_xen::foreign::DataPath;
 use serde::{Deserialize, Serialize};
 use xen_blkback::{Config, Hotplug};
@@ -51,6 +52,15 @@ pub struct DiskOptions {
     /// Whether a disk is refused whose writes cannot be made durable.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub require_flush: Option<bool>,
+    /// The most requests in a second; 0 for no limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub iops: Option<u64>,
+    /// The most bytes in a second, read and written; 0 for no limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bps: Option<u64>,
+    /// How long what these two allow may be saved up, in milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub burst: Option<u64>,
     /// How long an NBD server may be at work on a write whose connection is gone, in seconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nbd_settle: Option<u32>,
@@ -100,6 +110,9 @@ impl DiskOptions {
             format: self.format.or(other.format),
             nbd_durability: self.nbd_durability.or(other.nbd_durability),
             require_flush: self.require_flush.or(other.require_flush),
+            iops: self.iops.or(other.iops),
+            bps: self.bps.or(other.bps),
+            burst: self.burst.or(other.burst),
             nbd_settle: self.nbd_settle.or(other.nbd_settle),
         }
     }
@@ -141,7 +154,20 @@ impl DiskOptions {
             Self { nbd_settle: Some(value), .. } if *value > 3600 => {
                 bad("nbd-settle", *value, "0 to 3600")
             }
+            Self { burst: Some(value), .. } if *value > 60_000 => {
+                let value = u32::try_from(*value).unwrap_or(u32::MAX);
+                bad("burst", value, "0 to 60000")
+            }
             _ => Ok(()),
+        }
+    }
+
+    /// How much the disk may do.
+    pub fn limits(&self) -> Limits {
+        Limits {
+            iops: self.iops.unwrap_or(0),
+            bps: self.bps.unwrap_or(0),
+            burst: self.burst.unwrap_or(BURST),
         }
     }
 
@@ -237,6 +263,9 @@ mod tests {
             format: Some(ImageFormat::Raw),
             nbd_durability: Some(NbdDurability::WriteThrough),
             require_flush: Some(true),
+            iops: Some(100),
+            bps: Some(1 << 20),
+            burst: Some(50),
             nbd_settle: Some(9),
         };
         assert_eq!(DiskOptions::from_node(&options.to_node()).unwrap(), options);

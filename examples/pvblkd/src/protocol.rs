@@ -4,6 +4,7 @@
 //! ```json
 //! {"command":"list"}
 //! {"command":"resize","domain":3,"device":51728,"bytes":1073741824}
+//! {"command":"limit","domain":3,"device":51728,"iops":500,"bps":0}
 //! ```
 //!
 //! The answer is `{"ok":...}` or `{"error":"..."}`. `attach` and `detach` need no daemon to talk to:
@@ -16,6 +17,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
+use pvblk_daemon::limit::Limits;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -31,7 +33,27 @@ use crate::status::Registry;
 #[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Request {
     /// All disks: an array of [`DiskReport`](crate::status::DiskReport).
-    List {},
+    List {
+        /// Whether histograms of latencies are wanted, which are long.
+        #[serde(default)]
+        latency: bool,
+    },
+    /// Limits what a disk does in a second, as far as it is said. Its [limits](Limits) then.
+    Limit {
+        /// The guest's domain.
+        domain: u16,
+        /// The number of the device.
+        device: u32,
+        /// The most requests; 0 for no limit.
+        #[serde(default)]
+        iops: Option<u64>,
+        /// The most bytes; 0 for no limit.
+        #[serde(default)]
+        bps: Option<u64>,
+        /// How long these may be saved up, in milliseconds.
+        #[serde(default)]
+        burst: Option<u64>,
+    },
     /// Gives a disk another size, or finds out which size it has now. Its size in bytes.
     Resize {
         /// The guest's domain.
@@ -125,7 +147,19 @@ fn answer<T: From<Resize>>(
     daemon: &Mailbox<T>,
 ) -> Result<serde_json::Value> {
     match serde_json::from_str(line).context("no request that is known")? {
-        Request::List {} => Ok(serde_json::to_value(registry.report())?),
+        Request::List { latency } => Ok(serde_json::to_value(registry.report(latency))?),
+        Request::Limit { domain, device, iops, bps, burst } => {
+            let disk = registry.find(domain, device);
+            let limiter = disk.context("pvblkd serves no such disk: see `pvblkd list`")?.limiter();
+            let had = limiter.limits();
+            let limits = Limits {
+                iops: iops.unwrap_or(had.iops),
+                bps: bps.unwrap_or(had.bps),
+                burst: burst.unwrap_or(had.burst),
+            };
+            limiter.set(limits);
+            Ok(serde_json::to_value(limits)?)
+        }
         Request::Resize { domain, device, bytes } => {
             let size = bytes.map(Size::from_bytes).transpose()?;
             let (sender, receiver) = mpsc::channel();
@@ -182,12 +216,24 @@ mod tests {
         registry.add(&name).update(|condition| condition.guest = "web".into());
         registry.add(&DiskName { domain: 8, ..name.clone() });
         let mailbox = Mailbox::<Resize>::new().unwrap();
-        let daemon = mailbox.clone();
+        let (daemon, registry_of_daemon) = (mailbox.clone(), registry.clone());
         thread::spawn(move || serve(&listener, &registry, &daemon));
 
-        let disks: Vec<DiskReport> = ask(&path, &Request::List {}).unwrap();
+        let disks: Vec<DiskReport> = ask(&path, &Request::List { latency: false }).unwrap();
         assert_eq!(disks.len(), 2);
         assert_eq!((&*disks[0].guest, &*disks[0].disk, disks[0].domain), ("web", "xvdb", 7));
+
+        let limit = |domain, iops, bps| {
+            let request = Request::Limit { domain, device: 51728, iops, bps, burst: None };
+            ask::<Limits>(&path, &request)
+        };
+        assert_eq!(limit(7, Some(100), None).unwrap().iops, 100);
+        assert_eq!(limit(7, None, Some(9)).unwrap(), Limits { iops: 100, bps: 9, burst: 0 });
+        assert_eq!(
+            registry_of_daemon.find(8, 51728).unwrap().limiter().limits(),
+            Limits::default()
+        );
+        assert!(limit(9, None, None).unwrap_err().to_string().contains("no such disk"));
 
         let server = thread::spawn(move || {
             for result in [Ok(1 << 20), Err(anyhow!("it is too small"))] {
@@ -217,7 +263,10 @@ mod tests {
         }
         drop(UnixStream::connect(&path).unwrap());
         assert!(listen_is_taken(&path));
-        assert_eq!(ask::<Vec<DiskReport>>(&path, &Request::List {}).unwrap().len(), 2);
+        assert_eq!(
+            ask::<Vec<DiskReport>>(&path, &Request::List { latency: false }).unwrap().len(),
+            2
+        );
         let mode = fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
     }
@@ -251,7 +300,8 @@ mod tests {
     #[test]
     fn without_a_daemon_the_error_says_so() {
         let error =
-            ask::<u64>(Path::new("/nonexistent/control.sock"), &Request::List {}).unwrap_err();
+            ask::<u64>(Path::new("/nonexistent/control.sock"), &Request::List { latency: false })
+                .unwrap_err();
         assert!(error.to_string().contains("is `pvblkd serve` running"));
     }
 }

@@ -73,7 +73,7 @@ pub fn serve(options: Serve) -> Result<()> {
     let of_commands = registry.clone();
     start("commands", move || protocol::serve(&commands, &of_commands, &mailbox))?;
     if let Some(listener) = metrics {
-        start("metrics", move || listener.serve(|| metrics::text(&registry.report())))?;
+        start("metrics", move || listener.serve(|| metrics::text(&registry.report(true))))?;
     }
     notify::ready();
     daemon.run();

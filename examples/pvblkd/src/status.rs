@@ -5,6 +5,8 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use pvblk_daemon::latency::{KINDS, Latency};
+use pvblk_daemon::limit::{Limiter, Limits};
 use pvblk_xen::back::Layout;
 use serde::{Deserialize, Serialize};
 use xen_blkback::Negotiated;
@@ -43,6 +45,12 @@ pub struct DiskReport {
     pub warning: String,
     /// Operations that failed because of the medium.
     pub medium_errors: u64,
+    /// How much it may do in a second.
+    #[serde(default)]
+    pub limits: Limits,
+    /// How long requests took, by [kind](KINDS); empty unless that was asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub latency: Vec<Latency>,
     /// By queue.
     pub queues: Vec<QueueReport>,
 }
@@ -159,6 +167,7 @@ pub struct DiskStatus {
     name: DiskName,
     condition: Mutex<Condition>,
     queues: Mutex<Vec<Arc<QueueFigures>>>,
+    limiter: Arc<Limiter>,
 }
 
 impl DiskStatus {
@@ -176,8 +185,24 @@ impl DiskStatus {
         queues[number].clone()
     }
 
-    /// All that there is to say.
-    pub fn report(&self) -> DiskReport {
+    /// How much the disk may do.
+    pub fn limiter(&self) -> Arc<Limiter> {
+        self.limiter.clone()
+    }
+
+    /// How long requests took on all queues.
+    fn latency(&self) -> Vec<Latency> {
+        let mut all = vec![Latency::default(); KINDS.len()];
+        for queue in lock(&self.queues).iter() {
+            for (sum, more) in all.iter_mut().zip(queue.latencies().report()) {
+                *sum = std::mem::take(sum).plus(&more);
+            }
+        }
+        all
+    }
+
+    /// All that there is to say; how long requests took only if that is asked for.
+    pub fn report(&self, latency: bool) -> DiskReport {
         let condition = lock(&self.condition).clone();
         let queue = |queue: &Arc<QueueFigures>| QueueReport {
             figures: queue.total(),
@@ -198,6 +223,8 @@ impl DiskStatus {
             error: condition.error,
             warning: condition.warning,
             medium_errors: condition.medium_errors.load(Ordering::Relaxed),
+            limits: self.limiter.limits(),
+            latency: if latency { self.latency() } else { Vec::new() },
             queues: lock(&self.queues).iter().map(queue).collect(),
         }
     }
@@ -212,8 +239,8 @@ pub struct Registry {
 impl Registry {
     /// Adds a disk, or begins anew with one.
     pub fn add(&self, name: &DiskName) -> Arc<DiskStatus> {
-        let (condition, queues) = Default::default();
-        let status = Arc::new(DiskStatus { name: name.clone(), condition, queues });
+        let (condition, queues, limiter) = Default::default();
+        let status = Arc::new(DiskStatus { name: name.clone(), condition, queues, limiter });
         lock(&self.disks).insert(name.clone(), status.clone());
         status
     }
@@ -223,10 +250,16 @@ impl Registry {
         lock(&self.disks).remove(name);
     }
 
-    /// What there is to say about each.
-    pub fn report(&self) -> Vec<DiskReport> {
+    /// The disk of a guest.
+    pub fn find(&self, domain: u16, device: u32) -> Option<Arc<DiskStatus>> {
+        let is_it = |name: &DiskName| (name.domain, name.device) == (domain, device);
+        lock(&self.disks).iter().find(|(name, _)| is_it(name)).map(|(_, disk)| disk.clone())
+    }
+
+    /// What there is to say about each; how long requests took only if that is asked for.
+    pub fn report(&self, latency: bool) -> Vec<DiskReport> {
         let disks: Vec<_> = lock(&self.disks).values().cloned().collect();
-        disks.iter().map(|disk| disk.report()).collect()
+        disks.iter().map(|disk| disk.report(latency)).collect()
     }
 }
 

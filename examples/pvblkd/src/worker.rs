@@ -11,6 +11,7 @@ use anyhow::{Context, Result};
 use pvblk::backend::Violation;
 use pvblk::command::Features;
 use pvblk::memory::SharedRegion;
+use pvblk_daemon::limit::{Gate, Limiter, Turn};
 use pvblk_linux::Doorbell;
 use pvblk_xen::journal::Lasting;
 use rustix::event::PollFlags;
@@ -75,6 +76,8 @@ pub struct Task<H> {
     pub journal: JournalPlace,
     /// Where it writes down what it did.
     pub figures: Arc<QueueFigures>,
+    /// How much the disk may do.
+    pub limiter: Arc<Limiter>,
     /// The processor that it is pinned to.
     pub processor: Option<usize>,
     /// The name of its thread, of which the system shows 15 bytes.
@@ -195,7 +198,8 @@ fn run<H: Host>(task: Task<H>, mut inbox: Inbox, report: &impl Fn(Report)) -> En
     };
     report(Report::Open);
     task.figures.begin();
-    serve(&platform, &mut queue, &inbox, &task.figures, report)
+    let gate = Gate::new(task.limiter, task.plan.number);
+    serve(&platform, &mut queue, (&inbox, &gate), &task.figures, report)
 }
 
 /// Opens the queue. At a take-over it waits for an earlier daemon that is on its way out, whose ring is
@@ -248,7 +252,7 @@ fn try_open<'t, P: WorkerPlatform>(
     };
     // A ring has 32 slots for each of its pages.
     let depth = 32 * task.plan.references.len().min(16) as u16;
-    let store = task.backing.queue(depth)?;
+    let store = task.backing.queue(depth, task.figures.latencies())?;
     Ok(match journal {
         Some(journal) => Queue::open_with(platform, &task.plan, store, journal)?,
         None => Queue::open(platform, &task.plan, store)?,
@@ -274,7 +278,7 @@ fn pin(processor: usize) -> rustix::io::Result<()> {
 fn serve<P: WorkerPlatform>(
     platform: &P,
     queue: &mut Queue<&P, QueueStore>,
-    inbox: &Inbox,
+    (inbox, gate): (&Inbox, &Gate),
     figures: &QueueFigures,
     report: &impl Fn(Report),
 ) -> End {
@@ -294,17 +298,17 @@ fn serve<P: WorkerPlatform>(
                 }
             }
         }
-        match queue.work() {
-            Ok(true) if busy < BUSY_ROUNDS => {
+        let next = match work(platform, queue, gate) {
+            Ok(Next::Work) if busy < BUSY_ROUNDS => {
                 busy += 1;
                 continue;
             }
-            Ok(_) => {}
+            Ok(next) => next,
             Err(violation) => {
                 publish(queue, figures, sleeps);
                 return End::Violation(violation);
             }
-        }
+        };
         busy = 0;
         publish(queue, figures, sleeps);
         if features != queue.engine().features() {
@@ -315,10 +319,58 @@ fn serve<P: WorkerPlatform>(
             failed = true;
             report(Report::MediumFails);
         }
-        if !queue.is_busy() {
-            sleeps += 1;
-            sleep(platform, queue, inbox);
+        let until = match next {
+            Next::Work => continue,
+            Next::Sleep => None,
+            Next::Wait(until) => Some(until),
+        };
+        sleeps += 1;
+        sleep(platform, queue, inbox, until);
+    }
+}
+
+/// What comes after a round of work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Another one.
+    Work,
+    /// Nothing, until there is an event.
+    Sleep,
+    /// Nothing, until there is an event of the store or that time has come: the disk's limits say so. The
+    /// guest's event channel stays masked.
+    Wait(u64),
+}
+
+/// A round of work, within the disk's limits.
+///
+/// # Errors
+///
+/// If the frontend broke the rules of the ring.
+pub fn work<P: WorkerPlatform>(
+    platform: &P,
+    queue: &mut Queue<&P, QueueStore>,
+    gate: &Gate,
+) -> Result<Next, Violation> {
+    let next = |more| if more { Next::Work } else { Next::Sleep };
+    if !gate.is_set() {
+        return queue.work().map(next);
+    }
+    match gate.ask(platform.now()) {
+        Turn::Take(most) => {
+            let before = queue.engine().store().inner().taken();
+            let more = queue.work_at_most(most)?;
+            gate.pay(queue.engine().store().inner().taken().since(before), more);
+            Ok(next(more))
         }
+        // What is in progress goes on.
+        Turn::Wait(until) => match queue.work_at_most(0)? {
+            true if !queue.engine().is_cut_short() => Ok(Next::Wait(until)),
+            true => Ok(Next::Work),
+            false => {
+                gate.leave();
+                Ok(Next::Sleep)
+            }
+        },
     }
 }
 
@@ -334,7 +386,7 @@ fn finish<P: WorkerPlatform>(
         if inbox.orders.take().contains(&Order::Stop) {
             break;
         }
-        sleep(platform, queue, inbox);
+        sleep(platform, queue, inbox, None);
     }
     publish(queue, figures, sleeps);
     End::Stopped
@@ -346,13 +398,19 @@ fn publish<P: WorkerPlatform>(queue: &Queue<&P, QueueStore>, figures: &QueueFigu
     figures.publish(&now, engine.memory().kept(), engine.in_progress());
 }
 
-/// Sleeps until the guest has requests, the store has completions, or there is an order.
-fn sleep<P: WorkerPlatform>(platform: &P, queue: &Queue<&P, QueueStore>, inbox: &Inbox) {
+/// Sleeps until the guest has requests, the store has completions, there is an order, or it is late enough.
+fn sleep<P: WorkerPlatform>(
+    platform: &P,
+    queue: &Queue<&P, QueueStore>,
+    inbox: &Inbox,
+    until: Option<u64>,
+) {
     let wakeup = queue.engine().store().inner().wakeup();
     let deadline = wakeup.deadline.map(|instant| {
         let left = instant.saturating_duration_since(Instant::now()).as_nanos();
         platform.now().saturating_add(u64::try_from(left).unwrap_or(u64::MAX))
     });
+    let deadline = deadline.into_iter().chain(until).min();
     let more = if wakeup.writable { PollFlags::OUT } else { PollFlags::empty() };
     let store = wakeup.fd.map(|fd| (fd, PollFlags::IN | more));
     let orders: Awaited<'_> = (inbox.orders.as_fd(), PollFlags::IN);

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use common::*;
 use pvblk_simulated::Host;
-use pvblk_xen::store::Store;
+use pvblk_xen::store::{Nodes, Store};
 use pvblkd::options::DiskOptions;
 use pvblkd::toolstack::{NewDisk, Wanted};
 use xen_blkfront::{Config, Disk};
@@ -70,6 +70,42 @@ fn who_did_not_come_is_said_and_nothing_is_left() {
     attach_only(&host, &disk("memory:1M")).unwrap();
     detach(&host, &place(XVDB), true).unwrap();
     assert!(soon(&host).contains("was it detached"));
+    daemon.stop();
+}
+
+/// All at once, so that the daemon never sees the place empty: no event tells it of the new disk.
+#[test]
+fn a_new_disk_in_the_place_of_an_old_one_is_served() {
+    let folder = tempfile::tempdir().unwrap();
+    let host = host();
+    let daemon = Running::start(&host, folder.path());
+    attach(&host, &disk("memory:1M")).unwrap();
+    let (back, front) = (place(XVDB).backend_path(), place(XVDB).frontend_path());
+    let tool = Platform(host.domain(TOOLSTACK));
+    let store = Store::new(&tool);
+    let exchange = store.transaction(|nodes| {
+        for path in [&back, &front] {
+            let names = nodes.directory(path)?;
+            let read = |name: &String| nodes.read(&format!("{path}/{name}"));
+            let values = names.iter().map(read).collect::<Result<Vec<_>, _>>()?;
+            nodes.remove(path)?;
+            nodes.mkdir(path)?;
+            nodes.set_permissions(path, BACK, &[GUEST])?;
+            for (name, value) in names.iter().zip(values) {
+                let value = match name.as_str() {
+                    "state" => "1",
+                    "params" => "memory:2M",
+                    "hotplug-status" => continue,
+                    _ => &value,
+                };
+                nodes.write(&format!("{path}/{name}"), value)?;
+            }
+        }
+        Ok(())
+    });
+    exchange.unwrap();
+    wait_for(&host, &place(XVDB), Wanted::Open, Duration::from_secs(10)).unwrap();
+    daemon.wait("the new one", |disk| disk.sectors == 4096);
     daemon.stop();
 }
 

@@ -655,7 +655,7 @@ fn nothing_that_is_given_up_is_missed() {
                 let bytes = daemon.resize(XVDB, Some("2M".parse().unwrap())).unwrap();
                 assert_eq!(bytes, 2 << 20);
             }
-            let ask = pvblkd::protocol::Request::List {};
+            let ask = pvblkd::protocol::Request::List { latency: true };
             let disks: Vec<pvblkd::status::DiskReport> =
                 pvblkd::protocol::ask(&socket, &ask).unwrap();
             assert_eq!(disks.len(), 1);

@@ -1,14 +1,15 @@
 //! The disk, as the device serves it, and what there is to say about its queues.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use pvblk::backend::{Completed, Operation, Requests, Store, Submitted};
 use pvblk::command::{DiscardUnits, Features};
 use pvblk::extent::{Geometry, SECTOR_BYTES};
 use pvblk::table::Tag;
 use pvblk_daemon::backing::{Backing, DiskOrigin, QueueStore};
+use pvblk_daemon::latency::{KINDS, Latencies, Latency};
 use pvblk_daemon::source::Source;
 use pvblk_stores::Wakeup;
 use pvblk_virtio::Identity;
@@ -24,6 +25,8 @@ pub struct Served {
     in_use: bool,
     identity: Identity,
     queues: Arc<[QueueFigures]>,
+    /// How long requests took: one for each queue that is open, and those of earlier ones.
+    latencies: Arc<Mutex<Vec<Arc<Latencies>>>>,
 }
 
 impl Served {
@@ -34,7 +37,35 @@ impl Served {
             *place = byte;
         }
         let queues = (0..queues).map(|_| QueueFigures::default()).collect();
-        Self { backing, in_use: origin == DiskOrigin::InUse, identity, queues }
+        Self {
+            backing,
+            in_use: origin == DiskOrigin::InUse,
+            identity,
+            queues,
+            latencies: Arc::default(),
+        }
+    }
+
+    /// A place for the latencies of a queue, which nobody else writes to.
+    fn place(&self) -> Arc<Latencies> {
+        let mut all = self.latencies.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(left) = all.iter().find(|place| Arc::strong_count(place) == 1) {
+            return left.clone();
+        }
+        let place = Arc::<Latencies>::default();
+        all.push(place.clone());
+        place
+    }
+
+    /// How long requests took, by kind.
+    fn latency(&self) -> [Latency; KINDS.len()] {
+        let mut sums: [Latency; KINDS.len()] = Default::default();
+        for place in self.latencies.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            for (sum, more) in sums.iter_mut().zip(place.report()) {
+                *sum = std::mem::take(sum).plus(&more);
+            }
+        }
+        sums
     }
 
     /// What it is served from.
@@ -45,7 +76,7 @@ impl Served {
     /// All counters, for Prometheus.
     pub fn metrics(&self) -> String {
         let errors = self.backing.failure_counter().load(Ordering::Relaxed);
-        figures::text(&self.queues, self.backing.geometry().sectors, errors)
+        figures::text(&self.queues, self.backing.geometry().sectors, errors, &self.latency())
     }
 }
 
@@ -75,7 +106,7 @@ impl Disk for Served {
     }
 
     fn store(&self, depth: u16) -> io::Result<Share> {
-        let store = self.backing.queue(depth).map_err(io::Error::other)?;
+        let store = self.backing.queue(depth, self.place()).map_err(io::Error::other)?;
         let is_local = !matches!(self.backing.source(), Source::Nbd(_));
         Ok(Share { store, is_local, remedy: self.backing.remedy() })
     }

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use pvblk_daemon::latency::{KINDS, Latency};
 use virtio_blk_device::vhost_user::Progress;
 
 /// A figure of a queue: its name, what kind it is, what it is, and where it comes from.
@@ -69,7 +70,12 @@ impl QueueFigures {
 }
 
 /// All figures of all queues, and those of the disk.
-pub fn text(queues: &[QueueFigures], sectors: u64, medium_errors: u64) -> String {
+pub fn text(
+    queues: &[QueueFigures],
+    sectors: u64,
+    medium_errors: u64,
+    latencies: &[Latency; KINDS.len()],
+) -> String {
     let mut text = String::new();
     head(&mut text, "disk_sectors", "gauge", "Size of the disk in sectors of 512 bytes.");
     // Writing to a string does not fail.
@@ -90,7 +96,25 @@ pub fn text(queues: &[QueueFigures], sectors: u64, medium_errors: u64) -> String
             );
         }
     }
+    histograms(&mut text, latencies);
     text
+}
+
+/// How long requests took, in seconds.
+fn histograms(text: &mut String, latencies: &[Latency; KINDS.len()]) {
+    const NAME: &str = "request_duration_seconds";
+    head(text, NAME, "histogram", "How long requests took, from when they were taken.");
+    for (kind, latency) in KINDS.iter().zip(latencies) {
+        let (name, operation) =
+            (format!("vhost_user_blkd_{NAME}"), format!("operation=\"{kind}\""));
+        for (seconds, count) in latency.cumulative() {
+            let _ = writeln!(text, "{name}_bucket{{{operation},le=\"{seconds}\"}} {count}");
+        }
+        let (count, sum) = (latency.count(), latency.sum as f64 / 1e9);
+        let _ = writeln!(text, "{name}_bucket{{{operation},le=\"+Inf\"}} {count}");
+        let _ =
+            writeln!(text, "{name}_sum{{{operation}}} {sum}\n{name}_count{{{operation}}} {count}");
+    }
 }
 
 fn head(text: &mut String, name: &str, kind: &str, what: &str) {
@@ -111,10 +135,11 @@ mod tests {
             queues[1].begin();
             queues[1].publish(&progress);
         }
-        let text = text(&queues, 2048, 1);
+        let text = text(&queues, 2048, 1, &Default::default());
         for line in [
             "vhost_user_blkd_disk_sectors 2048",
             "vhost_user_blkd_medium_errors_total 1",
+            "vhost_user_blkd_request_duration_seconds_bucket{operation=\"write\",le=\"+Inf\"} 0",
             "vhost_user_blkd_requests_total{operation=\"read\",queue=\"1\"} 6",
             "vhost_user_blkd_requests_total{operation=\"read\",queue=\"0\"} 0",
             "vhost_user_blkd_connections_total{queue=\"1\"} 2",

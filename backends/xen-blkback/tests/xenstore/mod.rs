@@ -148,7 +148,7 @@ impl Rig {
     }
 }
 
-fn write_all(host: &Host, nodes: &[(String, &str)]) {
+pub fn write_all(host: &Host, nodes: &[(String, &str)]) {
     let nodes: Vec<_> = nodes.iter().map(|(path, value)| (&**path, value.as_bytes())).collect();
     host.store_write_all(&nodes);
 }

@@ -375,6 +375,10 @@ impl<'t, H: Host> Daemon<'t, H> {
             Err(xen_blkback::Error::Store(error)) if is_lost(&error) => Err(error),
             Err(error) => {
                 log::warn!("{}: cannot be served: {error}", address.path);
+                if !self.store.exists(&format!("{}/state", address.path))? {
+                    // It went while it was looked at. There may be another one in its place soon.
+                    self.forget(class, &address);
+                }
                 Ok(())
             }
         }
@@ -386,8 +390,12 @@ impl<'t, H: Host> Daemon<'t, H> {
         let (class, address) = (served.name().class, served.address().clone());
         // libxl removes what it has made in dom0.
         served.end(self.domain != DomainId(0) || class == toolstack::CLASS);
+        self.forget(class, &address);
+    }
+
+    fn forget(&mut self, class: &str, address: &Address) {
         for other in self.classes.iter_mut().filter(|other| other.name == class) {
-            other.backends.forget(&address);
+            other.backends.forget(address);
         }
     }
 

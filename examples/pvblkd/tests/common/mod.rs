@@ -321,7 +321,7 @@ impl Running {
     }
 
     pub fn disks(&self) -> Vec<DiskReport> {
-        self.registry.report()
+        self.registry.report(true)
     }
 
     /// Waits until the only disk is as it should be.

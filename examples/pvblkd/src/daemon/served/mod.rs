@@ -121,6 +121,7 @@ impl<'t, H: Host> Served<'t, H> {
         let domain = address.frontend_id;
         let name = DiskName { class, domain: domain.0, device: address.virtual_device };
         let status = common.registry.add(&name);
+        status.limiter().set(options.limits());
         let age = if is_old { "taken over" } else { "new" };
         log::info!("{}: {age}, of domain {}, {params}", address.path, domain.0);
         status.update(|condition| {
@@ -286,6 +287,12 @@ impl<'t, H: Host> Served<'t, H> {
     /// The configuration has changed. What cannot change under a guest that runs is said.
     pub fn reload(&mut self) {
         let (options, misfit) = settings(&self.common.config(), self.own.as_deref(), &self.params);
+        if self.options.limits() != options.limits() {
+            log::info!("{}: its limits have changed", self.path());
+            self.status.limiter().set(options.limits());
+            let DiskOptions { iops, bps, burst, .. } = options;
+            self.options = DiskOptions { iops, bps, burst, ..self.options.clone() };
+        }
         let changed = self.options.differences(&options);
         if changed.is_empty() && misfit == self.misfit {
             return;
@@ -325,6 +332,7 @@ impl<'t, H: Host> Served<'t, H> {
                     disk: self.name.clone(),
                 },
                 figures: self.status.queue(queue),
+                limiter: self.status.limiter(),
                 processor: self.common.next_processor(),
                 name: format!("{}-{}.{queue}", self.name.domain, VirtualDevice(self.name.device)),
                 path: self.path().into(),
@@ -428,7 +436,7 @@ impl<'t, H: Host> Served<'t, H> {
 
     fn note_connection(&self) {
         // It has another name since it has come from another host.
-        let guest = identify(self.store, &self.address);
+        let guest = identify(&self.store, &self.address);
         self.status.update(|condition| {
             condition.error.clear();
             condition.guest = guest;
@@ -462,7 +470,7 @@ impl<'t, H: Host> Served<'t, H> {
     /// Gives the disk another size. The size that it has then, in bytes.
     pub fn resize(&mut self, size: Option<Size>) -> Result<u64> {
         let Some(backing) = self.medium.backing() else {
-            bail!("the disk is not open: {}", self.status.report().error);
+            bail!("the disk is not open: {}", self.status.report(false).error);
         };
         let geometry = backing.resize(size)?;
         // Before the guest knows of it: it may use what is new at once.
