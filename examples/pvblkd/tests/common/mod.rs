@@ -198,6 +198,8 @@ impl Clock for Connection {
 }
 
 impl StoreTransport for Connection {
+    type Lock = <Domain as StoreTransport>::Lock;
+
     fn send(&self, bytes: &[u8]) -> Result<usize, StoreBroken> {
         self.domain.send(bytes)
     }
