@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
@@ -19,12 +20,14 @@ fn disk(source: &str) -> NewDisk {
     NewDisk { place: place(XVDB), source: source.parse().unwrap(), options: DiskOptions::default() }
 }
 
-fn connect(host: &Host) {
+/// Takes the disk, uses it, and closes it after `stay` is over.
+fn connect(host: &Host, stay: impl FnOnce()) {
     let domain = host.domain(GUEST);
     let store = Store::new(&domain);
     let (mut front, mut queues) =
         Disk::connect(&store, &domain, XVDB.0, &Config::default()).unwrap();
     queues[0].read(0, &mut [0; 512]).unwrap();
+    stay();
     front.close(&mut queues).unwrap();
 }
 
@@ -46,8 +49,11 @@ fn a_disk_is_attached_when_the_guest_has_it() {
         });
         daemon.wait("open", |disk| disk.state == "InitWait" && disk.sectors == 2048);
         assert!(!waits.is_finished(), "the guest has not come");
-        scope.spawn(|| connect(&host));
+        let (end, ended) = mpsc::channel::<()>();
+        let stay = move || drop(ended.recv());
+        scope.spawn(|| connect(&host, stay));
         assert_eq!(waits.join().unwrap(), None);
+        drop(end);
     });
     daemon.stop();
 }
@@ -126,6 +132,6 @@ fn a_forced_detach_at_any_moment_leaves_nothing() {
         }
     }
     attach(&host, &disk("memory:1M")).unwrap();
-    connect(&host);
+    connect(&host, || ());
     daemon.stop();
 }

@@ -6,7 +6,7 @@ mod common;
 use std::sync::Arc;
 
 use common::Platform;
-use pvblk::buffer::{Buffer, Pool};
+use pvblk::buffer::Pool;
 use pvblk::command::Features;
 use pvblk::extent::Geometry;
 use pvblk::frontend::{Frontend, Link, Request};
@@ -32,7 +32,7 @@ type Granter = GrantTo<&'static Domain>;
 /// A guest's end of one queue, which has as many requests on its ring as there is room for.
 struct Guest {
     front: &'static Domain,
-    engine: Frontend<FrontRing<Granter>, Granter, Buffer<Granter>>,
+    engine: Frontend<FrontRing<Granter>>,
     pool: Arc<Pool<Granter>>,
     port: Port,
     sectors: u32,
