@@ -3,6 +3,7 @@
 mod bare;
 mod bench;
 mod check;
+mod dist;
 mod driver_domain;
 mod foreign;
 mod fuzz;
@@ -42,6 +43,8 @@ enum Command {
     Check(check::Options),
     /// Measure
     Bench(bench::Options),
+    /// Build what an administrator installs: programs, man pages, completions, packages
+    Dist(dist::Options),
     /// Fuzz a target of ci/fuzz
     Fuzz(fuzz::Options),
     /// Kill daemons, servers and rings under load, and judge what is read afterwards
@@ -62,6 +65,7 @@ fn main() -> ExitCode {
         Command::Matrix(options) => matrix::matrix(&options),
         Command::Check(options) => check::check(&options),
         Command::Bench(options) => bench::bench(&options),
+        Command::Dist(options) => dist::dist(&options),
         Command::Fuzz(options) => fuzz::fuzz(&options),
         Command::Torture(options) => torture::torture(&options),
         Command::Mutants(options) => mutants::mutants(&options),

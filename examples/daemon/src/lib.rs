@@ -8,6 +8,8 @@
 pub mod backing;
 pub mod deadline;
 pub mod document;
+#[cfg(feature = "documents")]
+pub mod documents;
 pub mod folder;
 pub mod http;
 pub mod identity;

@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::net::TcpListener;
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
@@ -12,6 +13,7 @@ use pvblk_simulated::Host;
 use pvblk_xen::store::{Nodes, Store};
 use pvblkd::options::DiskOptions;
 use pvblkd::toolstack::{NewDisk, Wanted};
+use pvblkd::vdev::VirtualDevice;
 use xen_blkfront::{Config, Disk};
 
 const STATE: &str = "/local/domain/2/backend/pvblk/5/51728/state";
@@ -112,6 +114,35 @@ fn a_new_disk_in_the_place_of_an_old_one_is_served() {
     exchange.unwrap();
     wait_for(&host, &place(XVDB), Wanted::Open, Duration::from_secs(10)).unwrap();
     daemon.wait("the new one", |disk| disk.sectors == 4096);
+    daemon.stop();
+}
+
+/// A disk is over when it is not being opened any more: that locks things, and makes files, which are those
+/// of the next disk in its place.
+#[test]
+fn a_disk_that_is_taken_away_while_it_is_opened_keeps_its_place_until_then() {
+    let folder = tempfile::tempdir().unwrap();
+    let host = host();
+    let daemon = Running::start(&host, folder.path());
+    // A server that does not answer.
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("nbd://{}/x", server.local_addr().unwrap());
+    attach_only(&host, &disk(&url)).unwrap();
+    let (opening, _) = server.accept().unwrap();
+    detach(&host, &place(XVDB), true).unwrap();
+    attach_only(&host, &disk("memory:1M")).unwrap();
+    // The daemon has seen it when it has seen one that came later.
+    let mut later = disk("memory:2M");
+    later.place.device = VirtualDevice(51744);
+    attach(&host, &later).unwrap();
+    assert_eq!(host.store_read(STATE).as_deref(), Some("1"), "it is served too soon");
+    drop(opening);
+    wait_for(&host, &place(XVDB), Wanted::Open, Duration::from_secs(60)).unwrap();
+    for place in [later.place, place(XVDB)] {
+        detach(&host, &place, true).unwrap();
+    }
+    eventually("forgotten", || daemon.disks().is_empty());
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "files are left");
     daemon.stop();
 }
 

@@ -81,6 +81,11 @@ impl Medium {
         }
     }
 
+    /// Whether a thread opens it.
+    pub fn is_opening(&self) -> bool {
+        matches!(self.state, State::Opening)
+    }
+
     /// When there is something to do without an event.
     pub fn deadline(&self) -> Option<u64> {
         match self.state {
@@ -158,7 +163,7 @@ impl<H: Host> Served<'_, H> {
 
     /// The thread has opened it, or has not.
     pub fn opened(&mut self, result: Result<Opened>) {
-        if std::mem::take(&mut self.medium.is_stale) {
+        if std::mem::take(&mut self.medium.is_stale) && !self.is_gone {
             drop(result);
             return self.open_medium();
         }

@@ -94,6 +94,8 @@ pub(super) struct Served<'t, H: Host> {
     repents: bool,
     /// It was said that the medium fails.
     complained: bool,
+    /// The device is gone.
+    is_gone: bool,
 }
 
 impl<'t, H: Host> Served<'t, H> {
@@ -151,6 +153,7 @@ impl<'t, H: Host> Served<'t, H> {
             retry_at: None,
             repents: false,
             complained: false,
+            is_gone: false,
         };
         if ours {
             served.open_medium();
@@ -180,9 +183,12 @@ impl<'t, H: Host> Served<'t, H> {
             return Ok(false);
         }
         self.retry_at = None;
-        let over = self.follow(now)?;
-        self.publish();
-        Ok(over)
+        if !self.is_gone {
+            self.is_gone = self.follow(now)?;
+            self.publish();
+        }
+        // What is being opened is locked, and makes files: a disk in the same place has to wait for that.
+        Ok(self.is_gone && !self.medium.is_opening())
     }
 
     fn follow(&mut self, now: u64) -> Result<bool, xen_blkback::Error> {
@@ -222,6 +228,9 @@ impl<'t, H: Host> Served<'t, H> {
 
     /// When there is something to do without an event.
     pub fn deadline(&self) -> Option<u64> {
+        if self.is_gone {
+            return None;
+        }
         if self.retry_at.is_some() {
             return self.retry_at;
         }
