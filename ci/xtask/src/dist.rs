@@ -65,7 +65,7 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 pub fn dist(options: &Options) -> Result<()> {
     let dist = project::target().join("dist");
     for Daemon { name, .. } in &DAEMONS {
-        say(&format!("man pages and completions of {name}"));
+        say(format!("man pages and completions of {name}"));
         let mut cargo = Command::new("cargo");
         cargo.current_dir(project::root()).args(["run", "--quiet", "--package", name]);
         shell::run(cargo.args(["--example", &format!("{name}-documents"), "--"]).arg(&dist))?;
@@ -85,7 +85,7 @@ pub fn dist(options: &Options) -> Result<()> {
     for daemon in &DAEMONS {
         let program = project::target().join("static").join(TARGET).join("release");
         install(&program.join(daemon.name), &dist.join("bin").join(daemon.name), 0o755)?;
-        say(&package(daemon, &dist)?.display().to_string());
+        say(package(daemon, &dist)?.display().to_string());
     }
     Ok(())
 }

@@ -525,6 +525,33 @@ impl Store for QueueStore {
 mod tests {
     use super::*;
 
+    /// Whoever is not root cannot find out.
+    #[test]
+    fn root_without_capabilities_is_told_why_it_may_not() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk.img");
+        std::fs::write(&path, [0; 4096]).unwrap();
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600))
+            .unwrap();
+        std::os::unix::fs::chown(&path, Some(1), Some(1)).unwrap();
+        let open = move || {
+            let nothing = || Ok(NbdLedger { memory: None, past: Past::New });
+            let options = StoreOptions::default();
+            Backing::open(&Source::File(path.clone()), &options, |_| bail!("no memory"), nothing)
+        };
+        assert!(open().is_ok());
+        // A thread has capabilities of its own.
+        let give_up = move || {
+            sandbox::drop_privileges(None).unwrap();
+            open().unwrap_err().to_string()
+        };
+        let error = std::thread::spawn(give_up).join().unwrap();
+        assert!(error.contains("Permission denied") && error.contains("chown root"), "{error}");
+    }
+
     #[test]
     fn no_option_is_taken_and_not_used() {
         let all = StoreOptions {

@@ -6,6 +6,7 @@ use anyhow::{Result, bail};
 use clap::{Args, Parser};
 use pvblk_daemon::backing::{DiskOrigin, ImageFormat, NbdDurability, StoreOptions};
 use pvblk_daemon::identity::serial;
+use pvblk_daemon::limit::{BURST, Limits};
 use pvblk_daemon::logging::LogFormat;
 use pvblk_daemon::size::Size;
 use pvblk_daemon::source::{MemorySource, Source};
@@ -150,6 +151,16 @@ pub struct StoreArgs {
     /// What to do about writes that an NBD server may lose when it is restarted [default: reported]
     #[arg(long, value_enum, value_name = "HOW")]
     pub nbd_durability: Option<NbdDurability>,
+    /// The most requests in a second, of all queues; 0 for no limit
+    #[arg(long, value_name = "COUNT", default_value_t = 0)]
+    pub iops: u64,
+    /// The most bytes in a second, read and written; 0 for no limit
+    #[arg(long, value_name = "BYTES", default_value_t = 0)]
+    pub bps: u64,
+    /// How long what these two allow may be saved up for later
+    #[arg(long, value_name = "MILLISECONDS", default_value_t = BURST,
+        value_parser = clap::value_parser!(u64).range(..=60_000))]
+    pub burst: u64,
     /// Refuse an NBD server that can make no write durable
     #[arg(long)]
     pub require_flush: bool,
@@ -222,6 +233,12 @@ impl Cli {
             require_flush: self.store.require_flush,
             queues: self.device.queues,
         }
+    }
+
+    /// How much the disk may do.
+    pub fn limits(&self) -> Limits {
+        let StoreArgs { iops, bps, burst, .. } = self.store;
+        Limits { iops, bps, burst }
     }
 
     /// How the device is set up.

@@ -1,8 +1,10 @@
 //! The disk, as the device serves it, and what there is to say about its queues.
 
+use std::cell::Cell;
 use std::io;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use pvblk::backend::{Completed, Operation, Requests, Store, Submitted};
 use pvblk::command::{DiscardUnits, Features};
@@ -10,10 +12,11 @@ use pvblk::extent::{Geometry, SECTOR_BYTES};
 use pvblk::table::Tag;
 use pvblk_daemon::backing::{Backing, DiskOrigin, QueueStore};
 use pvblk_daemon::latency::{KINDS, Latencies, Latency};
+use pvblk_daemon::limit::{Gate, Limiter, Taken, Turn};
 use pvblk_daemon::source::Source;
 use pvblk_stores::Wakeup;
 use pvblk_virtio::Identity;
-use virtio_blk_device::vhost_user::{Disk, Report, Waits};
+use virtio_blk_device::vhost_user::{Allowance, Disk, Report, Waits};
 
 use crate::figures::{self, QueueFigures};
 
@@ -27,11 +30,22 @@ pub struct Served {
     queues: Arc<[QueueFigures]>,
     /// How long requests took: one for each queue that is open, and those of earlier ones.
     latencies: Arc<Mutex<Vec<Arc<Latencies>>>>,
+    limiter: Arc<Limiter>,
+    /// Numbers the shares.
+    shares: Arc<AtomicUsize>,
+    /// When the limiter's time began.
+    origin: Instant,
 }
 
 impl Served {
     /// A disk with up to `queues` queues, and its serial number.
-    pub fn new(backing: Backing, origin: DiskOrigin, queues: u16, serial: &str) -> Self {
+    pub fn new(
+        backing: Backing,
+        origin: DiskOrigin,
+        queues: u16,
+        serial: &str,
+        limiter: Arc<Limiter>,
+    ) -> Self {
         let mut identity = Identity::default();
         for (place, byte) in identity.id.iter_mut().zip(serial.bytes()) {
             *place = byte;
@@ -42,8 +56,16 @@ impl Served {
             in_use: origin == DiskOrigin::InUse,
             identity,
             queues,
+            limiter,
             latencies: Arc::default(),
+            shares: Arc::default(),
+            origin: Instant::now(),
         }
+    }
+
+    /// How much it may do.
+    pub fn limiter(&self) -> &Limiter {
+        &self.limiter
     }
 
     /// A place for the latencies of a queue, which nobody else writes to.
@@ -108,7 +130,15 @@ impl Disk for Served {
     fn store(&self, depth: u16) -> io::Result<Share> {
         let store = self.backing.queue(depth, self.place()).map_err(io::Error::other)?;
         let is_local = !matches!(self.backing.source(), Source::Nbd(_));
-        Ok(Share { store, is_local, remedy: self.backing.remedy() })
+        let number = self.shares.fetch_add(1, Ordering::Relaxed);
+        Ok(Share {
+            store,
+            is_local,
+            remedy: self.backing.remedy(),
+            gate: Gate::new(self.limiter.clone(), number),
+            paid: Cell::default(),
+            origin: self.origin,
+        })
     }
 
     fn report(&self, queue: usize, report: Report) {
@@ -141,6 +171,10 @@ pub struct Share {
     /// Whether its completions are in memory of this process.
     is_local: bool,
     remedy: &'static str,
+    gate: Gate,
+    /// What was taken, and is paid.
+    paid: Cell<Taken>,
+    origin: Instant,
 }
 
 impl Share {
@@ -168,6 +202,23 @@ impl Waits for Share {
 
     fn is_cheap_to_ask(&self) -> bool {
         self.is_local
+    }
+
+    fn allowance(&self) -> Allowance {
+        if !self.gate.is_set() {
+            return Allowance::Free;
+        }
+        self.paid.set(self.store.taken());
+        let now = u64::try_from(self.origin.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        match self.gate.ask(now) {
+            Turn::Take(most) => Allowance::Requests(most),
+            Turn::Wait(until) => Allowance::Wait(self.origin + Duration::from_nanos(until)),
+        }
+    }
+
+    fn used(&self, more: bool) {
+        let taken = self.store.taken().since(self.paid.get());
+        self.gate.pay(taken, more);
     }
 }
 

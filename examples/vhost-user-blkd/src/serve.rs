@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 use pvblk_daemon::backing::{Backing, DiskOrigin, NbdDurability, NbdLedger};
 use pvblk_daemon::folder::Folder;
 use pvblk_daemon::http::{Address, Listener};
+use pvblk_daemon::limit::Limiter;
 use pvblk_daemon::mapped::{LedgerFile, MappedFile, Origin};
 use pvblk_daemon::sandbox::{self, User};
 use pvblk_daemon::size::Size;
@@ -89,7 +90,9 @@ fn serve(
         log::warn!("{most} queues are offered: give QEMU's device num-queues={most}");
         settings.queues = most;
     }
-    let disk = Served::new(backing, origin, settings.queues, &serial);
+    let limiter = Arc::<Limiter>::default();
+    limiter.set(cli.limits());
+    let disk = Served::new(backing, origin, settings.queues, &serial, limiter);
     let server = Server::new(disk.clone(), settings)?;
     end_by_signal(signals, server.clone(), disk.clone(), reload)?;
     if let Some(metrics) = metrics {
@@ -206,7 +209,7 @@ fn end_by_signal(
         let mut is_ending = false;
         for signal in &mut signals {
             if signal == SIGHUP {
-                reload.again();
+                reload.again(&disk);
                 refresh(&server, &disk);
             } else if is_ending {
                 log::warn!("ending at once, with requests in progress");
@@ -228,7 +231,7 @@ struct Reload {
 
 impl Reload {
     /// Reads the file again. What a guest that runs cannot be given is said.
-    fn again(&mut self) {
+    fn again(&mut self, disk: &Served) {
         let result = file::reread(&self.words);
         let (cli, file) = match result.and_then(|it| it.0.settings().map(|_| it)) {
             Ok(read) => read,
@@ -237,6 +240,7 @@ impl Reload {
         for name in file::differences(&self.file, &file) {
             match name {
                 "log-level" => log::set_max_level(cli.log_level),
+                "iops" | "bps" | "burst" => disk.limiter().set(cli.limits()),
                 _ => log::warn!("{name} has changed: that counts when the daemon is started again"),
             }
         }

@@ -52,6 +52,11 @@ impl Daemon {
         }
     }
 
+    /// What it says next.
+    fn next(&self) -> String {
+        self.lines.recv_timeout(PATIENCE).unwrap()
+    }
+
     fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
@@ -104,6 +109,35 @@ fn a_file_is_checked() {
 }
 
 #[test]
+fn disks_have_serial_numbers_that_differ_and_stay() {
+    let folder = tempfile::tempdir().unwrap();
+    let serial = |socket: &str, source: &str| {
+        let socket = folder.path().join(socket);
+        let daemon = Daemon::start(&format!("--socket {} {source}", socket.display()));
+        let line = daemon.says("serial number");
+        daemon.end();
+        line.split_once("serial number ").unwrap().1[..20].to_owned()
+    };
+    let file = |name: &str| {
+        let path = folder.path().join(name);
+        if !path.exists() {
+            fs::write(&path, [0; 4096]).unwrap();
+        }
+        format!("--file {}", path.display())
+    };
+    let all = [
+        serial("s1", &file("one")),
+        serial("s1", &file("two")),
+        serial("s1", "--memory 1M"),
+        serial("s2", "--memory 1M"),
+    ];
+    let different: std::collections::BTreeSet<_> = all.iter().collect();
+    assert_eq!(different.len(), all.len(), "{all:?}");
+    assert_eq!(serial("s3", &file("one")), all[0]);
+    assert_eq!(serial("s2", "--memory 1M"), all[3]);
+}
+
+#[test]
 fn the_configuration_is_read_again() {
     let folder = tempfile::tempdir().unwrap();
     let write = |content: &str| fs::write(folder.path().join("web.toml"), content).unwrap();
@@ -122,6 +156,12 @@ fn the_configuration_is_read_again() {
     daemon.signal(Signal::HUP);
     daemon.says("queues has changed: that counts when the daemon is started again");
     daemon.says("the configuration was read again");
+    daemon.says("4096 sectors");
+    write(&format!("file = \"{}\"\nqueues = 4\nlog-level = \"info\"\niops = 50", disk.display()));
+    daemon.signal(Signal::HUP);
+    // Nothing has to wait.
+    let line = daemon.next();
+    assert!(line.contains("the configuration was read again"), "{line}");
     daemon.says("4096 sectors");
     write("queues = \"many\"");
     daemon.signal(Signal::HUP);

@@ -3,6 +3,7 @@
 use std::boxed::Box;
 use std::error::Error;
 use std::io;
+use std::time::Instant;
 
 use pvblk::backend::{Statistics, Store, Violation};
 use pvblk::command::Features;
@@ -19,6 +20,27 @@ pub trait Waits: Store {
     fn is_cheap_to_ask(&self) -> bool {
         false
     }
+
+    /// How much may be taken off the queue now. It is asked before every round of work.
+    fn allowance(&self) -> Allowance {
+        Allowance::Free
+    }
+
+    /// A round is over that was not [free](Allowance::Free). `more` says whether the driver wants more.
+    fn used(&self, more: bool) {
+        let _ = more;
+    }
+}
+
+/// How much may be taken off a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Allowance {
+    /// As much as there is.
+    Free,
+    /// So many requests.
+    Requests(usize),
+    /// Nothing before that time.
+    Wait(Instant),
 }
 
 /// A disk that a device is served from. Clones are the same disk: each queue has one, in a thread of

@@ -44,5 +44,5 @@ mod split;
 mod tests;
 mod worker;
 
-pub use disk::{Disk, Progress, Report, Waits};
+pub use disk::{Allowance, Disk, Progress, Report, Waits};
 pub use server::{Server, ServerError};

@@ -20,7 +20,7 @@ use pvblk_virtio::queue::Addresses;
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::bell::{Bell, wait_for_store};
-use super::disk::{Disk, Progress, Report, Waits};
+use super::disk::{Allowance, Disk, Progress, Report, Waits};
 use super::guest_queue::GuestQueue;
 use super::lingering::Lingering;
 use super::log::Log;
@@ -317,15 +317,21 @@ impl<D: Disk> Running<'_, D> {
                     }
                 }
             }
-            let more = self.work(engine, BUDGET)? || self.look_again(engine)? || engine.sleep()?;
-            if more && busy < BUSY_ROUNDS {
+            let (more, until) = match engine.store().inner().allowance() {
+                Allowance::Free => {
+                    let more = self.work(engine, BUDGET)?;
+                    (more || self.look_again(engine)? || engine.sleep()?, None)
+                }
+                limited => self.work_within(engine, limited)?,
+            };
+            if more && until.is_none() && busy < BUSY_ROUNDS {
                 busy += 1;
                 continue;
             }
             busy = 0;
             self.report(engine);
-            if !more {
-                self.sleep(engine);
+            if !more || until.is_some() {
+                self.sleep(engine, until);
             }
         }
     }
@@ -341,6 +347,23 @@ impl<D: Disk> Running<'_, D> {
             notify(&self.task.call);
         }
         Ok(round.more)
+    }
+
+    /// Does a round of work within the limits that the store has. Whether the driver wants more, and until
+    /// when nothing is to be done about that.
+    fn work_within<Q: GuestQueue>(
+        &self,
+        engine: &mut Engine<Q, D>,
+        allowance: Allowance,
+    ) -> Result<(bool, Option<Instant>), Violation> {
+        let (budget, until) = match allowance {
+            Allowance::Free => (BUDGET, None),
+            Allowance::Requests(most) => (most.min(BUDGET), None),
+            Allowance::Wait(until) => (0, Some(until)),
+        };
+        let more = self.work(engine, budget)? || engine.sleep()?;
+        engine.store().inner().used(more);
+        Ok((more, until.filter(|_| more && !engine.is_cut_short())))
     }
 
     /// Looks again whether there are requests or completions, before it asks to be notified of them:
@@ -369,9 +392,11 @@ impl<D: Disk> Running<'_, D> {
         Ok(false)
     }
 
-    fn sleep<Q: GuestQueue>(&mut self, engine: &Engine<Q, D>) {
+    fn sleep<Q: GuestQueue>(&mut self, engine: &Engine<Q, D>, until: Option<Instant>) {
         self.sleeps += 1;
         let wakeup = engine.store().inner().wakeup();
+        let deadline = wakeup.deadline.into_iter().chain(until).min();
+        let wakeup = Wakeup { deadline, ..wakeup };
         if self.task.look_again.is_zero() {
             return self.bell.wait(&wakeup);
         }
