@@ -72,6 +72,10 @@ pub struct Disk<P: Platform> {
     config: Config,
     device: Device,
     watch: WatchId,
+    /// The backend's state was not looked at since it changed, or XenStore failed meanwhile.
+    again: bool,
+    /// Whether XenStore has our state.
+    told: bool,
     lender: Lender<P>,
     /// The state that this end is in.
     state: State,
@@ -172,6 +176,8 @@ impl<P: Platform> Disk<P> {
             resetting: state != State::Initialising,
             device,
             watch,
+            again: false,
+            told: true,
             limits: Limits::default(),
             ring_order: 0,
             offers_persistent: false,
@@ -215,7 +221,14 @@ impl<P: Platform> Disk<P> {
     fn go_to(&mut self, state: State) -> Result<(), Error> {
         message!(debug, "{}: {} -> {}", self.device.path, self.state, state);
         self.state = state;
-        xenbus::switch_state(&self.store, &self.device.path, state)?;
+        self.tell()
+    }
+
+    /// Writes our state.
+    fn tell(&mut self) -> Result<(), Error> {
+        self.told = false;
+        xenbus::switch_state(&self.store, &self.device.path, self.state)?;
+        self.told = true;
         Ok(())
     }
 
@@ -401,7 +414,7 @@ impl<P: Platform> Disk<P> {
     /// [`Error::Store`].
     pub fn has_news(&self) -> Result<bool, Error> {
         // The flag is taken by `advance`, so that a look does not lose it.
-        Ok(self.store.poll()?)
+        Ok(self.store.poll()? || self.again || !self.told)
     }
 
     /// Follows the backend: call it when XenStore has events, as often as you like. It never waits
@@ -409,12 +422,22 @@ impl<P: Platform> Disk<P> {
     ///
     /// # Errors
     ///
-    /// [`Error`]. After [`Error::Store`] it may be called again.
+    /// [`Error`]. After [`Error::Store`] it may be called again, and goes on from there.
     pub fn advance(&mut self, queues: &mut impl Queues<P>) -> Result<Change, Error> {
         self.store.poll()?;
-        if !self.store.take(self.watch) {
+        if !self.told {
+            self.tell()?;
+        }
+        self.again |= self.store.take(self.watch);
+        if !self.again {
             return Ok(Change::Nothing);
         }
+        let outcome = self.follow_backend(queues);
+        self.again = matches!(outcome, Err(Error::Store(_)));
+        outcome
+    }
+
+    fn follow_backend(&mut self, queues: &mut impl Queues<P>) -> Result<Change, Error> {
         let backend = self.backend_state()?;
         match (self.state, backend) {
             (State::Connected, State::Connected) => self.refresh(queues),

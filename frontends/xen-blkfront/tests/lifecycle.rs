@@ -3,10 +3,15 @@
 
 mod common;
 
+use std::time::Duration;
+
 use common::*;
 use pvblk::frontend::{IoError, SubmitError, Violation};
+use pvblk_simulated::Faults;
 use pvblk_simulated::blkback::{BackendConfig, CloseAt};
-use xen_blkfront::{Change, Config};
+use pvblk_xen::store::DEFAULT_TIMEOUT;
+use pvblk_xen::xenbus::State;
+use xen_blkfront::{Change, Config, Error};
 
 /// Lets everybody else work, then looks what became of the disk.
 fn advance<'t>(rig: &Rig, disk: &mut TheDisk<'t>, queues: &mut Vec<Queue<'t>>) -> Change {
@@ -211,6 +216,56 @@ fn a_device_whose_nodes_vanish_fails_its_requests() {
         assert_eq!(rig.front_node("state"), None, "the directory is not made anew");
     }
     rig.assert_clean();
+}
+
+#[test]
+fn what_xenstore_did_not_answer_is_asked_again() {
+    let rig = Rig::new(BackendConfig::default());
+    {
+        let store = rig.store();
+        let (mut disk, mut queues) = rig.connect(&store, &Config::default()).unwrap();
+        rig.backend.resize(16384);
+        while !disk.has_news().unwrap() {}
+        rig.front.set_faults(Faults { slow_store_one_in: 1, ..Faults::default() });
+        store.set_timeout(Duration::ZERO);
+        assert!(matches!(disk.advance(&mut queues), Err(Error::Store(_))));
+        rig.front.set_faults(Faults::default());
+        store.set_timeout(DEFAULT_TIMEOUT);
+        assert!(disk.has_news().unwrap(), "it was not looked at to the end");
+        assert!(matches!(disk.advance(&mut queues), Ok(Change::Resized(_))));
+        assert!(!disk.has_news().unwrap());
+        disk.close(&mut queues).unwrap();
+    }
+    rig.assert_clean();
+}
+
+#[test]
+fn a_backend_that_is_gone_is_followed_though_xenstore_fails_at_any_point() {
+    let mut failures = 0;
+    for seed in 0..40 {
+        let rig = Rig::new(BackendConfig::default());
+        {
+            let store = rig.store();
+            let (mut disk, mut queues) = rig.connect(&store, &Config::default()).unwrap();
+            rig.backend.die();
+            rig.backend.come_back(BackendConfig::default());
+            rig.front.set_faults(Faults { seed, slow_store_one_in: 3, ..Faults::default() });
+            store.set_timeout(Duration::ZERO);
+            while disk.state() == State::Connected {
+                failures += u32::from(disk.advance(&mut queues).is_err());
+            }
+            rig.front.set_faults(Faults::default());
+            store.set_timeout(DEFAULT_TIMEOUT);
+            // What was not told then is told now.
+            disk.advance(&mut queues).unwrap();
+            assert_eq!(rig.front_node("state"), Some(disk.state().number().to_string()));
+            while advance(&rig, &mut disk, &mut queues) != Change::Connected {}
+            queues[0].write(0, &pattern(0, 1, seed)).unwrap();
+            disk.close(&mut queues).unwrap();
+        }
+        rig.assert_clean();
+    }
+    assert!(failures > 0);
 }
 
 #[test]
