@@ -48,6 +48,7 @@ pub use faults::{Faults, Random};
 pub use host::{ActorId, Host, Statistics};
 pub use lock::ThreadMutex;
 pub use mapping::{MapError, Mapping};
+pub use memory::Keeper;
 pub use ram::Ram;
 pub use script::{Script, run_corpus, run_random};
 pub use store::{StoreError, StoreWatch};

@@ -1,8 +1,10 @@
 //! Real pages, and the only `unsafe` of this crate.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::any::Any;
 use std::collections::{BTreeMap, VecDeque};
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use pvblk::memory::{Access, PAGE_BYTES, PageAllocator};
@@ -23,7 +25,7 @@ const RESTING_PAGES: usize = 512;
 /// One page of a domain.
 ///
 /// Only [`Pages`] makes them. The memory behind one stays allocated (released pages rest, they are
-/// not given to the system's allocator) until its `Pages` is dropped, together with the host; and
+/// not given to the system's allocator; what was lent has its [`Keeper`]) until its `Pages` is dropped, together with the host; and
 /// whoever keeps a `Page` lives inside the host or holds an `Arc` of it. So it may be dereferenced
 /// at any time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -115,12 +117,41 @@ fn check(offset: usize, length: usize) {
     );
 }
 
+/// Whatever keeps memory valid that is not ours.
+pub type Keeper = Arc<dyn Any + Send + Sync>;
+
+/// Memory that a domain was given, of which pages are handed out in turn.
+struct Area {
+    base: NonNull<u8>,
+    pages: usize,
+    next: usize,
+    keeper: Keeper,
+}
+
+// SAFETY: as for `Allocation`.
+unsafe impl Send for Area {}
+
+impl Area {
+    fn take(&mut self, count: usize) -> Option<Allocation> {
+        let first = self.next;
+        self.next = first.checked_add(count).filter(|end| *end <= self.pages)?;
+        // SAFETY: `first + count <= pages`, so the result points into the area.
+        let base = unsafe { self.base.add(first * PAGE_BYTES) };
+        let allocation =
+            Allocation { base, count, grants: vec![0; count], keeper: Some(self.keeper.clone()) };
+        allocation.fill(0);
+        Some(allocation)
+    }
+}
+
 /// Pages that follow each other, taken by one `allocate_pages`.
 struct Allocation {
     base: NonNull<u8>,
     count: usize,
     /// How many grants name each page.
     grants: Vec<u32>,
+    /// Of memory that is not ours.
+    keeper: Option<Keeper>,
 }
 
 // SAFETY: an owning pointer to plain memory, used under the host's lock only.
@@ -137,7 +168,7 @@ impl Allocation {
         // SAFETY: `count` is not zero (checked by `Pages::allocate`), so the layout is not empty.
         let base = unsafe { alloc_zeroed(layout) };
         let Some(base) = NonNull::new(base) else { handle_alloc_error(layout) };
-        Self { base, count, grants: vec![0; count] }
+        Self { base, count, grants: vec![0; count], keeper: None }
     }
 
     fn page(&self, index: usize) -> Page {
@@ -165,13 +196,17 @@ impl Allocation {
 
 impl Drop for Allocation {
     fn drop(&mut self) {
-        // SAFETY: made by `alloc_zeroed` with the same layout, and freed only here.
-        unsafe { dealloc(self.base.as_ptr(), Self::layout(self.count)) };
+        if self.keeper.is_none() {
+            // SAFETY: made by `alloc_zeroed` with the same layout, and freed only here.
+            unsafe { dealloc(self.base.as_ptr(), Self::layout(self.count)) };
+        }
     }
 }
 
 /// The memory of one domain.
 pub(crate) struct Pages {
+    /// Where new pages come from, if not from the system's allocator.
+    area: Option<Area>,
     live: BTreeMap<usize, Allocation>,
     resting: VecDeque<Allocation>,
     resting_pages: usize,
@@ -185,6 +220,7 @@ pub(crate) struct Pages {
 impl Pages {
     pub(crate) fn new() -> Self {
         Self {
+            area: None,
             live: BTreeMap::new(),
             resting: VecDeque::new(),
             resting_pages: 0,
@@ -210,7 +246,10 @@ impl Pages {
                 rested.fill(0);
                 rested
             }
-            None => Allocation::new(count),
+            None => match &mut self.area {
+                Some(area) => area.take(count)?,
+                None => Allocation::new(count),
+            },
         };
         let base = allocation.base;
         self.live.insert(base.as_ptr().addr(), allocation);
@@ -245,6 +284,13 @@ impl Pages {
     pub(crate) fn bury(&mut self) {
         self.buried.extend(std::mem::take(&mut self.live).into_values());
         self.used = 0;
+    }
+
+    /// Takes new pages from another place. Those that rest are not handed out again.
+    fn set_area(&mut self, area: Area) {
+        self.buried.extend(self.resting.drain(..));
+        self.resting_pages = 0;
+        self.area = Some(area);
     }
 
     /// Checks that no released page was written to.
@@ -282,9 +328,25 @@ impl Pages {
     }
 }
 
+impl Domain {
+    /// Has new pages handed out of this memory, from its beginning, so that it can be memory which
+    /// another process maps, too. The kernel that follows one that was [killed](crate::Host::kill_program)
+    /// has the same pages again if it is given the same memory.
+    ///
+    /// # Safety
+    ///
+    /// `base` is aligned to a page, and `pages` pages from there are valid as long as `keeper` lives.
+    /// They are used as shared memory by everyone, and no live program of this host has pages of them.
+    pub unsafe fn set_memory(&self, base: NonNull<u8>, pages: usize, keeper: Keeper) {
+        assert!(base.addr().get().is_multiple_of(PAGE_BYTES), "memory begins with a page");
+        let area = Area { base, pages, next: 0, keeper };
+        self.if_alive((), |state| state.domain(self.id).pages.set_area(area));
+    }
+}
+
 // SAFETY: `Pages::allocate` hands out allocations that are page-aligned by their layout, zeroed,
-// and taken from the resting list or from the system's allocator, so nobody else uses them. They
-// stay valid until the host goes, and a `Domain` keeps its host alive.
+// and taken from the resting list, the system's allocator or memory that was given for that, so nobody
+// else uses them. They stay valid until the host goes, and a `Domain` keeps its host alive.
 unsafe impl PageAllocator for Domain {
     fn allocate_pages(&self, count: usize) -> Option<NonNull<u8>> {
         self.if_alive(None, |state| {
@@ -395,6 +457,26 @@ mod tests {
         unsafe { domain.release_pages(base, 1) };
         Page(base).write(17, &[1]);
         domain.check_released_pages();
+    }
+
+    #[test]
+    fn the_next_kernel_has_the_same_pages_again() {
+        let host = Host::new(1);
+        let memory: Arc<Vec<u64>> = Arc::new(vec![0; 4 * PAGE_BYTES / 8]);
+        let start = memory.as_ptr().cast::<u8>().cast_mut();
+        let base = NonNull::new(start.wrapping_add(start.align_offset(PAGE_BYTES))).unwrap();
+        let kernel = || {
+            let domain = host.domain(DomainId(1));
+            // SAFETY: three pages of the vector, whose bytes nobody looks at.
+            unsafe { domain.set_memory(base, 3, memory.clone()) };
+            let pages = [1, 2].map(|count| domain.allocate_pages(count).unwrap());
+            assert_eq!(pages[0], base);
+            assert!(domain.allocate_pages(1).is_none());
+            pages
+        };
+        let first = kernel();
+        host.kill_program(DomainId(1));
+        assert_eq!(kernel(), first);
     }
 
     #[test]
