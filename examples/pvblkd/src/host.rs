@@ -42,6 +42,13 @@ pub trait Host: Clone + Send + Sync + 'static {
     /// What a thread that serves a queue has.
     type Worker: WorkerPlatform;
 
+    /// A connection to XenStore, and what goes with it.
+    ///
+    /// # Errors
+    ///
+    /// What is missing, and what to do about it.
+    fn control(&self) -> Result<Self::Control>;
+
     /// A platform for the thread that calls this, which serves a queue.
     ///
     /// # Errors
@@ -57,6 +64,10 @@ pub struct Xen;
 impl Host for Xen {
     type Control = Control;
     type Worker = Worker;
+
+    fn control(&self) -> Result<Control> {
+        Ok(Control::open()?)
+    }
 
     fn worker(&self) -> Result<Worker> {
         Ok(Worker::open()?)

@@ -4,11 +4,12 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use pvblkd::cli::{Cli, Command};
+use pvblkd::host::Xen;
 use pvblkd::{commands, serve};
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
-        Command::Serve(options) => serve::serve(options),
+        Command::Serve(options) => serve::serve(options, Xen),
         Command::Check(options) => commands::check(&options),
         Command::Attach(options) => commands::attach(&options),
         Command::Detach(options) => commands::detach(&options),

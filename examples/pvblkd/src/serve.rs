@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::thread;
 
 use anyhow::{Context, Result, bail};
-use pvblk_linux::{Control, Worker};
 use pvblk_xen::store::Store;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -14,7 +13,7 @@ use signal_hook::iterator::Signals;
 use crate::cli::{RUNTIME, Serve};
 use crate::config::{Config, ServeVbd};
 use crate::daemon::{Common, Daemon, Message};
-use crate::host::Xen;
+use crate::host::Host;
 use crate::http::{Address, Listener};
 use crate::mail::Mailbox;
 use crate::metrics;
@@ -27,20 +26,20 @@ use crate::toolstack;
 /// What xen-blkback's driver is called where it is loaded.
 const BLKBACK: &str = "/sys/bus/xen-backend/drivers/vbd";
 
-/// Serves disks until a signal.
+/// Serves disks until a signal, on the machine that `host` is.
 ///
 /// # Errors
 ///
 /// If the daemon cannot begin. Once it has, nothing is an error that ends it.
-pub fn serve(options: Serve) -> Result<()> {
+pub fn serve<H: Host>(options: Serve, host: H) -> Result<()> {
     let config = configuration(&options)?;
     crate::logging::start(config.log.unwrap_or_default(), config.level());
     let classes = classes(config.vbd.unwrap_or_default(), Path::new(BLKBACK).exists())?;
 
     // What takes privileges. A worker's devices are opened to see that they can be, now and not
     // when the first disk comes.
-    drop(Worker::open()?);
-    let control = Control::open()?;
+    drop(host.worker()?);
+    let control = host.control()?;
     raise_file_limit();
     let folder = config.runtime.clone().unwrap_or_else(|| RUNTIME.into());
     let user = config.user.as_deref().map(User::find).transpose()?;
@@ -60,12 +59,12 @@ pub fn serve(options: Serve) -> Result<()> {
         sandbox::drop_privileges(user.as_ref())?;
         sandbox::filter_system_calls()?;
         // Again, as what it is now.
-        drop(Worker::open().context("without privileges (its owner or --user must be allowed)")?);
+        drop(host.worker().context("without privileges (its owner or --user must be allowed)")?);
     }
 
     let mailbox = Mailbox::new()?;
     let store = Store::new(&control);
-    let common = Common::new(Xen, config, runtime.clone(), mailbox.clone(), processors);
+    let common = Common::new(host, config, runtime.clone(), mailbox.clone(), processors);
     let registry = common.registry.clone();
     let mut daemon = Daemon::new(Arc::new(common), &store, &control, &classes)?;
 

@@ -227,6 +227,10 @@ impl Host for Simulated {
     type Control = Connection;
     type Worker = Platform;
 
+    fn control(&self) -> Result<Connection> {
+        Ok(Connection::new(self.0.domain(self.1)))
+    }
+
     fn worker(&self) -> Result<Platform> {
         Ok(Platform(self.0.domain(self.1)))
     }
@@ -287,10 +291,10 @@ impl Running {
         let mailbox = Mailbox::new().unwrap();
         let runtime = Runtime::open(folder).unwrap();
         let simulated = Simulated(host.clone(), domain);
+        let control = simulated.control().unwrap();
         let mut common = Common::new(simulated, config, runtime, mailbox.clone(), Vec::new());
         common.patience = patience.unwrap_or(common.patience);
         let registry = common.registry.clone();
-        let control = Connection::new(host.domain(domain));
         let thread = thread::spawn(move || {
             let store = Store::new(&control);
             let daemon = Daemon::<Simulated>::new(Arc::new(common), &store, &control, classes);
