@@ -2,6 +2,8 @@
 #![allow(missing_docs)]
 
 mod common;
+#[path = "../../../backends/stores/tests/common/nbd_server.rs"]
+mod nbd_server;
 
 use std::fs;
 use std::path::Path;
@@ -415,6 +417,42 @@ fn a_ring_without_its_journal_is_refused_with_words() {
     host.store_write(&path, "4");
     daemon.wait("connected", |disk| disk.connection.is_some());
     detach(&host, &place(XVDB), true).unwrap();
+    daemon.stop();
+}
+
+/// An NBD server has a connection for each queue that the guest has, whatever is configured since.
+#[test]
+fn a_guest_keeps_its_queues_until_it_connects_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let script = nbd_server::Script::default();
+    let flags = script.flags | nbd_server::MULTIPLE;
+    let server = nbd_server::Server::new(1 << 20, nbd_server::Script { flags, ..script });
+    let config = |queues| {
+        let (queues, nbd_settle) = (Some(queues), Some(0));
+        let defaults = DiskOptions { queues, nbd_settle, ..DiskOptions::default() };
+        Config { defaults, ..Config::default() }
+    };
+    let host = host();
+    let daemon = Running::start_with(&host, folder.path(), config(2));
+    attach(&host, &disk(&server.url())).unwrap();
+    let domain = host.domain(GUEST);
+    let store = Store::new(&domain);
+    let mut wanted = FrontConfig::default();
+    wanted.queues = 2;
+    let (mut front, mut queues) = Disk::connect(&store, &domain, XVDB.0, &wanted).unwrap();
+    assert_eq!(queues.len(), 2);
+    daemon.kill();
+    let daemon = Running::start_with(&host, folder.path(), config(1));
+    for queue in &mut queues {
+        let mut bytes = [1; 512];
+        queue.read(8, &mut bytes).unwrap();
+        assert_eq!(bytes, [0; 512]);
+    }
+    front.close(&mut queues).unwrap();
+    drop((front, queues));
+    let (mut front, mut queues) = Disk::connect(&store, &domain, XVDB.0, &wanted).unwrap();
+    assert_eq!(queues.len(), 1);
+    front.close(&mut queues).unwrap();
     daemon.stop();
 }
 

@@ -444,6 +444,12 @@ impl<P: StoreTransport + Clock> Vbd<P> {
         self.promise.as_ref()
     }
 
+    /// The most queues that its frontend may have: what was offered, if it has rings, by the backend of
+    /// that time.
+    pub fn max_queues(&self) -> u32 {
+        self.limits.queues
+    }
+
     /// The disk, as its frontend sees it: with what the toolstack forbids taken away.
     pub fn disk(&self) -> Option<Disk> {
         self.disk.map(|disk| self.as_seen(disk))

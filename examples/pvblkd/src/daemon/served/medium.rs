@@ -136,6 +136,12 @@ impl<H: Host> Served<'_, H> {
             promised: false,
         };
         self.medium.is_bent = false;
+        // A server has to allow the connections of all queues that the guest may have by now.
+        if matches!(source, Source::Nbd(_)) && opening.options.queues < Some(self.vbd.max_queues())
+        {
+            opening.options.queues = Some(self.vbd.max_queues());
+            self.medium.is_bent = true;
+        }
         if let Some(promise) = self.vbd.promise() {
             let configured = opening.clone();
             opening.promised = true;
@@ -146,7 +152,7 @@ impl<H: Host> Served<'_, H> {
                 opening.options.sector = Some(promise.logical_bytes);
             }
             let sector = configured.options.sector.unwrap_or(SECTOR_BYTES);
-            self.medium.is_bent = opening.read_only != configured.read_only
+            self.medium.is_bent |= opening.read_only != configured.read_only
                 || opening.options.sector.is_some_and(|told| told != sector);
         }
         let (common, disk) = (self.common.clone(), self.id);
