@@ -22,7 +22,7 @@ struct Options {
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    match serve::serve(&options.serve, ApartHost::new(options.host)) {
+    match serve::serve(options.serve, ApartHost::new(options.host)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("pvblkd-apart: {error:#}");

@@ -52,7 +52,7 @@ fn a_disk_is_attached_when_the_guest_has_it() {
         daemon.wait("open", |disk| disk.state == "InitWait" && disk.sectors == 2048);
         assert!(!waits.is_finished(), "the guest has not come");
         let (end, ended) = mpsc::channel::<()>();
-        let stay = move || drop(ended.recv());
+        let stay = move || assert!(ended.recv().is_err());
         scope.spawn(|| connect(&host, stay));
         assert_eq!(waits.join().unwrap(), None);
         drop(end);
