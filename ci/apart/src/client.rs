@@ -88,7 +88,7 @@ impl Worker {
 
     fn ask<T: serde::de::DeserializeOwned>(&self, request: &Request) -> T {
         self.tell(request);
-        let answer = protocol::receive(&mut *self.answers.borrow_mut());
+        let answer = protocol::receive(&mut self.answers.borrow_mut());
         answer.expect("the host answers").expect("the host lives")
     }
 

@@ -47,9 +47,9 @@ impl GuestFile {
     /// # Panics
     ///
     /// If the kernel before still has some of it.
-    pub fn kexec(self) -> Self {
+    pub fn kexec(&mut self) {
         assert_eq!(Arc::strong_count(&self.next), 1, "a queue of the old kernel is still there");
-        Self { next: Arc::default(), ..self }
+        self.next = Arc::default();
     }
 
     /// The same memory for data: its pages are not cleared. After a kexec the host may still be at work on

@@ -1,23 +1,18 @@
-//! The guest: a load on its queues, judged by a history.
+//! A load on a guest's queues, judged by a history.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use pvblk::buffer::Pool;
 use pvblk::frontend::{Completion, Request};
 use pvblk::table::Tag;
 use pvblk_history::{Answer, Death, Operation, Range, Recorder, Rules, Version, Writer, tag};
-use pvblk_monitor::{GuestBuffer, GuestFile, Queue, QueueOptions};
 use pvblk_simulated::Random;
-use pvblk_virtio::queue::DriverQueue;
-use std::sync::Arc;
 
+use crate::guest::{Guest, Memory};
 use crate::process::PATIENCE;
 
 /// Requests in flight on each queue.
-const DEPTH: usize = 12;
-/// The longest request, in bytes.
-const LONGEST: u32 = 32 << 10;
+pub const DEPTH: usize = 12;
 /// Writes whose fate is open that a sector may have.
 const OPEN_WRITES: usize = 3;
 
@@ -28,28 +23,17 @@ pub type Watch<'a> = &'a mut dyn FnMut(&mut Recorder) -> Result<()>;
 const GUEST: Writer = 0;
 
 struct Flying {
+    lane: usize,
     tag: Tag,
     id: Version,
     operation: Operation,
 }
 
-struct Lane<D: DriverQueue<Share = GuestFile>> {
-    queue: Queue<D, GuestBuffer>,
-    pool: Arc<Pool<GuestFile>>,
-    flying: Vec<Flying>,
-}
-
-/// What a guest is like.
+/// What a load is like.
 #[derive(Clone, Copy, Debug)]
 pub struct ClientOptions {
-    /// Its queues.
-    pub queues: u16,
-    /// What each is like.
-    pub queue: QueueOptions,
     /// The logical sector in bytes.
     pub sector_bytes: u32,
-    /// Whether data begins where no sector does.
-    pub misaligned: bool,
     /// Decides the load, and marks this guest's data.
     pub seed: u64,
     /// Whether requests may fail.
@@ -60,71 +44,45 @@ pub struct ClientOptions {
     pub rules: Rules,
 }
 
-/// A guest with its disk.
-pub struct Client<D: DriverQueue<Share = GuestFile>> {
+/// A guest and what it is busy with.
+pub struct Client<G> {
     options: ClientOptions,
     /// Decides the load. What is in flight when depends on time, so this stream is the load's own.
     random: Random,
-    ram: GuestFile,
-    lanes: Vec<Lane<D>>,
+    /// The guest.
+    pub guest: G,
+    flying: Vec<Flying>,
     /// What was done so far.
     pub history: Recorder,
 }
 
-/// Pages of the guest's memory.
-const PAGES: usize = 2048;
-
-impl<D: DriverQueue<Share = GuestFile>> Client<D> {
-    /// A guest that has just started.
-    pub fn new(options: ClientOptions) -> Result<Self> {
-        let ram = GuestFile::new(PAGES)?;
-        let lanes = Self::lanes(&ram, &options)?;
+impl<G: Guest> Client<G> {
+    /// A guest that has done nothing so far.
+    pub fn new(options: ClientOptions, guest: G) -> Self {
         let (random, history) = (Random::new(options.seed), Recorder::new(options.rules));
-        Ok(Self { options, random, ram, lanes, history })
+        Self { options, random, guest, flying: Vec::new(), history }
     }
 
-    fn lanes(ram: &GuestFile, options: &ClientOptions) -> Result<Vec<Lane<D>>> {
-        let lane = |_| {
-            let queue = Queue::new(ram, &options.queue)?;
-            let pool = Pool::new(ram.for_data(), DEPTH as u32, LONGEST as usize + 4096)?;
-            Ok(Lane { queue, pool, flying: Vec::new() })
-        };
-        (0..options.queues).map(lane).collect()
-    }
-
-    /// The guest's memory.
-    pub fn ram(&self) -> &GuestFile {
-        &self.ram
-    }
-
-    /// Its queues.
-    pub fn queues(&self) -> impl Iterator<Item = &Queue<D, GuestBuffer>> {
-        self.lanes.iter().map(|lane| &lane.queue)
-    }
-
-    /// A new kernel in the same memory: its queues are new ones.
-    pub fn kexec(self) -> Result<Self> {
-        let Self { options, random, ram, lanes, mut history } = self;
-        drop(lanes);
-        history.died(Death::GuestRing);
-        let ram = ram.kexec();
-        let lanes = Self::lanes(&ram, &options)?;
-        Ok(Self { options, random, ram, lanes, history })
+    /// A new kernel in the same memory.
+    pub fn kexec(&mut self) -> Result<()> {
+        self.flying.clear();
+        self.history.died(Death::GuestRing);
+        self.guest.kexec()
     }
 
     /// Submits random requests until so many are in flight.
     pub fn submit(&mut self) -> Result<()> {
-        for number in 0..self.lanes.len() {
+        for lane in 0..self.guest.lanes() {
             for _ in 0..DEPTH / 2 {
-                if self.lanes[number].flying.len() >= DEPTH {
+                if self.flying.iter().filter(|flying| flying.lane == lane).count() >= DEPTH {
                     break;
                 }
                 let operation = self.choose();
                 if self.is_free(operation) {
-                    self.start(number, operation)?;
+                    self.start(lane, operation)?;
                 }
             }
-            self.lanes[number].queue.commit()?;
+            self.guest.commit(lane)?;
         }
         Ok(())
     }
@@ -132,7 +90,7 @@ impl<D: DriverQueue<Share = GuestFile>> Client<D> {
     fn choose(&mut self) -> Operation {
         let random = &mut self.random;
         let sectors = self.options.rules.sectors;
-        let longest = u64::from(LONGEST / self.options.sector_bytes);
+        let longest = u64::from(G::LONGEST / self.options.sector_bytes);
         let most = if random.one_in(4) { longest } else { 8.min(longest) };
         let count = 1 + random.below(most);
         // Half of them meet in a few pages.
@@ -152,8 +110,7 @@ impl<D: DriverQueue<Share = GuestFile>> Client<D> {
     fn is_free(&self, operation: Operation) -> bool {
         let Some(range) = range(operation) else { return true };
         let is_read = matches!(operation, Operation::Read(_));
-        let mut flying = self.lanes.iter().flat_map(|lane| &lane.flying);
-        let meets = flying.any(|other| {
+        let meets = self.flying.iter().any(|other| {
             let both_read = is_read && matches!(other.operation, Operation::Read(_));
             let other = self::range(other.operation);
             !both_read && other.is_some_and(|other| overlap(range, other))
@@ -161,15 +118,10 @@ impl<D: DriverQueue<Share = GuestFile>> Client<D> {
         !meets && (is_read || self.history.checker().open_writes(range) < OPEN_WRITES)
     }
 
-    fn start(&mut self, number: usize, operation: Operation) -> Result<()> {
+    fn start(&mut self, lane: usize, operation: Operation) -> Result<()> {
         let random = &mut self.random;
         let unit = self.options.sector_bytes;
-        let offset = match self.options.misaligned && random.one_in(2) {
-            true => 8 * (1 + random.below(500) as u32),
-            false => 0,
-        };
-        let lane = &mut self.lanes[number];
-        let Some(mut buffer) = GuestBuffer::take(&lane.pool, offset) else { return Ok(()) };
+        let Some(mut buffer) = self.guest.take(lane, random)? else { return Ok(()) };
         let id = self.history.submit(GUEST, operation)?;
         let scale = u64::from(unit / 512);
         let request = match operation {
@@ -179,7 +131,7 @@ impl<D: DriverQueue<Share = GuestFile>> Client<D> {
             }
             Operation::Write(Range { first, count }) => {
                 let mut bytes = vec![0; (count * unit) as usize];
-                let writer = number as Writer;
+                let writer = lane as Writer;
                 tag::fill(self.options.seed as u32, writer, id, first, unit as usize, &mut bytes);
                 buffer.write(&bytes);
                 let (sector, sectors) = (first * scale, count * scale as u32);
@@ -195,14 +147,14 @@ impl<D: DriverQueue<Share = GuestFile>> Client<D> {
             }
             Operation::Flush => Request::Flush,
         };
-        match lane.queue.front.submit(request) {
-            Ok(tag) => lane.flying.push(Flying { tag, id, operation }),
+        match self.guest.submit(lane, request) {
+            Ok(tag) => self.flying.push(Flying { lane, tag, id, operation }),
             // It never was on the ring.
-            Err(rejected) => {
+            Err(error) => {
                 let is_optional =
                     matches!(operation, Operation::Discard(_) | Operation::WriteZeroes(_));
                 if !is_optional {
-                    bail!("{operation:?} is not taken: {}", rejected.error);
+                    bail!("{operation:?} is not taken: {error}");
                 }
                 self.history.answer(id, Answer::Failed)?;
             }
@@ -213,21 +165,21 @@ impl<D: DriverQueue<Share = GuestFile>> Client<D> {
     /// Takes what is answered, and says how much.
     pub fn poll(&mut self) -> Result<usize> {
         let mut count = 0;
-        for number in 0..self.lanes.len() {
-            while let Some(done) = self.lanes[number].queue.poll().context("the device lies")? {
-                self.judge(number, done)?;
+        for lane in 0..self.guest.lanes() {
+            while let Some(done) = self.guest.poll(lane)? {
+                self.judge(lane, done)?;
                 count += 1;
             }
         }
         Ok(count)
     }
 
-    fn judge(&mut self, number: usize, done: Completion<GuestBuffer>) -> Result<()> {
-        let flying = &mut self.lanes[number].flying;
-        let at = flying.iter().position(|flying| flying.tag == done.tag);
-        let Flying { id, operation, .. } = flying.swap_remove(at.context("an unknown answer")?);
+    fn judge(&mut self, lane: usize, done: Completion<G::Buffer>) -> Result<()> {
+        let is_it = |flying: &Flying| flying.lane == lane && flying.tag == done.tag;
+        let at = self.flying.iter().position(is_it).context("an unknown answer")?;
+        let Flying { id, operation, .. } = self.flying.swap_remove(at);
         let answer = match (done.result, operation, done.buffer) {
-            (Ok(()), Operation::Read(range), Some(buffer)) => {
+            (Ok(()), Operation::Read(range), Some(mut buffer)) => {
                 let unit = self.options.sector_bytes as usize;
                 let mut bytes = vec![0; range.count as usize * unit];
                 buffer.read(&mut bytes);
@@ -254,7 +206,7 @@ impl<D: DriverQueue<Share = GuestFile>> Client<D> {
 
     /// Requests in flight.
     pub fn in_flight(&self) -> usize {
-        self.lanes.iter().map(|lane| lane.flying.len()).sum()
+        self.flying.len()
     }
 
     /// Keeps the disk busy until so many requests were answered.
@@ -288,27 +240,25 @@ impl<D: DriverQueue<Share = GuestFile>> Client<D> {
         if last.elapsed() > PATIENCE {
             bail!("{} requests are not answered within {PATIENCE:?}", self.in_flight());
         }
-        for lane in &mut self.lanes {
-            lane.queue.enable_notifications().context("the device lies")?;
-        }
+        self.guest.idle()?;
         std::thread::sleep(Duration::from_micros(100));
         Ok(())
     }
 
     /// Flushes, and reads everything.
     pub fn read_all(&mut self, watch: Watch<'_>) -> Result<()> {
-        for number in 0..self.lanes.len() {
-            self.start(number, Operation::Flush)?;
-            self.lanes[number].queue.commit()?;
+        for lane in 0..self.guest.lanes() {
+            self.start(lane, Operation::Flush)?;
+            self.guest.commit(lane)?;
         }
         self.drain(watch)?;
-        let longest = u64::from(LONGEST / self.options.sector_bytes);
+        let longest = u64::from(G::LONGEST / self.options.sector_bytes);
         let sectors = self.options.rules.sectors;
         for first in (0..sectors).step_by(longest as usize) {
             let count = longest.min(sectors - first) as u32;
-            let number = self.random.index(self.lanes.len());
-            self.start(number, Operation::Read(Range { first, count }))?;
-            self.lanes[number].queue.commit()?;
+            let lane = self.random.index(self.guest.lanes());
+            self.start(lane, Operation::Read(Range { first, count }))?;
+            self.guest.commit(lane)?;
             self.drain(watch)?;
         }
         Ok(())

@@ -1,5 +1,6 @@
 //! What a run leaves that was killed: processes, loop devices, file systems, control groups.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -20,14 +21,14 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// A folder that one run has at a time.
 pub struct Workshop {
     folder: PathBuf,
-    /// The daemon's name.
-    daemon: String,
+    /// The daemons' names.
+    daemons: Vec<OsString>,
     _lock: File,
 }
 
 impl Workshop {
     /// Takes the folder, and away what an earlier run has left there.
-    pub fn open(folder: &Path, daemon: &Path) -> Result<Self> {
+    pub fn open(folder: &Path, daemons: &[&Path]) -> Result<Self> {
         let place = "there is no place for the seeds";
         fs::create_dir_all(folder).context(place)?;
         let folder = folder.canonicalize().context(place)?;
@@ -35,9 +36,10 @@ impl Workshop {
         if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
             bail!("another run is at work in {}", folder.display());
         }
-        let daemon = daemon.file_name().context("the daemon is no file")?;
-        let daemon = daemon.to_string_lossy().into_owned();
-        let workshop = Self { folder, daemon, _lock: lock };
+        let name = |daemon: &&Path| daemon.file_name().map(OsString::from);
+        let daemons = daemons.iter().map(name).collect::<Option<_>>();
+        let daemons = daemons.context("a daemon is no file")?;
+        let workshop = Self { folder, daemons, _lock: lock };
         workshop.clear();
         Ok(workshop)
     }
@@ -105,8 +107,9 @@ impl Workshop {
     fn is_ours(&self, line: &str) -> bool {
         let mut words = line.split('\0');
         let program = words.next().and_then(|word| Path::new(word).file_name());
-        let is_known = program.and_then(|name| name.to_str()).is_some_and(|name| {
-            name == self.daemon || SERVERS.contains(&name) || name == "losetup"
+        let is_known = program.is_some_and(|name| {
+            let others = || SERVERS.into_iter().chain(["losetup"]);
+            self.daemons.iter().any(|daemon| daemon == name) || others().any(|other| other == name)
         });
         let below = format!("{}/", self.folder.display());
         is_known && words.any(|word| word.contains(&below))
@@ -143,8 +146,8 @@ mod tests {
     #[test]
     fn only_what_works_in_the_folder_is_ended() {
         let folder = std::env::temp_dir().join(format!("pvblk-workshop-{}", std::process::id()));
-        let workshop = Workshop::open(&folder, Path::new("/somewhere/blkd")).unwrap();
-        assert!(Workshop::open(&folder, Path::new("/somewhere/blkd")).is_err());
+        let workshop = Workshop::open(&folder, &[Path::new("/somewhere/blkd")]).unwrap();
+        assert!(Workshop::open(&folder, &[Path::new("/somewhere/blkd")]).is_err());
         let place = workshop.folder().display().to_string();
         for (line, is_ours) in [
             (format!("/else/blkd\0--socket\0{place}/7/socket\0"), true),
@@ -180,7 +183,7 @@ mod tests {
         fs::copy("/bin/sh", &program).unwrap();
         let mut command = Command::new(&program);
         let mut child = command.arg(&script).stdin(std::process::Stdio::piped()).spawn().unwrap();
-        let workshop = Workshop::open(&folder, &program).unwrap();
+        let workshop = Workshop::open(&folder, &[&program]).unwrap();
         // `wait` would end its input.
         let status = loop {
             if let Some(status) = child.try_wait().unwrap() {

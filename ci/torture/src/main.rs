@@ -1,12 +1,15 @@
 //! Kills daemons, servers and rings under load, and judges what is read afterwards.
 //!
-//! `cargo xtask torture` builds the daemon and runs this.
+//! `cargo xtask torture` builds the daemons and runs this.
 
+mod blkif;
 mod client;
+mod guest;
 mod leftovers;
 mod medium;
 mod plan;
 mod process;
+mod session;
 mod virtio;
 
 use std::collections::BTreeMap;
@@ -23,7 +26,7 @@ use pvblk_history::log;
 
 use crate::leftovers::Workshop;
 use crate::medium::Missing;
-use crate::plan::{MEDIA, Medium, Plan};
+use crate::plan::{MEDIA, Medium, Plan, Wire};
 
 /// Failures that are known and not mended yet: the medium's name, or its beginning; words of the
 /// failure; what is wrong. They are run, and counted apart. Empty when everything is mended.
@@ -51,7 +54,10 @@ const UNANSWERED: &str = "a flush failed in a daemon that was killed before it a
 struct Options {
     /// The `vhost-user-blkd` to kill
     #[arg(long, value_name = "PATH")]
-    daemon: PathBuf,
+    vhost_user_blkd: PathBuf,
+    /// The `pvblkd-apart` to kill
+    #[arg(long, value_name = "PATH")]
+    pvblkd: PathBuf,
     /// Where a folder is made for each seed; those of failed ones stay
     #[arg(long, value_name = "PATH")]
     folder: PathBuf,
@@ -70,6 +76,9 @@ struct Options {
     /// Only this medium
     #[arg(long, value_name = "NAME", value_parser = medium)]
     medium: Option<Medium>,
+    /// Only this wire
+    #[arg(long, value_name = "NAME")]
+    wire: Option<Wire>,
 }
 
 fn medium(name: &str) -> Result<Medium, String> {
@@ -103,7 +112,8 @@ fn main() -> ExitCode {
 }
 
 fn torture(options: &Options) -> Result<bool> {
-    let workshop = Arc::new(Workshop::open(&options.folder, &options.daemon)?);
+    let workshop =
+        Arc::new(Workshop::open(&options.folder, &[&options.vhost_user_blkd, &options.pvblkd])?);
     workshop.clear_on_signals()?;
     let root = workshop.folder();
     let start = Instant::now();
@@ -151,9 +161,13 @@ fn torture(options: &Options) -> Result<bool> {
 }
 
 fn one(options: &Options, root: &Path, seed: u64, tally: &Mutex<Tally>) {
-    let plan = Plan::new(seed, options.medium);
+    let plan = Plan::new(seed, options.medium, options.wire);
+    let program = match plan.wire {
+        Wire::Split | Wire::Packed => &options.vhost_user_blkd,
+        Wire::Blkif => &options.pvblkd,
+    };
     let folder = root.join(seed.to_string());
-    let outcome = prepare(&folder).and_then(|()| virtio::play(&plan, &options.daemon, &folder));
+    let outcome = prepare(&folder).and_then(|()| session::play(&plan, program, &folder));
     let mut log = Vec::new();
     let result = match outcome {
         Ok(outcome) => {

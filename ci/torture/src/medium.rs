@@ -7,6 +7,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use pvblk_simulated::Random;
 
 use crate::plan::{Durability, Medium, Plan, Program};
 use crate::process::{End, PATIENCE, Process, run};
@@ -26,6 +27,16 @@ pub const SERVERS: [&str; 2] = ["qemu-nbd", "nbdkit"];
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Missing(pub String);
+
+/// What a disk is served from.
+pub enum Source {
+    /// Memory of the disk's size.
+    Memory,
+    /// A file or a device.
+    File(String),
+    /// A server.
+    Nbd(String),
+}
 
 /// A medium, as long as it is used.
 pub struct Place {
@@ -111,29 +122,41 @@ impl Place {
             .map_err(|error| missing(&format!("{limit} cannot be written"))(error.into()))
     }
 
-    /// What the daemon is told to serve.
-    pub fn arguments(&self, plan: &Plan) -> Vec<String> {
+    /// What the daemon is to serve.
+    pub fn source(&self) -> Source {
         match self.medium {
-            Medium::Memory => vec!["--memory".into(), plan.bytes().to_string()],
-            Medium::File | Medium::Throttled => {
-                vec!["--file".into(), self.image.display().to_string()]
-            }
-            Medium::Block | Medium::Full => {
-                vec!["--file".into(), self.device.clone().unwrap_or_default()]
-            }
-            Medium::Nbd(_, durability) => {
-                let durability = match durability {
-                    Durability::Reported => "reported",
-                    Durability::WriteThrough => "write-through",
-                    Durability::Trusted => "trusted",
-                };
-                let url = format!("nbd+unix:///disk?socket={}", self.socket().display());
-                let settle = SETTLE.as_secs().to_string();
-                let options =
-                    ["--nbd", &url, "--nbd-durability", durability, "--nbd-settle", &settle];
-                options.map(String::from).to_vec()
+            Medium::Memory => Source::Memory,
+            Medium::File | Medium::Throttled => Source::File(self.image.display().to_string()),
+            Medium::Block | Medium::Full => Source::File(self.device.clone().unwrap_or_default()),
+            Medium::Nbd(..) => {
+                Source::Nbd(format!("nbd+unix:///disk?socket={}", self.socket().display()))
             }
         }
+    }
+
+    /// How the daemon is to serve it: options that both daemons have.
+    pub fn arguments(&self, random: &mut Random) -> Vec<String> {
+        let mut arguments = Vec::new();
+        if let Medium::Nbd(_, durability) = self.medium {
+            let durability = match durability {
+                Durability::Reported => "reported",
+                Durability::WriteThrough => "write-through",
+                Durability::Trusted => "trusted",
+            };
+            let settle = SETTLE.as_secs().to_string();
+            arguments = ["--nbd-durability", durability, "--nbd-settle", &settle]
+                .map(String::from)
+                .to_vec();
+        }
+        let is_file = matches!(self.medium, Medium::File | Medium::Throttled | Medium::Block);
+        let (buffered, synchronous) = (random.one_in(3), random.one_in(3));
+        if is_file && buffered || self.medium == Medium::Full {
+            arguments.push("--buffered".into());
+        }
+        if (is_file || self.medium == Medium::Full) && synchronous {
+            arguments.push("--synchronous".into());
+        }
+        arguments
     }
 
     /// Puts a process that serves this medium where it belongs.

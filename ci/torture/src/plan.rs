@@ -3,12 +3,14 @@
 use pvblk_simulated::Random;
 
 /// How requests travel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Wire {
-    /// VirtIO's split queues.
+    /// VirtIO's split queues
     Split,
-    /// VirtIO's packed queues.
+    /// VirtIO's packed queues
     Packed,
+    /// Xen's rings
+    Blkif,
 }
 
 /// A program that serves NBD.
@@ -87,17 +89,23 @@ pub struct Plan {
     pub sector_bytes: u32,
     /// The size in logical sectors. It is small, so that requests meet.
     pub sectors: u64,
-    /// Whether data is at addresses that are no multiple of the sector.
+    /// Whether data is at addresses that are no multiple of the sector; with blkif, of the page.
     pub misaligned: bool,
+    /// Whether memory has a name, where it can have one.
+    pub named: bool,
     /// Lives of the daemon.
     pub lives: u32,
 }
 
 impl Plan {
-    /// What this seed stands for; with a medium that is asked for, if one is.
-    pub fn new(seed: u64, only: Option<Medium>) -> Self {
+    /// What this seed stands for; with a medium and a wire that are asked for, if they are.
+    pub fn new(seed: u64, only: Option<Medium>, wire: Option<Wire>) -> Self {
+        // Of its own, so that a seed is otherwise what it was before there was blkif.
+        let mut of_blkif = Random::new(seed ^ 0x62_6c6b_6966);
+        let (is_blkif, named) = (of_blkif.one_in(2), of_blkif.one_in(2));
         let mut random = Random::new(seed);
-        let wire = if random.one_in(2) { Wire::Split } else { Wire::Packed };
+        let virtio = if random.one_in(2) { Wire::Split } else { Wire::Packed };
+        let wire = wire.unwrap_or(if is_blkif { Wire::Blkif } else { virtio });
         let queues = 1 + random.below(2) as u16;
         let medium = MEDIA[weighted(&mut random)].0;
         let medium = only.unwrap_or(medium);
@@ -110,7 +118,7 @@ impl Plan {
             Medium::Full => 3,
             _ => 8,
         };
-        Self { seed, wire, queues, medium, sector_bytes, sectors, misaligned, lives }
+        Self { seed, wire, queues, medium, sector_bytes, sectors, misaligned, named, lives }
     }
 
     /// The disk's size in bytes.

@@ -1,71 +1,59 @@
-//! A guest of `vhost-user-blkd`, through the daemon's lives.
+//! A guest of `vhost-user-blkd`.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
+use pvblk::buffer::Pool;
 use pvblk::command::{DiscardUnits, Features as DiskFeatures};
 use pvblk::extent::Geometry;
-use pvblk_history::{Death, Event, FlushFailure, Rules};
-use pvblk_monitor::{GuestFile, InflightLog, Monitor, MonitorError, QueueOptions};
+use pvblk::frontend::{Completion, Request, SubmitError};
+use pvblk::table::Tag;
+use pvblk_monitor::{
+    GuestBuffer, GuestFile, InflightLog, Monitor, MonitorError, Queue, QueueOptions,
+};
 use pvblk_simulated::Random;
 use pvblk_virtio::feature::Features;
 use pvblk_virtio::queue::DriverQueue;
-use pvblk_virtio::{packed, split};
 
-use crate::client::{Client, ClientOptions, Watch};
-use crate::medium::Place;
-use crate::plan::{Durability, Medium, Plan, Wire};
-use crate::process::{End, PATIENCE, Process};
+use crate::client::DEPTH;
+use crate::guest::{Attempt, Guest, Memory};
+use crate::medium::{Place, Source};
+use crate::plan::{Plan, Wire};
 
 /// Descriptors in a queue.
 const QUEUE_SIZE: u16 = 64;
 
-/// What a seed came to.
-pub struct Outcome {
-    /// How often something died.
-    pub deaths: u32,
-    /// Daemons that ended before they served, and were started again.
-    pub restarts: u32,
-    /// What was wrong, if anything was.
-    pub result: Result<()>,
-    /// The history up to there.
-    pub log: Vec<u8>,
+/// Pages of the guest's memory.
+const PAGES: usize = 2048;
+
+struct Lane<D: DriverQueue<Share = GuestFile>> {
+    queue: Queue<D, GuestBuffer>,
+    pool: Arc<Pool<GuestFile>>,
 }
 
-/// Plays a seed in an empty folder.
-pub fn play(plan: &Plan, daemon: &Path, folder: &Path) -> Result<Outcome> {
-    let place = Place::new(plan, folder)?;
-    match plan.wire {
-        Wire::Split => play_with::<split::DriverQueue<GuestFile>>(plan, daemon, folder, place),
-        Wire::Packed => play_with::<packed::DriverQueue<GuestFile>>(plan, daemon, folder, place),
-    }
+/// A guest with our VirtIO driver, and its machine monitor.
+pub struct VirtioGuest<D: DriverQueue<Share = GuestFile>> {
+    plan: Plan,
+    program: PathBuf,
+    socket: PathBuf,
+    ram: GuestFile,
+    /// What the driver accepts. It is known when there is a daemon.
+    wanted: Option<Features>,
+    lanes: Vec<Lane<D>>,
+    log: Option<InflightLog>,
+    monitor: Option<Monitor>,
 }
 
-fn play_with<D: DriverQueue<Share = GuestFile>>(
-    plan: &Plan,
-    daemon: &Path,
-    folder: &Path,
-    mut place: Place,
-) -> Result<Outcome> {
-    let mut random = Random::new(plan.seed ^ 0x6465_6174_6873);
-    let program = Program { plan, path: daemon, folder };
-    // What is offered is known when there is a daemon.
-    let first = program.serve(&mut place, &mut random, Monitor::offered)?;
-    let (process, offered, restarts) = first.context("the NBD server does not begin")?;
-    let client = Client::<D>::new(options(plan, offered))?;
-    let wanted = features(plan, offered);
-    let mut session =
-        Session { program, place, wanted, client: Some(client), log: None, deaths: 0, restarts };
-    drop(process);
-    let mut result = session.first();
-    if result.is_ok() {
-        result = session.lives(&mut random);
+impl Memory for GuestBuffer {
+    fn write(&mut self, bytes: &[u8]) {
+        Self::write(self, bytes);
     }
-    let log = session.client.map_or_else(Vec::new, |client| client.history.log().to_vec());
-    let (deaths, restarts) = (session.deaths, session.restarts);
-    Ok(Outcome { deaths, restarts, result, log })
+
+    fn read(&mut self, bytes: &mut [u8]) {
+        Self::read(self, bytes);
+    }
 }
 
 fn features(plan: &Plan, offered: Features) -> Features {
@@ -79,13 +67,13 @@ fn features(plan: &Plan, offered: Features) -> Features {
     needed | (wanted & offered) | wire
 }
 
-fn options(plan: &Plan, offered: Features) -> ClientOptions {
+fn queue_options(plan: &Plan, features: Features) -> QueueOptions {
     let disk = DiskFeatures {
         flush: true,
-        discard: offered
+        discard: features
             .contains(Features::DISCARD)
             .then_some(DiscardUnits { granularity: plan.sector_bytes / 512, alignment: 0 }),
-        write_zeroes: offered.contains(Features::WRITE_ZEROES),
+        write_zeroes: features.contains(Features::WRITE_ZEROES),
         ..DiskFeatures::default()
     };
     let geometry = Geometry {
@@ -94,263 +82,156 @@ fn options(plan: &Plan, offered: Features) -> ClientOptions {
         physical_bytes: plan.sector_bytes,
         read_only: false,
     };
-    let features = features(plan, offered);
     let (size, segments, capacity) = (QUEUE_SIZE, 30, 16);
-    let is_nbd = matches!(plan.medium, Medium::Nbd(..));
-    let flush_failure = if is_nbd { FlushFailure::Once } else { FlushFailure::Sticky };
-    ClientOptions {
-        queues: plan.queues,
-        queue: QueueOptions { size, segments, capacity, features, geometry, disk },
-        sector_bytes: plan.sector_bytes,
-        misaligned: plan.misaligned,
-        seed: plan.seed,
-        may_fail: plan.medium == Medium::Full,
-        flush_may_fail: matches!(plan.medium, Medium::Full | Medium::Nbd(_, Durability::Reported)),
-        rules: Rules { sectors: plan.sectors, flush_failure, write_through: false },
+    QueueOptions { size, segments, capacity, features, geometry, disk }
+}
+
+impl<D: DriverQueue<Share = GuestFile>> VirtioGuest<D> {
+    /// Its queues, from the beginning of its memory on.
+    fn open_lanes(&self, features: Features) -> Result<Vec<Lane<D>>> {
+        let options = queue_options(&self.plan, features);
+        let lane = |_| {
+            let queue = Queue::new(&self.ram, &options)?;
+            let bytes_each = Self::LONGEST as usize + 4096;
+            Ok(Lane { queue, pool: Pool::new(self.ram.for_data(), DEPTH as u32, bytes_each)? })
+        };
+        (0..self.plan.queues).map(lane).collect()
+    }
+
+    /// Connects to the daemon, and has it serve the queues. It is told when it has the first.
+    fn serve(&mut self, features: Features, has_begun: &mut bool) -> Result<Monitor, MonitorError> {
+        let Self { plan, socket, ram, lanes, log, .. } = self;
+        let mut monitor = Monitor::connect(socket, ram, features, plan.queues.into())?;
+        if log.is_none() {
+            *log = Some(monitor.new_log(plan.queues, QUEUE_SIZE)?);
+        }
+        if let Some(log) = log {
+            monitor.set_log(log)?;
+        }
+        let base = if plan.wire == Wire::Packed { 0x8000 } else { 0 };
+        for (index, lane) in lanes.iter().enumerate() {
+            *has_begun = true;
+            monitor.start(index, &lane.queue, base)?;
+        }
+        Ok(monitor)
     }
 }
 
-/// What the death of the server means.
-fn server_death(plan: &Plan) -> Death {
-    Death::Server { keeps_cache: !matches!(plan.medium, Medium::Nbd(_, Durability::Reported)) }
+/// Why a daemon does not serve yet; an error if it never will.
+fn not_yet(error: MonitorError, has_begun: bool) -> Result<Attempt> {
+    match error {
+        // Another disk than the guest was promised.
+        MonitorError::Offer { .. } | MonitorError::Queues(_) => {
+            Err(error).context("the daemon cannot be used")
+        }
+        error => Ok(Attempt::NotYet { reason: Some(error.into()), has_begun }),
+    }
 }
 
-/// The daemon's program, and how it is started for this seed.
-struct Program<'a> {
-    plan: &'a Plan,
-    path: &'a Path,
-    folder: &'a Path,
-}
+impl<D: DriverQueue<Share = GuestFile>> Guest for VirtioGuest<D> {
+    type Buffer = GuestBuffer;
 
-impl Program<'_> {
-    fn socket(&self) -> PathBuf {
-        self.folder.join("socket")
+    const LONGEST: u32 = 32 << 10;
+
+    fn new(plan: &Plan, _place: &Place, program: &Path, folder: &Path) -> Result<Self> {
+        Ok(Self {
+            plan: plan.clone(),
+            program: program.to_owned(),
+            socket: folder.join("socket"),
+            ram: GuestFile::new(PAGES)?,
+            wanted: None,
+            lanes: Vec::new(),
+            log: None,
+            monitor: None,
+        })
     }
 
-    /// Starts it in one of the ways that a running guest does not notice.
-    fn start(&self, place: &Place, random: &mut Random) -> Result<Process> {
-        let plan = self.plan;
-        let mut command = Command::new(self.path);
-        command.arg("--socket").arg(self.socket()).args(place.arguments(plan));
+    fn daemon(&mut self, place: &Place, random: &mut Random) -> Result<Command> {
+        let plan = &self.plan;
+        let mut command = Command::new(&self.program);
+        command.arg("--socket").arg(&self.socket);
+        match place.source() {
+            Source::Memory => command.args(["--memory", &plan.bytes().to_string()]),
+            Source::File(path) => command.args(["--file", &path]),
+            Source::Nbd(url) => command.args(["--nbd", &url]),
+        };
         let queues = plan.queues + random.below(3) as u16;
         command.args(["--queues", &queues.to_string()]);
         command.args(["--queue-size", &QUEUE_SIZE.to_string(), "--packed"]);
         if plan.sector_bytes != 512 {
             command.args(["--sector", &plan.sector_bytes.to_string()]);
         }
-        let is_file = matches!(plan.medium, Medium::File | Medium::Throttled | Medium::Block);
-        let (buffered, synchronous) = (random.one_in(3), random.one_in(3));
-        if is_file && buffered || plan.medium == Medium::Full {
-            command.arg("--buffered");
-        }
-        if (is_file || plan.medium == Medium::Full) && synchronous {
-            command.arg("--synchronous");
-        }
+        command.args(place.arguments(random));
         if random.one_in(4) {
             command.args(["--poll", "50"]);
         }
-        let process = Process::start(command, &self.folder.join("daemon.log"))?;
-        place.adopt(&process)?;
-        Ok(process)
+        Ok(command)
     }
 
-    /// Starts it, and tries something with it until it succeeds. A daemon that ends before that is
-    /// started again, as a service manager does; how often that was is told. Nothing if the server has
-    /// ended.
-    fn serve<T>(
-        &self,
-        place: &mut Place,
-        random: &mut Random,
-        mut attempt: impl FnMut(&Path) -> Result<T, MonitorError>,
-    ) -> Result<Option<(Process, T, u32)>> {
-        if !place.wait_for_server()? {
-            return Ok(None);
-        }
-        let (deadline, socket) = (Instant::now() + PATIENCE, self.socket());
-        let mut restarts = 0;
-        // A restart does not change the configuration, so that a seed decides it.
-        let choices = random.clone();
-        let mut process = self.start(place, random)?;
-        loop {
-            let error = match attempt(&socket) {
-                Ok(result) => return Ok(Some((process, result, restarts))),
-                Err(error) => error,
-            };
-            // Another disk than the guest was promised.
-            let is_other = matches!(error, MonitorError::Offer { .. } | MonitorError::Queues(_));
-            if is_other || Instant::now() > deadline {
-                return Err(error).context("the daemon cannot be used");
-            }
-            std::thread::sleep(Duration::from_millis(2));
-            if !process.is_running() {
-                if place.server_has_ended() {
-                    return Ok(None);
-                }
-                restarts += 1;
-                std::thread::sleep(Duration::from_millis(50));
-                process = self.start(place, &mut choices.clone())?;
-            }
-        }
-    }
-}
-
-struct Session<'a, D: DriverQueue<Share = GuestFile>> {
-    program: Program<'a>,
-    place: Place,
-    wanted: Features,
-    /// It is gone only while its kernel is exchanged.
-    client: Option<Client<D>>,
-    log: Option<InflightLog>,
-    deaths: u32,
-    restarts: u32,
-}
-
-impl<D: DriverQueue<Share = GuestFile>> Session<'_, D> {
-    fn client(&mut self) -> Result<&mut Client<D>> {
-        self.client.as_mut().context("the guest is gone")
-    }
-
-    /// A daemon that serves the guest's queues.
-    fn connect(&mut self, random: &mut Random) -> Result<(Process, Monitor)> {
-        // Choices are made once, however often it is tried.
-        let choices = random.clone();
-        let mut served = self.try_connect(random)?;
-        while served.is_none() {
-            self.revive_server()?;
-            served = self.try_connect(&mut choices.clone())?;
-        }
-        served.context("it is there")
-    }
-
-    fn try_connect(&mut self, random: &mut Random) -> Result<Option<(Process, Monitor)>> {
-        let Self { program, place, wanted, client, log, .. } = self;
-        let (plan, client) = (program.plan, client.as_ref().context("the guest is gone")?);
-        // A daemon that had a queue before it was of no use may have flushed.
-        let (mut has_begun, mut has_closed) = (false, false);
-        let attempt = |socket: &Path| {
-            has_closed |= has_begun;
-            let mut monitor = Monitor::connect(socket, client.ram(), *wanted, plan.queues.into())?;
-            if log.is_none() {
-                *log = Some(monitor.new_log(plan.queues, QUEUE_SIZE)?);
-            }
-            if let Some(log) = log {
-                monitor.set_log(log)?;
-            }
-            let base = if plan.wire == Wire::Packed { 0x8000 } else { 0 };
-            for (index, queue) in client.queues().enumerate() {
-                has_begun = true;
-                monitor.start(index, queue, base)?;
-            }
-            Ok(monitor)
+    fn attempt(&mut self) -> Result<Attempt> {
+        let features = match self.wanted {
+            Some(features) => features,
+            None => match Monitor::offered(&self.socket) {
+                Ok(offered) => *self.wanted.insert(features(&self.plan, offered)),
+                Err(error) => return not_yet(error, false),
+            },
         };
-        let served = program.serve(place, random, attempt)?;
-        if has_closed || has_begun && served.is_none() {
-            self.client()?.history.tell(Event::Closed)?;
+        if self.lanes.is_empty() {
+            self.lanes = self.open_lanes(features)?;
         }
-        Ok(served.map(|(process, monitor, restarts)| {
-            self.restarts += restarts;
-            (process, monitor)
-        }))
-    }
-
-    fn first(&mut self) -> Result<()> {
-        if self.program.plan.medium == Medium::Full {
-            self.client()?.history.tell(Event::Failing(true))?;
-        }
-        Ok(())
-    }
-
-    fn lives(&mut self, random: &mut Random) -> Result<()> {
-        for _ in 0..self.program.plan.lives {
-            self.life(random)?;
-        }
-        let (_process, _monitor) = self.connect(random)?;
-        self.watched(|client, watch| {
-            client.drain(watch)?;
-            client.read_all(watch)
-        })
-    }
-
-    /// One life of the daemon, from its start to its death.
-    fn life(&mut self, random: &mut Random) -> Result<()> {
-        let (process, monitor) = self.connect(random)?;
-        let most = if self.program.plan.medium == Medium::Throttled { 20 } else { 80 };
-        for _ in 0..1 + random.below(2) {
-            let answers = random.index(most);
-            self.watched(|client, watch| client.work(answers, watch))?;
-            self.end_server(random)?;
-        }
-        self.client()?.submit()?;
-        std::thread::sleep(Duration::from_micros(random.below(2000)));
-        let end = if random.one_in(3) { End::Told } else { End::Killed };
-        // A monitor that goes first is an orderly end of the connection.
-        let is_orderly = random.one_in(6);
-        if is_orderly {
-            drop(monitor);
-        }
-        process.end(end)?;
-        self.deaths += 1;
-        self.client()?.poll()?;
-        self.client()?.history.died(Death::Daemon);
-        if is_orderly || end == End::Told {
-            self.client()?.history.tell(Event::Closed)?;
-        }
-        if !matches!(self.program.plan.medium, Medium::Nbd(..)) {
-            // The successor opens the disk again. (What a server may have lost outlives the daemon.)
-            self.client()?.history.tell(Event::Reopened)?;
-        }
-        if random.one_in(3) {
-            let client = self.client.take().context("the guest is gone")?;
-            self.client = Some(client.kexec()?);
-            self.log = None;
-            self.deaths += 1;
-        }
-        Ok(())
-    }
-
-    /// Has the server die, and come back, or bring back one that died by itself.
-    fn end_server(&mut self, random: &mut Random) -> Result<()> {
-        if !matches!(self.program.plan.medium, Medium::Nbd(..)) || random.one_in(3) {
-            return Ok(());
-        }
-        let end = if random.one_in(3) { End::Told } else { End::Killed };
-        self.client()?.submit()?;
-        self.place.end_server(end);
-        self.server_died()?;
-        std::thread::sleep(Duration::from_micros(random.below(5000)));
-        self.place.start_server()
-    }
-
-    fn server_died(&mut self) -> Result<()> {
-        self.deaths += 1;
-        self.client()?.poll()?;
-        let death = server_death(self.program.plan);
-        self.client()?.history.died(death);
-        Ok(())
-    }
-
-    /// A server may die of the daemon's death.
-    fn revive_server(&mut self) -> Result<()> {
-        self.client()?.poll()?;
-        self.watched(|client, watch| watch(&mut client.history))
-    }
-
-    /// Does something with a server that comes back when it ends by itself: nbdkit has a fault by which
-    /// it may do so when a connection is lost.
-    fn watched(
-        &mut self,
-        work: impl FnOnce(&mut Client<D>, Watch<'_>) -> Result<()>,
-    ) -> Result<()> {
-        let Self { program, place, client, deaths, .. } = self;
-        let client = client.as_mut().context("the guest is gone")?;
-        work(client, &mut |history| {
-            if place.server_has_ended() {
-                place.end_server(End::Killed);
-                *deaths += 1;
-                history.died(server_death(program.plan));
-                place.start_server()?;
+        let mut has_begun = false;
+        match self.serve(features, &mut has_begun) {
+            Ok(monitor) => {
+                self.monitor = Some(monitor);
+                Ok(Attempt::Connected)
             }
-            Ok(())
-        })
+            Err(error) => not_yet(error, has_begun),
+        }
+    }
+
+    fn disconnect(&mut self) -> bool {
+        self.monitor.take().is_some()
+    }
+
+    fn daemon_died(&mut self) {
+        self.monitor = None;
+    }
+
+    fn kexec(&mut self) -> Result<()> {
+        self.lanes.clear();
+        self.ram.kexec();
+        self.log = None;
+        Ok(())
+    }
+
+    fn lanes(&self) -> usize {
+        self.lanes.len()
+    }
+
+    fn take(&mut self, lane: usize, random: &mut Random) -> Result<Option<GuestBuffer>> {
+        let offset = match self.plan.misaligned && random.one_in(2) {
+            true => 8 * (1 + random.below(500) as u32),
+            false => 0,
+        };
+        Ok(GuestBuffer::take(&self.lanes[lane].pool, offset))
+    }
+
+    fn submit(&mut self, lane: usize, request: Request<GuestBuffer>) -> Result<Tag, SubmitError> {
+        self.lanes[lane].queue.front.submit(request).map_err(|rejected| rejected.error)
+    }
+
+    fn commit(&mut self, lane: usize) -> Result<()> {
+        Ok(self.lanes[lane].queue.commit()?)
+    }
+
+    fn poll(&mut self, lane: usize) -> Result<Option<Completion<GuestBuffer>>> {
+        self.lanes[lane].queue.poll().context("the device lies")
+    }
+
+    fn idle(&mut self) -> Result<()> {
+        for lane in &mut self.lanes {
+            lane.queue.enable_notifications().context("the device lies")?;
+        }
+        Ok(())
     }
 }

@@ -26,12 +26,15 @@ pub struct Options {
     /// Only this medium: file, throttled, memory, block, full, qemu-nbd-trusted, ...
     #[arg(long, value_name = "NAME")]
     medium: Option<String>,
+    /// Only this wire: split, packed, blkif
+    #[arg(long, value_name = "NAME")]
+    wire: Option<String>,
     /// How many seeds are played at a time
     #[arg(long, value_name = "COUNT")]
     jobs: Option<usize>,
 }
 
-/// Builds the daemon and its torturer, and runs them.
+/// Builds the daemons and their torturer, and runs them.
 pub fn torture(options: &Options) -> Result<()> {
     shell::run(&mut build(options)?)
 }
@@ -58,13 +61,17 @@ fn counts(line: &str) -> Option<(usize, usize)> {
 }
 
 fn build(options: &Options) -> Result<Command> {
-    say("building vhost-user-blkd and what kills it");
+    say("building the daemons and what kills them");
     let mut cargo = Command::new("cargo");
     cargo.current_dir(project::root()).args(["build", "--quiet", "--release"]);
-    shell::run(cargo.args(["--package", "vhost-user-blkd", "--package", "pvblk-torture"]))?;
+    for package in ["vhost-user-blkd", "pvblk-apart", "pvblk-torture"] {
+        cargo.args(["--package", package]);
+    }
+    shell::run(&mut cargo)?;
     let programs = project::target().join("release");
     let mut command = Command::new(programs.join("pvblk-torture"));
-    command.arg("--daemon").arg(programs.join("vhost-user-blkd"));
+    command.arg("--vhost-user-blkd").arg(programs.join("vhost-user-blkd"));
+    command.arg("--pvblkd").arg(programs.join("pvblkd-apart"));
     command.arg("--folder").arg(project::target().join("torture"));
     let numbers = [
         ("--seeds", options.seeds),
@@ -77,8 +84,10 @@ fn build(options: &Options) -> Result<Command> {
             command.args([name, &value.to_string()]);
         }
     }
-    if let Some(medium) = &options.medium {
-        command.args(["--medium", medium]);
+    for (name, choice) in [("--medium", &options.medium), ("--wire", &options.wire)] {
+        if let Some(choice) = choice {
+            command.args([name, choice]);
+        }
     }
     Ok(command)
 }
