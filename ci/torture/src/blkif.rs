@@ -36,30 +36,24 @@ const RING_PAGES: usize = 1024;
 /// very pages.
 const DATA_PAGES: usize = 2048;
 
-type XenBuffer = Buffer<'static, Domain>;
-type Connected = (Disk<'static, 'static, Domain>, Vec<FrontQueue<'static, Domain>>);
+type XenBuffer = Buffer<Rc<Domain>>;
+type Connected = (Disk<Rc<Domain>>, Vec<FrontQueue<Rc<Domain>>>);
 
 type Connecting = Pin<Box<dyn Future<Output = Result<Connected, Error>>>>;
 
-/// The program of the guest. What comes first is dropped first.
+/// The program of the guest.
 struct Kernel {
     /// How many there were before it.
     number: usize,
     connecting: Option<Connecting>,
     connected: Option<Connected>,
     /// One for each queue.
-    pools: Vec<Arc<Pool<Lender<'static, Domain>>>>,
+    pools: Vec<Arc<Pool<Lender<Rc<Domain>>>>>,
     config: Config,
     /// How many attempts go by before it begins: the daemon sees what the kernel before has left.
     idle: u64,
-    store: Rc<Store<'static, Domain>>,
+    store: Store<Rc<Domain>>,
     domain: Rc<Domain>,
-}
-
-/// A reference that a [`Kernel`] can have to what it owns.
-fn lasting<T>(owned: &Rc<T>) -> &'static T {
-    // SAFETY: it is used by fields of a kernel only, which are dropped before the owner is.
-    unsafe { &*Rc::as_ptr(owned) }
 }
 
 impl Kernel {
@@ -72,7 +66,7 @@ impl Kernel {
     ) -> Self {
         let domain = Rc::new(host.domain(GUEST));
         memory.give(&domain, 0, RING_PAGES);
-        let store = Rc::new(Store::new(lasting(&domain)));
+        let store = Store::new(domain.clone());
         let mut config = Config::default();
         config.queues = plan.queues.into();
         config.ring_order = random.below(5) as u32;
@@ -86,9 +80,9 @@ impl Kernel {
 
     /// Goes on with its way to the disk. `true` if it is there.
     fn connect(&mut self, plan: &Plan, memory: &GuestMemory) -> Result<bool> {
-        let (store, domain) = (lasting(&self.store), lasting(&self.domain));
+        let (store, domain) = (self.store.clone(), self.domain.clone());
         let config = self.config.clone();
-        let begin = async move { Disk::connect_async(store, domain, DEVICE, &config).await };
+        let begin = async move { Disk::connect_async(&store, domain, DEVICE, &config).await };
         let connecting = self.connecting.get_or_insert_with(|| Box::pin(begin));
         // It is asked again and again.
         let mut context = std::task::Context::from_waker(Waker::noop());
@@ -102,7 +96,7 @@ impl Kernel {
         if !is_it {
             bail!("another disk than was configured: {found:?}");
         }
-        memory.give(domain, RING_PAGES + self.number * DATA_PAGES, DATA_PAGES);
+        memory.give(&self.domain, RING_PAGES + self.number * DATA_PAGES, DATA_PAGES);
         let bytes_each = XenGuest::LONGEST as usize + 4096;
         let pools = queues.iter().map(|_| disk.register(DEPTH as u32, bytes_each));
         self.pools = pools.collect::<Result<_, _>>()?;
@@ -110,7 +104,7 @@ impl Kernel {
         Ok(true)
     }
 
-    fn queue(&mut self, lane: usize) -> Result<&mut FrontQueue<'static, Domain>> {
+    fn queue(&mut self, lane: usize) -> Result<&mut FrontQueue<Rc<Domain>>> {
         let queues = self.connected.as_mut().map(|(_, queues)| queues);
         queues.and_then(|queues| queues.get_mut(lane)).context("the guest has no such queue")
     }
