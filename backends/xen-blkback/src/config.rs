@@ -5,8 +5,10 @@ use pvblk_xen::back::Layout;
 use pvblk_xen::foreign::{DataPath, Reach};
 
 /// How one vbd is served. Every number is an upper limit: a frontend may ask for less.
+///
+/// There may be more fields in a later version: `Config { queues: 1, ..Config::default() }` goes on to
+/// work.
 #[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
 pub struct Config {
     /// Queues, each with a ring of its own (`multi-queue-max-queues`), 1 to 64. Default 4.
     pub queues: u32,

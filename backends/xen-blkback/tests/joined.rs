@@ -340,8 +340,7 @@ fn a_backend_that_is_restarted_is_not_noticed() {
             let (content, disk, shared) = (&ends.content, exported(512), &control);
             scope.spawn(move || serve(&back, &config, disk, content, shared));
             let (disk, queues) = connected.get_or_insert_with(|| {
-                let mut config = FrontConfig::default();
-                config.queues = 2;
+                let config = FrontConfig { queues: 2, ..FrontConfig::default() };
                 FrontDisk::connect(&store, &ends.front, XVDA, &config).unwrap()
             });
             wait_until(|| control.connects.load(Ordering::SeqCst) == 1);

@@ -339,7 +339,7 @@ impl<M: RawMutex, C: Channel> AsyncQueue<M, C> {
                 Err(rejected) if rejected.error == SubmitError::Full => {
                     self.room_since(rooms).await;
                 }
-                Err(rejected) => return Err(rejected.error.into()),
+                Err(rejected) => return Err(rejected.into()),
             }
         }
     }
@@ -373,7 +373,7 @@ impl<M: RawMutex, C: Channel> AsyncQueue<M, C> {
                         at += count;
                     }
                     Err(rejected) if rejected.error == SubmitError::Full => break,
-                    Err(rejected) => outcome = Err(rejected.error.into()),
+                    Err(rejected) => outcome = Err(rejected.into()),
                 }
             }
             let Some((transfer, start, count)) = windows.pop_front() else {

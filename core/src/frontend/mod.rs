@@ -24,12 +24,14 @@ use crate::table::{Slots, Tag};
 
 #[cfg(feature = "async")]
 pub mod asynchronous;
+mod device;
 mod job;
 mod link;
 pub mod queue;
 mod request;
 mod wire;
 
+pub use device::BlockDevice;
 use job::{Job, Outlook, PART, Part, Work};
 pub use link::Link;
 pub use request::{Completion, ErrorKind, IoError, Rejected, Request, SubmitError, Violation};

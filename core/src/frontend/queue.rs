@@ -70,6 +70,13 @@ pub enum Error {
     NoBuffers,
 }
 
+/// The buffer is dropped: a registered one is in its pool again.
+impl<P> From<Rejected<P>> for Error {
+    fn from(rejected: Rejected<P>) -> Self {
+        Self::Submit(rejected.error)
+    }
+}
+
 impl Error {
     /// What kind of trouble this is.
     pub fn kind(&self) -> ErrorKind {
@@ -331,7 +338,7 @@ impl<C: Channel> Queue<C> {
 
     fn perform(&mut self, request: Request<BufferOf<C>>) -> Result<(), Error> {
         self.settle_orphans()?;
-        let tag = self.submit(request).map_err(|rejected| rejected.error)?;
+        let tag = self.submit(request)?;
         let completion = self.wait_for(tag).inspect_err(|_| self.orphan(tag))?;
         Ok(completion.result?)
     }
@@ -369,7 +376,7 @@ impl<C: Channel> Queue<C> {
                     Err(rejected) if rejected.error == SubmitError::Full && !windows.is_empty() => {
                         break;
                     }
-                    Err(rejected) => outcome = Err(rejected.error.into()),
+                    Err(rejected) => outcome = Err(rejected.into()),
                 }
             }
             let Some((tag, start, count)) = windows.pop_front() else {

@@ -1,5 +1,7 @@
 //! Requests, completions and their errors.
 
+use core::fmt;
+
 use crate::extent::ExtentError;
 use crate::memory::ShareError;
 use crate::ring::Overrun;
@@ -79,6 +81,15 @@ pub struct Rejected<P> {
     /// The request's buffer, if it had one.
     pub buffer: Option<P>,
 }
+
+/// The error's own words.
+impl<P> fmt::Display for Rejected<P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl<P: fmt::Debug> core::error::Error for Rejected<P> {}
 
 /// Why a request was not taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

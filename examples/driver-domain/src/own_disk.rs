@@ -69,10 +69,7 @@ impl OwnDisk {
         number: u32,
         queues: u32,
     ) -> Result<Self, String> {
-        let mut config = Config::default();
-        config.queues = queues;
-        config.ring_order = 2;
-        config.bounce_buffers = 0;
+        let config = Config { queues, ring_order: 2, bounce_buffers: 0, ..Config::default() };
         let connected = Disk::connect_async(&store, guest, number, &config).await;
         let (mut disk, mut connected) = connected.map_err(|error| error.to_string())?;
         let pools = connected.iter().map(|_| disk.register(BUFFERS, BUFFER_BYTES)).collect();

@@ -270,8 +270,7 @@ fn an_update_needs_no_journal() {
     attach(&host, &disk(&format!("file:{}", image.display()))).unwrap();
     let domain = host.domain(GUEST);
     let store = Store::new(&domain);
-    let mut config = FrontConfig::default();
-    config.queues = 4;
+    let config = FrontConfig { queues: 4, ..FrontConfig::default() };
     let (mut front, mut queues) = Disk::connect(&store, &domain, XVDB.0, &config).unwrap();
     let end = AtomicBool::new(false);
     let daemon = std::thread::scope(|scope| {

@@ -159,7 +159,7 @@ where
     fill(&mut pages, |i| (i / 7) as u8)?;
     let sectors = (bytes / 512) as u32;
     let mut transfer = |request| -> Result<OwnedPages<ShareOf<C>>, String> {
-        queue.submit(request).map_err(|rejected| rejected.error.to_string())?;
+        queue.submit(request).map_err(|rejected| rejected.to_string())?;
         let done = queue.wait().map_err(|error| error.to_string())?.ok_or("nothing in flight")?;
         done.result.map_err(|error| error.to_string())?;
         match done.buffer {

@@ -51,7 +51,7 @@ impl<'q, M: Machine, C: Channel, K> Many<'q, M, C, K> {
         }
         let tag = self.queues[self.turn]
             .submit(request)
-            .map_err(|rejected| format!("a request was not taken: {}", rejected.error))?;
+            .map_err(|rejected| format!("a request was not taken: {rejected}"))?;
         self.known[self.turn][tag.slot()] = Some(known);
         self.in_flight += 1;
         Ok(())

@@ -4,8 +4,10 @@ use pvblk_virtio::feature::Features;
 
 /// What to ask for. Every number is an upper limit: the device's limits and the memory at hand may
 /// leave less.
+///
+/// There may be more fields in a later version: `Config { queues: 4, ..Config::default() }` goes on to
+/// work.
 #[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
 pub struct Config {
     /// Queues. Default 1.
     pub queues: u16,

@@ -60,8 +60,7 @@ async fn serve<Q: DriverQueue<Share = Ram>>(queue: &Async<'_, Q>) {
 
 fn many<Q: DriverQueue<Share = Ram>>() {
     let board = Board::usual();
-    let mut config = Config::default();
-    config.queues = 2;
+    let config = Config { queues: 2, ..Config::default() };
     let (mut disk, queues) = board.connect::<Q>(&config).unwrap();
     let mut queues: Vec<Async<'_, Q>> = queues.into_iter().map(AsyncQueue::new).collect();
     let done = Cell::new(0);

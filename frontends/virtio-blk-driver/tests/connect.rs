@@ -15,8 +15,7 @@ use zerocopy::IntoBytes;
 
 fn everything<Q: DriverQueue<Share = Ram>>(packed: bool) {
     let board = Board::usual();
-    let mut config = Config::default();
-    config.queues = 5;
+    let config = Config { queues: 5, ..Config::default() };
     let (mut disk, mut queues) = board.connect::<Q>(&config).unwrap();
     let it = *disk.negotiated().unwrap();
     // The device has two queues of 64 descriptors.
@@ -74,11 +73,13 @@ fn everything_that_is_offered_is_used_with_packed_queues() {
 #[test]
 fn what_is_not_wanted_is_not_accepted() {
     let board = Board::usual();
-    let mut config = Config::default();
-    config.indirect_segments = 0;
-    config.without = Features::EVENT_INDEX | Features::DISCARD;
-    config.identify = false;
-    config.write_cache = Some(false);
+    let config = Config {
+        indirect_segments: 0,
+        without: Features::EVENT_INDEX | Features::DISCARD,
+        identify: false,
+        write_cache: Some(false),
+        ..Config::default()
+    };
     let (disk, mut queues) = board.connect::<SplitQueue>(&config).unwrap();
     let it = *disk.negotiated().unwrap();
     assert!(!it.features.intersects(
@@ -128,8 +129,7 @@ fn the_limits_of_a_device_are_kept() {
     setup.geometry.logical_bytes = 4096;
     let board = Board::new(setup);
     for segment_bytes in [u32::MAX, 1] {
-        let mut config = Config::default();
-        config.segment_bytes = segment_bytes;
+        let config = Config { segment_bytes, ..Config::default() };
         let (mut disk, mut queues) = board.connect::<PackedQueue>(&config).unwrap();
         let it = *disk.negotiated().unwrap();
         assert_eq!((it.properties.segments, it.properties.segment_bytes), (3, 8192));
@@ -309,8 +309,7 @@ fn small_queues<Q: DriverQueue<Share = Ram>>(less: Features, sizes: &[u16]) {
         // No chain is longer than its queue.
         setup.settings.segments = size.saturating_sub(2).max(1);
         let board = Board::new(setup);
-        let mut config = Config::default();
-        config.segment_bytes = 4096;
+        let config = Config { segment_bytes: 4096, ..Config::default() };
         let (mut disk, mut queues) = board.connect::<Q>(&config).unwrap();
         let it = *disk.negotiated().unwrap();
         assert!(it.queue_size <= size && it.queue_size > size / 2, "{size}: {it:?}");
@@ -320,7 +319,7 @@ fn small_queues<Q: DriverQueue<Share = Ram>>(less: Features, sizes: &[u16]) {
             buffer.write(0, &pattern(number, 12 << 10));
             let request =
                 Request::Write { sector: number * 24, sectors: 24, buffer: buffer.into() };
-            queues[0].submit(request).map_err(|rejected| rejected.error).unwrap();
+            queues[0].submit(request).unwrap();
         }
         for _ in 0..24 {
             queues[0].wait().unwrap().unwrap().result.unwrap();
@@ -358,8 +357,7 @@ fn a_flush_goes_out_whatever_the_device_says_of_its_cache() {
         let mut setup = Setup::usual();
         setup.less = less;
         let board = Board::new(setup);
-        let mut config = Config::default();
-        config.write_cache = cache;
+        let config = Config { write_cache: cache, ..Config::default() };
         let (disk, mut queues) = board.connect::<SplitQueue>(&config).unwrap();
         assert_eq!(disk.negotiated().unwrap().properties.write_cache, cache);
         let before = queues[0].frontend.statistics().parts;

@@ -41,9 +41,8 @@ fn anything<Q: DriverQueue<Share = Ram>>(seed: u64) -> [u32; 2] {
             config[20..24].copy_from_slice(&(512_u32 << random.below(4)).to_le_bytes());
         }
         board.faults.set(Faults { config: Some(config), ..Faults::default() });
-        let mut wanted = Config::default();
-        wanted.queues = 1 + random.below(100) as u16;
-        wanted.bounce_buffers = 2;
+        let wanted =
+            Config { queues: 1 + random.below(100) as u16, bounce_buffers: 2, ..Config::default() };
         match board.connect::<Q>(&wanted) {
             Ok((mut disk, mut queues)) => {
                 outcomes[0] += 1;

@@ -13,9 +13,7 @@ use pvblk_virtio::transport::{Status, Transport};
 use virtio_blk_driver::{Change, Config, Disk, DiskQueue, Error, Source};
 
 fn two_queues() -> Config {
-    let mut config = Config::default();
-    config.queues = 2;
-    config
+    Config { queues: 2, ..Config::default() }
 }
 
 #[test]

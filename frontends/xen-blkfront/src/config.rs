@@ -2,8 +2,10 @@
 
 /// What to ask for. Every number is an upper limit: the backend's limits, the grant budget and the
 /// memory at hand may leave less.
+///
+/// There may be more fields in a later version: `Config { queues: 4, ..Config::default() }` goes on to
+/// work.
 #[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
 pub struct Config {
     /// Queues, each with a ring of its own. Default 1.
     pub queues: u32,

@@ -63,4 +63,4 @@ pub type Frontend<P> = pvblk::frontend::Frontend<Ring<P>>;
 pub type FrontQueue<P> = pvblk::frontend::queue::Queue<Channel<P>>;
 /// A queue, for futures.
 #[cfg(feature = "async")]
-pub type AsyncFrontQueue<P, M> = pvblk::frontend::asynchronous::AsyncQueue<M, Channel<P>>;
+pub type AsyncFrontQueue<M, P> = pvblk::frontend::asynchronous::AsyncQueue<M, Channel<P>>;

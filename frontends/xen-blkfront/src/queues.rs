@@ -45,7 +45,7 @@ impl<P: Platform> Queues<P> for Vec<FrontQueue<P>> {
 }
 
 #[cfg(feature = "async")]
-impl<P, M> Queues<P> for Vec<crate::AsyncFrontQueue<P, M>>
+impl<M, P> Queues<P> for Vec<crate::AsyncFrontQueue<M, P>>
 where
     P: Platform,
     M: embassy_sync::blocking_mutex::raw::RawMutex,

@@ -26,7 +26,7 @@ use pvblk_xen::platform::{Clock, EventChannels};
 use pvblk_xen::store::Store;
 use xen_blkfront::{AsyncFrontQueue, Change, Config, Disk, Error, ErrorKind};
 
-type Async<'t> = AsyncFrontQueue<&'t Domain, NoopRawMutex>;
+type Async<'t> = AsyncFrontQueue<NoopRawMutex, &'t Domain>;
 type Task<'a> = Pin<Box<dyn Future<Output = ()> + 'a>>;
 
 struct Flag(AtomicBool);
@@ -700,7 +700,7 @@ fn threads_share_a_queue() {
         let wanted =
             config(|c| (c.requests, c.bounce_buffers, c.bounce_bytes) = (Some(3), 2, 8192));
         let (mut disk, queues) = Disk::connect(&store, &front, XVDA, &wanted).unwrap();
-        let mut queues: Vec<AsyncFrontQueue<&Domain, Threads>> =
+        let mut queues: Vec<AsyncFrontQueue<Threads, &Domain>> =
             queues.into_iter().map(AsyncFrontQueue::new).collect();
         let started = front.now();
         std::thread::scope(|scope| {

@@ -181,8 +181,7 @@ pub fn reach(kept_pages: usize, room: usize) -> Reach {
 
 /// A configuration without waiting, with changes.
 pub fn config(change: impl FnOnce(&mut Config)) -> Config {
-    let mut config = Config::default();
-    config.settle = 0;
+    let mut config = Config { settle: 0, ..Config::default() };
     change(&mut config);
     config
 }

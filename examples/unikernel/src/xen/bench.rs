@@ -185,7 +185,7 @@ fn drive(
     while left > 0
         && let Some(buffer) = buffers.pop()
     {
-        queue.submit(request(buffer)).map_err(|rejected| text(rejected.error))?;
+        queue.submit(request(buffer)).map_err(text)?;
         left -= 1;
     }
     while let Some(mut completion) = queue.wait().map_err(text)? {
@@ -193,7 +193,7 @@ fn drive(
             completion.result.map_err(text)?;
             match completion.buffer {
                 Some(buffer) if left > 0 => {
-                    queue.submit(request(buffer)).map_err(|rejected| text(rejected.error))?;
+                    queue.submit(request(buffer)).map_err(text)?;
                     left -= 1;
                 }
                 done => buffers.extend(done),

@@ -57,11 +57,13 @@ fn one_disk(
     name: &str,
     number: u32,
 ) -> Result<(), String> {
-    let mut config = Config::default();
-    config.indirect_segments = 4096;
-    config.indirect_requests = SLOTS as u32;
-    // What is shared shall be what is measured.
-    config.bounce_buffers = 0;
+    let config = Config {
+        indirect_segments: 4096,
+        indirect_requests: SLOTS as u32,
+        // What is shared shall be what is measured.
+        bounce_buffers: 0,
+        ..Config::default()
+    };
     let (mut disk, mut queues) = Disk::connect(store, guest, number, &config).map_err(text)?;
     report::negotiated(name, &disk);
     let it = disk.negotiated().ok_or("not connected")?;
@@ -124,7 +126,7 @@ fn at_once(
             true => Request::Write { sector, sectors, buffer },
             false => Request::Read { sector, sectors, buffer },
         };
-        let tag = queue.submit(request).map_err(|rejected| text(rejected.error))?;
+        let tag = queue.submit(request).map_err(text)?;
         *numbers.get_mut(tag.slot()).ok_or("more requests than slots")? = number;
     }
     // Staged, and not shown to the backend yet.

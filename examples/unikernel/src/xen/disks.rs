@@ -103,7 +103,7 @@ fn drive(guest: &'static Guest, lanes: &mut [Lane], case: &Case, count: u64) -> 
                 && let Some(buffer) = lane.buffers.pop()
             {
                 let request = lane.request(case, buffer);
-                lane.queue.submit(request).map_err(|rejected| text(rejected.error))?;
+                lane.queue.submit(request).map_err(text)?;
                 left -= 1;
                 in_flight += 1;
                 is_idle = false;

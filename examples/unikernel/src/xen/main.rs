@@ -106,13 +106,14 @@ mod image {
     /// What the command line asks for.
     fn wanted(guest: &Guest) -> Config {
         let number = |key| guest.argument(key).and_then(|value| value.parse::<u32>().ok());
-        let mut config = Config::default();
-        config.queues = number("queues").unwrap_or(1);
-        config.ring_order = number("order").unwrap_or(0);
-        config.indirect_segments = number("segments").unwrap_or(4096);
-        config.persistent = number("persistent").unwrap_or(1) != 0;
-        config.trusted = number("trusted").map(|trusted| trusted != 0);
-        config
+        Config {
+            queues: number("queues").unwrap_or(1),
+            ring_order: number("order").unwrap_or(0),
+            indirect_segments: number("segments").unwrap_or(4096),
+            persistent: number("persistent").unwrap_or(1) != 0,
+            trusted: number("trusted").map(|trusted| trusted != 0),
+            ..Config::default()
+        }
     }
 
     fn text(what: &str, error: impl ToString) -> String {

@@ -213,13 +213,17 @@ fn check(registers: &Registers, config: &Config, negotiated: &Negotiated) {
 
 fn run<Q: DriverQueue<Share = Ram>>(registers: &Registers) {
     let bits = registers.byte();
-    let mut config = Config::default();
-    config.queues = 1 + u16::from(bits & 3);
-    config.queue_size = [16, 4, 2, 256][usize::from(bits >> 2 & 3)];
-    config.identify = bits & 0x30 == 0x30;
-    config.write_cache = (bits & 0x40 != 0).then_some(bits & 0x80 != 0);
-    (config.bounce_buffers, config.indirect_requests) = (2, 2);
-    (config.bounce_bytes, config.indirect_segments) = (4096, 40);
+    let config = Config {
+        queues: 1 + u16::from(bits & 3),
+        queue_size: [16, 4, 2, 256][usize::from(bits >> 2 & 3)],
+        identify: bits & 0x30 == 0x30,
+        write_cache: (bits & 0x40 != 0).then_some(bits & 0x80 != 0),
+        bounce_buffers: 2,
+        bounce_bytes: 4096,
+        indirect_requests: 2,
+        indirect_segments: 40,
+        ..Config::default()
+    };
     let connected = Disk::<_, _, Q>::connect(
         registers,
         registers.ram.clone(),
