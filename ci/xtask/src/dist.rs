@@ -34,7 +34,7 @@ const DAEMONS: [Daemon; 2] = [
         name: "pvblkd",
         about: "serves disks to Xen guests from files, memory and NBD servers",
         files: &[
-            ("examples/pvblkd/pvblkd.service", "lib/systemd/system/pvblkd.service", 0o644),
+            ("examples/pvblkd/pvblkd.service", "usr/lib/systemd/system/pvblkd.service", 0o644),
             ("examples/pvblkd/pvblkd.toml", "etc/xen/pvblkd.toml", 0o644),
             ("examples/pvblkd/block-pvblkd", "etc/xen/scripts/block-pvblkd", 0o755),
             ("examples/pvblkd/README.md", "usr/share/doc/pvblkd/README.md", 0o644),
@@ -46,7 +46,7 @@ const DAEMONS: [Daemon; 2] = [
         files: &[
             (
                 "examples/vhost-user-blkd/vhost-user-blkd@.service",
-                "lib/systemd/system/vhost-user-blkd@.service",
+                "usr/lib/systemd/system/vhost-user-blkd@.service",
                 0o644,
             ),
             (
@@ -64,6 +64,7 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// Makes everything below `target/dist`.
 pub fn dist(options: &Options) -> Result<()> {
     let dist = project::target().join("dist");
+    let _ = fs::remove_dir_all(&dist);
     for Daemon { name, .. } in &DAEMONS {
         say(format!("man pages and completions of {name}"));
         let mut cargo = Command::new("cargo");
@@ -76,6 +77,7 @@ pub fn dist(options: &Options) -> Result<()> {
     say("building static programs");
     let mut cargo = Command::new("cargo");
     cargo.current_dir(project::root()).env("RUSTFLAGS", "-Ctarget-feature=+crt-static");
+    cargo.env("CARGO_PROFILE_RELEASE_STRIP", "true");
     cargo.args(["build", "--quiet", "--release", "--target", TARGET, "--target-dir"]);
     cargo.arg(project::target().join("static"));
     for daemon in &DAEMONS {
@@ -113,21 +115,19 @@ fn package(daemon: &Daemon, dist: &Path) -> Result<PathBuf> {
         let text = fs::read_to_string(root.join(unit))?;
         fs::write(root.join(unit), text.replace("/usr/local/sbin/", "/usr/sbin/"))?;
     }
-    for (folder, place) in
-        [("man", "usr/share/man/man8"), ("completions", "usr/share/bash-completion/completions")]
-    {
-        let wanted = |file: &str| match folder {
-            "man" => file.starts_with(name),
-            _ => file == format!("{name}.bash"),
-        };
-        for entry in fs::read_dir(dist.join(folder))? {
-            let entry = entry?;
-            let file = entry.file_name().to_string_lossy().into_owned();
-            if wanted(&file) {
-                let installed = file.trim_end_matches(".bash");
-                install(&entry.path(), &root.join(place).join(installed), 0o644)?;
-            }
+    for entry in fs::read_dir(dist.join("man"))? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with(name) {
+            let place = root.join("usr/share/man/man8");
+            install(&entry.path(), &place.join(entry.file_name()), 0o644)?;
         }
+    }
+    for (file, place) in [
+        (format!("{name}.bash"), format!("usr/share/bash-completion/completions/{name}")),
+        (format!("_{name}"), format!("usr/share/zsh/vendor-completions/_{name}")),
+        (format!("{name}.fish"), format!("usr/share/fish/vendor_completions.d/{name}.fish")),
+    ] {
+        install(&dist.join("completions").join(file), &root.join(place), 0o644)?;
     }
     fs::create_dir_all(work.join("control"))?;
     fs::write(work.join("debian-binary"), "2.0\n")?;

@@ -12,16 +12,16 @@ use clap_complete::{Shell, generate_to};
 /// # Errors
 ///
 /// If the files cannot be written.
-pub fn write(mut command: Command, folder: &Path) -> Result<()> {
+pub fn write(command: Command, folder: &Path) -> Result<()> {
     let (man, completions) = (folder.join("man"), folder.join("completions"));
     for folder in [&man, &completions] {
         fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
     }
     let name = command.get_name().to_owned();
     for shell in Shell::value_variants() {
-        generate_to(*shell, &mut command, &name, &completions)?;
+        generate_to(*shell, &mut command.clone(), &name, &completions)?;
     }
-    command = command.disable_help_subcommand(true);
+    let mut command = command.disable_help_subcommand(true);
     command.build();
     page(&command, &name, &man)?;
     for subcommand in command.get_subcommands() {
@@ -56,6 +56,7 @@ mod tests {
         let read = |name: &str| fs::read_to_string(folder.path().join(name)).unwrap();
         assert!(read("man/walker.8").contains("walker\\-run(8)"), "{}", read("man/walker.8"));
         assert!(read("man/walker-run.8").contains("how fast it runs"));
+        assert_eq!(fs::read_dir(folder.path().join("man")).unwrap().count(), 2);
         assert!(read("completions/walker.bash").contains("--speed"));
         assert!(read("completions/_walker").contains("--speed"));
     }

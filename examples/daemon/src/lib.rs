@@ -20,6 +20,7 @@ pub mod mail;
 #[allow(unsafe_code)]
 pub mod mapped;
 pub mod notify;
+mod queue_store;
 pub mod sandbox;
 pub mod size;
 pub mod socket;

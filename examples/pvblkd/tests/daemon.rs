@@ -11,6 +11,7 @@ use std::thread;
 use common::*;
 use pvblk_simulated::Host;
 use pvblk_xen::store::Store;
+use pvblkd::limit::Limits;
 use pvblkd::options::DiskOptions;
 use pvblkd::size::Size;
 use pvblkd::toolstack::NewDisk;
@@ -666,4 +667,35 @@ fn nothing_that_is_given_up_is_missed() {
         daemon.stop();
     };
     thread::spawn(work).join().unwrap();
+}
+
+/// No more than is allowed, for a guest that waits for each answer; and at once when it is allowed more.
+#[test]
+fn a_disk_in_use_is_limited() {
+    let folder = tempfile::tempdir().unwrap();
+    let host = host();
+    let daemon = Running::start(&host, folder.path());
+    attach(&host, &disk("memory:1M")).unwrap();
+    let limiter = daemon.registry.find(GUEST.0, XVDB.0).unwrap().limiter();
+    guest(
+        &host,
+        XVDB,
+        &Config::default(),
+        Box::new(|queue| {
+            let mut reads = |count| {
+                let start = std::time::Instant::now();
+                (0..count).for_each(|_| queue.read(0, &mut [0; 512]).unwrap());
+                start.elapsed()
+            };
+            reads(100);
+            limiter.set(Limits { iops: 100, bps: 0, burst: 0 });
+            let took = reads(21);
+            assert!(took >= std::time::Duration::from_millis(190), "{took:?}");
+            limiter.set(Limits::default());
+            reads(1000);
+        }),
+    );
+    let report = daemon.wait("counted", |disk| disk.latency[0].count() == 1121);
+    assert!(report.latency[0].longest > 0 && report.latency[1].count() == 0);
+    daemon.stop();
 }

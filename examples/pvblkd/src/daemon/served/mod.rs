@@ -1,6 +1,7 @@
 //! One disk that is served: its vbd, what it is served from, the workers of its queues.
 
 mod medium;
+mod settings;
 
 use std::sync::Arc;
 
@@ -11,15 +12,14 @@ use pvblk_xen::xenbus::{self, State};
 use xen_blkback::{Address, Event, Feature, Hotplug, QueuePlan, Vbd};
 
 use self::medium::Medium;
+use self::settings::{identify, settings};
 use super::{Common, DiskId, Message};
-use crate::config::Config;
 use crate::host::Host;
 use crate::logging;
 use crate::options::DiskOptions;
 use crate::runtime::DiskName;
 use crate::size::Size;
-use crate::source::Source;
-use crate::status::{Connection, DiskStatus, disk_name};
+use crate::status::{Connection, DiskStatus};
 use crate::toolstack;
 use crate::vdev::VirtualDevice;
 use crate::worker::{End, Handle, JournalPlace, Order, Report, Task};
@@ -293,31 +293,6 @@ impl<'t, H: Host> Served<'t, H> {
         logging::forget(&path);
     }
 
-    /// The configuration has changed. What cannot change under a guest that runs is said.
-    pub fn reload(&mut self) {
-        let (options, misfit) = settings(&self.common.config(), self.own.as_deref(), &self.params);
-        if self.options.limits() != options.limits() {
-            log::info!("{}: its limits have changed", self.path());
-            self.status.limiter().set(options.limits());
-            let DiskOptions { iops, bps, burst, .. } = options;
-            self.options = DiskOptions { iops, bps, burst, ..self.options.clone() };
-        }
-        let changed = self.options.differences(&options);
-        if changed.is_empty() && misfit == self.misfit {
-            return;
-        }
-        if self.medium.backing().is_none() {
-            // Nothing was opened with the old ones; and what was wrong may be right now.
-            (self.options, self.misfit) = (options, misfit);
-            return self.reopen_medium();
-        }
-        log::warn!(
-            "{}: {} changed: that counts when the disk is attached again, or its guest is started again",
-            self.path(),
-            changed.join(", ")
-        );
-    }
-
     /// The frontend has published its rings.
     fn connect(&mut self, plans: Vec<QueuePlan>) {
         let Some(backing) = self.medium.backing() else { return };
@@ -492,38 +467,4 @@ impl<'t, H: Host> Served<'t, H> {
         log::info!("{}: {bytes} bytes now", self.path());
         Ok(bytes)
     }
-}
-
-/// What the guest of a disk is called. Messages call the disk by that, too.
-fn identify(store: &impl Nodes, address: &Address) -> String {
-    let guest = toolstack::domain_name(store, address.frontend_id);
-    let device = VirtualDevice(address.virtual_device);
-    logging::name(&address.path, disk_name(&guest, address.frontend_id.0, device));
-    guest
-}
-
-/// The settings of a disk: those that it was given, then those of the configuration. And why it cannot
-/// be served with them, if so: none is left out silently.
-fn settings(config: &Config, own: Option<&str>, params: &str) -> (DiskOptions, Option<String>) {
-    let source = params.parse::<Source>().ok();
-    let read = |text: &str| -> Result<DiskOptions> {
-        let options = DiskOptions::from_node(text)?;
-        options.check()?;
-        if let Some(source) = &source {
-            options.check_source(source)?;
-        }
-        Ok(options)
-    };
-    let own = own.map(read).transpose();
-    let misfit = own.as_ref().err().map(|error| format!("the settings of the disk: {error:#}"));
-    let own = own.ok().flatten().unwrap_or_default();
-    let mut options = match &source {
-        Some(source) => own.or(&config.options(source)),
-        None => own.or(&config.defaults),
-    };
-    if params.starts_with("nbd") {
-        // Many servers allow one connection, and that is known too late to offer fewer.
-        options.queues.get_or_insert(1);
-    }
-    (options, misfit)
 }
