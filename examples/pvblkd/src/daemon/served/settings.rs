@@ -14,7 +14,7 @@ use crate::status::disk_name;
 use crate::toolstack;
 use crate::vdev::VirtualDevice;
 
-impl<H: Host> Served<'_, '_, H> {
+impl<H: Host> Served<'_, H> {
     /// The configuration has changed. What cannot change under a guest that runs is said.
     pub fn reload(&mut self) {
         let (options, misfit) = settings(&self.common.config(), self.own.as_deref(), &self.params);
