@@ -67,12 +67,14 @@ impl Kernel {
         let domain = Rc::new(host.domain(GUEST));
         memory.give(&domain, 0, RING_PAGES);
         let store = Store::new(domain.clone());
-        let mut config = Config::default();
-        config.queues = plan.queues.into();
-        config.ring_order = random.below(5) as u32;
-        config.indirect_segments = if random.one_in(3) { 0 } else { 256 };
-        config.persistent = !random.one_in(3);
-        config.bounce_buffers = 0;
+        let config = Config {
+            queues: plan.queues.into(),
+            ring_order: random.below(5) as u32,
+            indirect_segments: if random.one_in(3) { 0 } else { 256 },
+            persistent: !random.one_in(3),
+            bounce_buffers: 0,
+            ..Config::default()
+        };
         let idle = if random.one_in(2) { 0 } else { random.below(20) };
         let (connecting, connected, pools) = Default::default();
         Self { number, connecting, connected, pools, config, idle, store, domain }
