@@ -436,8 +436,7 @@ fn a_guest_keeps_its_queues_until_it_connects_again() {
     attach(&host, &disk(&server.url())).unwrap();
     let domain = host.domain(GUEST);
     let store = Store::new(&domain);
-    let mut wanted = FrontConfig::default();
-    wanted.queues = 2;
+    let wanted = FrontConfig { queues: 2, ..FrontConfig::default() };
     let (mut front, mut queues) = Disk::connect(&store, &domain, XVDB.0, &wanted).unwrap();
     assert_eq!(queues.len(), 2);
     daemon.kill();
