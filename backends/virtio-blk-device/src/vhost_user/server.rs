@@ -80,7 +80,7 @@ impl<D: Disk> Server<D> {
         self.device().disconnect();
         *lock(&self.inner.channel) = None;
         match result {
-            Err(error) if is_cut(&error) && self.is_ending() => Ok(false),
+            Err(error) if !is_refusal(&error) && self.is_ending() => Ok(false),
             Err(ServerError::System(error)) if error.kind() == io::ErrorKind::UnexpectedEof => {
                 Ok(true)
             }
@@ -151,21 +151,10 @@ impl<D: Disk> Server<D> {
     }
 }
 
-/// Whether it is what a connection says that was shut down amid a message. What was wrong with a whole
-/// message is none of these: it is told, even if the server is to end at that moment.
-fn is_cut(error: &ServerError) -> bool {
-    use vhost::vhost_user::Error;
-    match error {
-        ServerError::System(_) => true,
-        ServerError::Message(error) => matches!(
-            error,
-            Error::PartialMessage
-                | Error::Disconnected
-                | Error::SocketBroken(_)
-                | Error::SocketError(_)
-                | Error::SocketRetry(_)
-        ),
-    }
+/// Whether a message was understood and refused. That is told, even if the server is to end at that
+/// moment; anything else may come of a message that was cut short by the end.
+fn is_refusal(error: &ServerError) -> bool {
+    matches!(error, ServerError::Message(vhost::vhost_user::Error::ReqHandlerError(_)))
 }
 
 /// One that panicked has at worst not done what it was to do.
