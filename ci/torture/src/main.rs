@@ -36,14 +36,18 @@ const KNOWN: &[(&str, &str, &str)] = &[
     ("file", TORN, CUT_SHORT),
     ("throttled", TORN, CUT_SHORT),
     ("block", TORN, CUT_SHORT),
+    ("memory", TORN, COPY_CUT_SHORT),
 ];
 
-/// Only where the guest's data begins between addresses that are multiples of a sector: with VirtIO.
 const TORN: &str = "shows a mix of writes";
 
 /// The host copies into its page cache piece by piece, and ends between two pieces if the process is
-/// killed; nothing does the write again if the guest's ring is replaced, too. See `docs/guarantees.md`.
+/// killed; nothing does the write again if the guest's ring is replaced, too. Only where the guest's data
+/// begins between addresses that are multiples of a sector: with VirtIO. See `docs/guarantees.md`.
 const CUT_SHORT: &str = "a write through the page cache was cut short within a sector";
+
+/// The same with the daemon's own copy into a disk of memory.
+const COPY_CUT_SHORT: &str = "a copy into memory was cut short within a sector";
 
 /// The host tells a failure once; what was told is not written down. See `docs/guarantees.md`.
 const UNANSWERED: &str = "a flush failed in a daemon that was killed before it answered";
