@@ -211,7 +211,7 @@ impl<P: ForeignGrants> BackRing<P> {
     }
 
     /// As [`attach`](Self::attach), for a ring that an earlier backend may have served, and with a
-    /// journal for a later one: see [`takeover`](crate::takeover).
+    /// journal for a later one: see [`takeover`].
     ///
     /// # Errors
     ///

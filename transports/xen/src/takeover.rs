@@ -10,7 +10,7 @@
 //! |---|---|
 //! | 0 | no backend that leaves marks has served it |
 //! | 1 | its backend has answered all that it took, and let go of it |
-//! | 2 | its backend keeps no [journal](crate::journal) |
+//! | 2 | its backend keeps no [journal] |
 //! | other | its backend keeps the journal with that mark |
 //!
 //! The mark is on the ring before the first request is taken. A take-over is possible
