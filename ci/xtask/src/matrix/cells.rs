@@ -238,7 +238,7 @@ impl Cell {
         match (self.work, self.front) {
             (Work::Everything, Front::XenBlkfront) => unikernel(),
             (Work::Hostile, _) => {
-                checks::hostile(seen)?;
+                checks::hostile(seen, &self.name())?;
                 unikernel().context("the guest beside the hostile one")
             }
             (Work::Deaths | Work::StoreDeaths, _) => {

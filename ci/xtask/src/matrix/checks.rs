@@ -138,7 +138,7 @@ pub fn crash(seen: &Transcript) -> Result<()> {
 
 /// Each time that the hostile guest broke the rules its backend closed that disk and said so, and kept
 /// nothing; the guest's disk was as good as new in the end, and the one beside it worked all the while.
-pub fn hostile(seen: &Transcript) -> Result<()> {
+pub fn hostile(seen: &Transcript, guest: &str) -> Result<()> {
     let verdicts = seen.after("VERDICT PASS").count();
     ensure!(verdicts == 2, "{verdicts} of two guests passed{}", seen.last_words());
     ensure!(report(seen, "BESIDE ")? == "poweroff", "the guest beside it did not end well");
@@ -152,8 +152,8 @@ pub fn hostile(seen: &Transcript) -> Result<()> {
         let some = |key| value(round, key).is_some_and(|count| count != "0");
         ensure!(some("done") && some("failed"), "the requests were all of a kind: {round}");
     }
-    // `pvblkd` names the device's directory, the driver domain the disk.
-    let disk = [format!("/vbd/{domain}/51728: queue 0: "), format!("xvdb of domain {domain}: ")];
+    // `pvblkd` knows the guest's name, the driver domain its number.
+    let disk = [format!("{guest} xvdb: queue 0: "), format!("xvdb of domain {domain}: ")];
     let closed = |line: &&String| {
         disk.iter().any(|disk| line.contains(disk)) && line.contains("more requests than the ring")
     };
@@ -338,7 +338,7 @@ mod tests {
 
     #[test]
     fn a_hostile_guest_must_lose_its_ring_and_nothing_else() {
-        let log = "pvblkd: backend/vbd/4/51728: queue 0: the peer claims more requests than the ring holds";
+        let log = "pvblkd: web xvdb: queue 0: the peer claims more requests than the ring holds";
         let (lines, reports) = (
             ["HOSTILE last done=1 failed=1", "RANGE 0 1 ab", "VERDICT PASS", "VERDICT PASS"],
             ["HOSTILE 4", "MEANWHILE", "LEFT 0 0", "BESIDE poweroff", "FOUND RANGE 0 1 ab", log],
@@ -349,27 +349,27 @@ mod tests {
             reports: reports.to_vec(),
             ..Transcript::default()
         };
-        hostile(&seen(&lines, &reports)).unwrap();
+        hostile(&seen(&lines, &reports), "web").unwrap();
         for missing in 0..lines.len() {
             let mut less = lines.to_vec();
             less.remove(missing);
-            assert!(hostile(&seen(&less, &reports)).is_err(), "without {}", lines[missing]);
+            assert!(hostile(&seen(&less, &reports), "web").is_err(), "without {}", lines[missing]);
         }
         for missing in 0..reports.len() {
             let mut less = reports.to_vec();
             less.remove(missing);
-            assert!(hostile(&seen(&lines, &less)).is_err(), "without {}", reports[missing]);
+            assert!(hostile(&seen(&lines, &less), "web").is_err(), "without {}", reports[missing]);
         }
         for count in ["done=0 failed=1", "done=1 failed=0"] {
             let round = format!("HOSTILE last {count}");
             let other = [&round, lines[1], lines[2], lines[3]];
-            assert!(hostile(&seen(&other, &reports)).is_err(), "{count}");
+            assert!(hostile(&seen(&other, &reports), "web").is_err(), "{count}");
         }
         for (old, new) in
-            [("vbd/4/", "vbd/5/"), ("1 ab", "1 cd"), ("0 0", "1 0"), ("poweroff", "crash")]
+            [("web xvdb", "mail xvdb"), ("1 ab", "1 cd"), ("0 0", "1 0"), ("poweroff", "crash")]
         {
             let other: Vec<_> = reports.iter().map(|report| report.replace(old, new)).collect();
-            assert!(hostile(&seen(&lines, &other)).is_err(), "{new} in the place of {old}");
+            assert!(hostile(&seen(&lines, &other), "web").is_err(), "{new} in the place of {old}");
         }
     }
 
