@@ -47,8 +47,9 @@ static UPCALLS: AtomicU64 = AtomicU64::new(0);
 
 /// The port of the timer, or 0 (which Xen never gives out).
 static TIMER_PORT: AtomicU32 = AtomicU32::new(0);
-/// The system time that the timer is set to; `u64::MAX` if it is not set.
-static TIMER_DEADLINE: AtomicU64 = AtomicU64::new(u64::MAX);
+/// The system time that the timer is set to; [`UNSET`] if it is not set.
+static TIMER_DEADLINE: AtomicU64 = AtomicU64::new(UNSET);
+const UNSET: u64 = u64::MAX;
 
 /// The shared page, once it is mapped.
 pub(crate) fn shared_info() -> Option<&'static SharedInfo> {
@@ -122,11 +123,17 @@ fn place(port: op::Port) -> (usize, u64) {
 fn deliver(shared: &SharedInfo, port: op::Port) {
     let (word, bit) = place(port);
     // The timer is Xen's own and comes once a setting: it needs no holding off.
-    if port != TIMER_PORT.load(Ordering::Relaxed) {
+    let is_timer = port == TIMER_PORT.load(Ordering::Relaxed);
+    if !is_timer {
         shared.evtchn_mask[word].fetch_or(bit, Ordering::SeqCst);
     }
     if shared.evtchn_pending[word].fetch_and(!bit, Ordering::SeqCst) & bit == 0 {
         return;
+    }
+    if is_timer {
+        // Xen has timers come up to 50 us early (`timer_slop`): the time that it was set to may be one
+        // that is still to come, and it does not come again then.
+        TIMER_DEADLINE.store(UNSET, Ordering::Relaxed);
     }
     let Some(state) = PORTS.get(port as usize) else { return };
     state.received.fetch_add(1, Ordering::Relaxed);
@@ -269,4 +276,28 @@ pub(crate) fn counts(port: op::Port) -> (u64, u64) {
     PORTS.get(port as usize).map_or((0, 0), |state| {
         (state.received.load(Ordering::Relaxed), state.sent.load(Ordering::Relaxed))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use core::mem::MaybeUninit;
+
+    use super::*;
+
+    /// A timer that came is not waited for once more, however early it came.
+    #[test]
+    fn a_timer_comes_once_a_setting() {
+        // SAFETY: it is made of numbers.
+        let shared: SharedInfo = unsafe { MaybeUninit::zeroed().assume_init() };
+        let port = 70;
+        let (word, bit) = place(port);
+        TIMER_PORT.store(port, Ordering::Relaxed);
+        TIMER_DEADLINE.store(1_000_000, Ordering::Relaxed);
+        deliver(&shared, port);
+        assert_eq!(TIMER_DEADLINE.load(Ordering::Relaxed), 1_000_000, "it did not come");
+        shared.evtchn_pending[word].store(bit, Ordering::Relaxed);
+        deliver(&shared, port);
+        assert_eq!(TIMER_DEADLINE.load(Ordering::Relaxed), UNSET);
+        assert_eq!(shared.evtchn_mask[word].load(Ordering::Relaxed), 0);
+    }
 }
