@@ -69,3 +69,8 @@ pub type AsyncDiskQueue<M, T, I, Q> =
 pub type SplitDisk<T, I, S> = Disk<T, I, split::DriverQueue<S>>;
 /// A disk with packed queues, for devices that offer them.
 pub type PackedDisk<T, I, S> = Disk<T, I, packed::DriverQueue<S>>;
+
+/// Compiles the example of this crate's README.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
