@@ -20,3 +20,8 @@ pub mod config;
 mod fmt;
 #[cfg(all(feature = "vhost-user", target_os = "linux"))]
 pub mod vhost_user;
+
+/// Compiles the example of this crate's README.
+#[cfg(all(doctest, feature = "vhost-user"))]
+#[doc = include_str!("../README.md")]
+struct Readme;

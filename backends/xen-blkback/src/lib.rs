@@ -38,3 +38,8 @@ pub use promise::{BrokenPromise, Promise};
 pub use queue::{Engine, OpenError, Queue, QueuePlan};
 pub use restricted::{Restricted, Restrictions};
 pub use vbd::{Event, Negotiated, Vbd};
+
+/// Compiles the example of this crate's README.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
